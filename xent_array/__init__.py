@@ -1,0 +1,31 @@
+"""Softmax cross-entropy, forward and backward, for arrays of any Array-API library.
+
+NumPy arrays run through fused, threaded blocks; arrays of other libraries through the same mathematics in
+their own functions. ``python -m xent_array`` shows what is installed and what it does.
+"""
+
+from ._api import (
+    CrossEntropyLoss,
+    cross_entropy,
+    cross_entropy_grad,
+    cross_entropy_value_and_grad,
+    log_softmax,
+    logsumexp,
+    row_stats,
+    softmax,
+)
+from ._rows import RowStats
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CrossEntropyLoss",
+    "RowStats",
+    "cross_entropy",
+    "cross_entropy_grad",
+    "cross_entropy_value_and_grad",
+    "log_softmax",
+    "logsumexp",
+    "row_stats",
+    "softmax",
+]

@@ -1,0 +1,169 @@
+"""What is installed here, which engine takes what, and the worked example and a short timing on each.
+
+Usage: python -m xent_array [--json]
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from . import __version__, _engines, cross_entropy, cross_entropy_value_and_grad
+from ._engines import ENGINES, cpu
+from ._rows import Rows
+
+PACKAGES = ("numpy", "array-api-compat", "cupy-cuda12x", "cupy-cuda13x", "cupy", "numba", "torch", "jax")
+LOGITS = [[2.0, 1.0, 0.1], [0.1, 2.0, 1.9]]
+TARGET = [[0, 1, 0], [1, 0, 0]]
+SIZE = (512, 32000)  # a batch of token positions and a vocabulary: 66 MB of float32
+TOLERANCE = 1e-6  # of the worked example in float32, whose numbers are all below 3
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the report; 0 if every check holds, 1 if one does not."""
+    parser = argparse.ArgumentParser(prog="python -m xent_array", description=__doc__.partition("\n")[0])
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    as_json = parser.parse_args(arguments).json
+    report = gather()
+    print(json.dumps(report, indent=2) if as_json else text(report))
+    return 0 if report["ok"] else 1
+
+
+def gather() -> dict[str, Any]:
+    """All that is reported, as plain data."""
+    results = []
+    for library, xp, missing in _libraries():
+        for name in ENGINES:
+            reason = missing or ENGINES[name].declines(_rows(xp))
+            entry = {"engine": name, "library": library, "available": reason is None, "reason": reason}
+            if reason is None:
+                entry |= _worked_example(name, xp) | _timing(name, xp)
+            results.append(entry)
+    return {
+        "xent_array": __version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": cpu.threads(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "timed": {"rows": SIZE[0], "classes": SIZE[1], "dtype": "float32"},
+        "engines": results,
+        "ok": all(entry["right"] for entry in results if entry["available"]),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _libraries() -> list[tuple[str, Any, str | None]]:
+    """(name, namespace, why it cannot be used here) of the libraries whose arrays are tried."""
+    if importlib.util.find_spec("cupy") is None:
+        return [("NumPy", np, None), ("CuPy", None, "CuPy is not installed")]
+    import cupy  # type: ignore[import-not-found,unused-ignore]
+
+    missing = None if cupy.is_available() else "CuPy finds no CUDA device, or no driver"
+    return [("NumPy", np, None), ("CuPy", cupy, missing)]
+
+
+def _rows(xp: Any) -> Rows:
+    """The worked example's logits as an engine takes them."""
+    return Rows(xp, xp.asarray(LOGITS, dtype=xp.float32)[:, :, None], xp.dtype(xp.float32))
+
+
+def _on_host(array: Any) -> Any:
+    return np.asarray(array.get() if hasattr(array, "get") else array, dtype=np.float64)
+
+
+def _worked_example(engine: str, xp: Any) -> dict[str, Any]:
+    """The example of the README in float32, and how far it is from float64."""
+    logits, target = xp.asarray(LOGITS, dtype=xp.float32), xp.asarray(TARGET)
+    p = _engines.softmax(ENGINES[engine], _rows(xp), log=False)[:, :, 0]
+    rows = cross_entropy(logits, target, reduction="none", engine=engine)
+    mean, grad = cross_entropy_value_and_grad(logits, target, engine=engine)
+    got = {"softmax": p, "rows": rows, "mean": mean, "gradient": grad}
+    exp = np.exp(np.asarray(LOGITS))
+    sigma = exp / exp.sum(axis=1, keepdims=True)
+    h = -np.log(sigma[np.asarray(TARGET) == 1])
+    truth = {"softmax": sigma, "rows": h, "mean": h.mean(), "gradient": (sigma - TARGET) / 2}
+    error = max(float(np.abs(_on_host(got[key]) - truth[key]).max()) for key in got)
+    return {key: _on_host(value).tolist() for key, value in got.items()} | {"error": error, "right": error <= TOLERANCE}
+
+
+def _timing(engine: str, xp: Any) -> dict[str, float]:
+    """Loss and gradient at one size against a copy of the logits: both must read N×C numbers and write as many."""
+    logits = xp.asarray(np.random.default_rng(0).standard_normal(SIZE, dtype=np.float32))
+    target = xp.asarray(np.random.default_rng(1).integers(SIZE[1], size=SIZE[0]))
+    out = xp.empty_like(logits)
+    wait: Callable[[], None] = (lambda: None) if xp is np else xp.cuda.get_current_stream().synchronize
+
+    def copy() -> None:
+        out[...] = logits
+
+    def loss_and_grad() -> None:
+        cross_entropy_value_and_grad(logits, target, engine=engine, out=out)
+
+    times: dict[str, list[float]] = {"copy": [], "loss_and_grad": []}
+    for turn in range(4):
+        for work in (copy, loss_and_grad):
+            wait()
+            start = time.perf_counter()
+            work()
+            wait()
+            if turn:  # the first is a warm-up
+                times[work.__name__].append(time.perf_counter() - start)
+    moved = 2 * logits.nbytes / 1e9
+    took, copied = (statistics.median(times[key]) for key in ("loss_and_grad", "copy"))
+    return {"ms": took * 1e3, "GB/s": moved / took, "copy GB/s": moved / copied}
+
+
+def text(report: dict[str, Any]) -> str:
+    """The report for people."""
+    packages = ", ".join(f"{name} {version}" for name, version in report["packages"].items() if version)
+    absent = ", ".join(name for name, version in report["packages"].items() if not version)
+    lines = [
+        "xent_array {xent_array}, Python {python}, {machine}, {threads} threads".format(**report),
+        f"installed: {packages}",
+        f"not installed: {absent}",
+    ]
+    for entry in report["engines"]:
+        lines += ["", f"engine {entry['engine']!r} on {entry['library']} arrays: " + _verdict(entry)]
+        if entry["available"]:
+            size = f"{report['timed']['rows']} x {report['timed']['classes']} {report['timed']['dtype']}"
+            speed = f"{entry['ms']:.1f} ms, {entry['GB/s']:.1f} GB/s (a copy: {entry['copy GB/s']:.1f} GB/s)"
+            lines += [
+                f"  softmax   {_numbers(entry['softmax'])}",
+                f"  H         {_numbers(entry['rows'])}    mean {entry['mean']:.3f}",
+                f"  gradient  {_numbers(entry['gradient'])}",
+                f"  largest error against float64: {entry['error']:.1e}",
+                f"  loss and gradient of {size}: {speed}",
+            ]
+    return "\n".join(lines)
+
+
+def _verdict(entry: dict[str, Any]) -> str:
+    if not entry["available"]:
+        return f"not available: {entry['reason']}"
+    return "right" if entry["right"] else f"WRONG by {entry['error']:.1e}"
+
+
+def _numbers(values: Any) -> str:
+    return f"[{', '.join(map(_numbers, values))}]" if isinstance(values, list) else f"{values:.3f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

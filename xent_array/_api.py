@@ -1,0 +1,629 @@
+"""The public functions: what they mean, and in which order the work is done."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from . import _engines, _rows
+from ._engines import Engine
+from ._problem import IGNORE_INDEX, Output, Problem, check_options, problem_of, problem_without_target
+from ._rows import Array, RowStats
+
+
+def softmax(x: Array, *, axis: int = -1) -> Array:
+    r"""Softmax along one axis.
+
+    .. math:: \sigma(x)_c = e^{x_c} / \sum_j e^{x_j}
+
+    Parameters
+    ----------
+    x : array of float16, bfloat16, float32 or float64
+        Logits, of any shape with at least one dimension; a (nested) list is taken as NumPy would take it.
+    axis : int
+        The axis of the classes.
+
+    Returns
+    -------
+    array
+        Probabilities, in the shape, dtype, library and device of `x`. A row that is all -inf or holds +inf or
+        NaN is NaN.
+
+    Raises
+    ------
+    TypeError
+        `x` is no array, or of another dtype.
+    ValueError
+        `axis` is out of range, or has length 0.
+
+    See Also
+    --------
+    log_softmax : its logarithm, which does not underflow.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from xent_array import softmax
+    >>> softmax(np.array([[2, 1, 0.1], [0.1, 2, 1.9]])).round(3)
+    array([[0.659, 0.242, 0.099],
+           [0.073, 0.487, 0.44 ]])
+    """
+    return _softmax(problem_without_target(x, axis), log=False)
+
+
+def log_softmax(x: Array, *, axis: int = -1) -> Array:
+    r"""Logarithm of the softmax along one axis.
+
+    .. math:: \log \sigma(x)_c = x_c - \max(x) - \log(1 + \sum_{j \ne \arg\max} e^{x_j - \max(x)})
+
+    with the last term by ``log1p``, so that a confident row keeps its small loss where
+    ``log(sum(exp))`` would round it to 0.
+
+    Parameters
+    ----------
+    x : array of float16, bfloat16, float32 or float64
+        Logits, of any shape with at least one dimension.
+    axis : int
+        The axis of the classes.
+
+    Returns
+    -------
+    array
+        Log-probabilities, in the shape, dtype, library and device of `x`. A logit of -inf gives -inf; a row that
+        is all -inf or holds +inf or NaN is NaN.
+
+    Raises
+    ------
+    TypeError
+        `x` is no array, or of another dtype.
+    ValueError
+        `axis` is out of range, or has length 0.
+
+    See Also
+    --------
+    cross_entropy : for a loss there is no need of these N×C numbers.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from xent_array import log_softmax
+    >>> print(" ".join(f"{v:.3g}" for v in log_softmax(np.array([17, 0], dtype=np.float32))))
+    -4.14e-08 -17
+    """
+    return _softmax(problem_without_target(x, axis), log=True)
+
+
+def _softmax(problem: Problem, log: bool) -> Array:
+    with np.errstate(all="ignore"):
+        return problem.view.from_logits(problem.rows.xp, _engines.softmax(problem.engine, problem.rows, log))
+
+
+def logsumexp(x: Array, *, axis: int = -1, keepdims: bool = False) -> Array:
+    r"""Logarithm of the sum of exponentials along one axis.
+
+    .. math:: \mathrm{lse}(x) = \max(x) + \log(1 + \sum_{j \ne \arg\max} e^{x_j - \max(x)})
+
+    Parameters
+    ----------
+    x : array of float16, bfloat16, float32 or float64
+        Logits, of any shape with at least one dimension.
+    axis : int
+        The axis of the classes.
+    keepdims : bool
+        Keep `axis`, with length 1.
+
+    Returns
+    -------
+    array
+        The shape of `x` without `axis`; float32 for 16-bit `x`, else its dtype. As in SciPy, a row with +inf gives
+        inf, a row that is all -inf gives -inf.
+
+    Raises
+    ------
+    TypeError
+        `x` is no array, or of another dtype.
+    ValueError
+        `axis` is out of range, or has length 0.
+
+    See Also
+    --------
+    row_stats : the same number and the loss, from one read.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from xent_array import logsumexp
+    >>> logsumexp(np.array([[2, 1, 0.1], [0.1, 2, 1.9]])).round(3)
+    array([2.417, 2.72 ])
+    """
+    problem = problem_without_target(x, axis)
+    xp = problem.rows.xp
+    with np.errstate(all="ignore"):
+        stats = problem.engine.stats(problem.rows)
+        lse = problem.view.from_rows(xp, stats.max + xp.log1p(stats.rest))
+        return xp.expand_dims(lse, axis=problem.view.axis) if keepdims else lse
+
+
+def cross_entropy(
+    logits: Array,
+    target: Array,
+    *,
+    axis: int = -1,
+    reduction: str = "mean",
+    weight: Array | None = None,
+    sample_weight: Array | None = None,
+    ignore_index: int | None = IGNORE_INDEX,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    validate: bool | None = None,
+    engine: str | Engine | None = None,
+) -> Array:
+    r"""Softmax cross-entropy between logits and target classes or distributions.
+
+    With :math:`x` the logits of one row, :math:`q` its target distribution after smoothing, :math:`w` the class
+    weights and :math:`s` the row's sample weight, the loss of the row is
+
+    .. math:: s \, \bigl[ \sum_k w_k q_k (\mathrm{lse}(x) - x_k) + z \, \mathrm{lse}(x)^2 \bigr],
+              \qquad \mathrm{lse}(x) = \log \sum_k e^{x_k}
+
+    Parameters
+    ----------
+    logits : array of float16, bfloat16, float32 or float64
+        Unnormalised scores, of any shape with at least one dimension; the classes lie along `axis`, everything
+        else are rows. Any strides.
+    target : array
+        Either class indices, of any integer dtype, in the shape of `logits` without `axis`; or one distribution per
+        row, float, integer or boolean, in the shape of `logits` (soft labels, one-hot; used as given, also where it
+        does not sum to 1).
+    axis : int
+        The axis of the classes. For images in the order (N, C, H, W) it is 1; nothing is copied for that.
+    reduction : {"mean", "sum", "none"}
+        "none" gives one loss per row. "mean" divides the sum by the number of rows that count, each taken
+        `sample_weight` times and, with class indices only, times the `weight` of its label. (With distributions and
+        `weight` the mean divides by the number of rows, as in PyTorch: the two kinds of target then differ.)
+    weight : array of shape (C,), optional
+        A weight per class.
+    sample_weight : array in the shape of the rows, optional
+        A weight per row: a row of weight s counts s times. A row of weight 0 is inert, whatever it holds.
+    ignore_index : int or None
+        Rows with this label have loss 0, gradient 0 and no share in the mean, whatever they hold. None ignores
+        nothing. For class indices only.
+    label_smoothing : float in [0, 1]
+        e in q = (1 - e)·target + e/C.
+    z_loss : float, at least 0
+        z above: pulls lse(x) towards 0. It takes sample weights, never class weights.
+    softcap : float above 0, optional
+        Replaces the logits by ``softcap * tanh(logits / softcap)`` first.
+    validate : bool, optional
+        True checks every label, which waits for a GPU; False checks none. By default they are checked where that costs
+        no waiting: in host memory, outside tracing. The row of a bad label that is not checked is NaN.
+    engine : str, optional
+        Forces an engine by its name ("cpu", "generic"; ``python -m xent_array`` lists them); by default the first
+        that takes the arrays.
+
+    Returns
+    -------
+    scalar or array
+        Float32 for 16-bit logits, else in the dtype of the logits; a scalar as the library's ``sum`` returns it, or
+        one number per row, in the shape of `logits` without `axis`. NaN for the mean over no row, as in PyTorch.
+
+    Raises
+    ------
+    TypeError
+        Arrays of different libraries or devices, a dtype that is not listed above, masked arrays.
+    ValueError
+        A shape, axis or option out of its range.
+    IndexError
+        A label that is no class, where labels are checked; the message names the first.
+
+    Notes
+    -----
+    A logit of -inf has probability 0, and 0·(-inf) counts 0 for any kind of target; target mass on a -inf logit
+    gives +inf. A row that is all -inf or holds +inf or NaN is NaN, and no other.
+
+    Rows are summed in float64 where the library has it. On NumPy arrays a row's loss is the same to the last bit
+    alone, in any batch and under any number of threads.
+
+    See Also
+    --------
+    cross_entropy_value_and_grad : with the gradient, for one read of the logits.
+    row_stats : the parts it is made of.
+
+    References
+    ----------
+    Label smoothing: Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", 2016, section 7.
+    z-loss: de Brébisson and Vincent, "The Z-loss: a shift and scale invariant classification loss", 2016; the form
+    used here is that of Chowdhery et al., "PaLM", 2022, section 5. Softcap: Gemma Team, "Gemma 2", 2024, section 2.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from xent_array import cross_entropy
+    >>> A = np.array([[2, 1, 0.1], [0.1, 2, 1.9]])
+    >>> Y = np.array([1, 0])
+    >>> print(f"{cross_entropy(A, Y):.3f}")
+    2.019
+    >>> cross_entropy(A, Y, reduction="none").round(3)
+    array([1.417, 2.62 ])
+
+    The same with distributions, here one-hot:
+
+    >>> cross_entropy(A, np.array([[0, 1, 0], [1, 0, 0]]), reduction="none").round(3)
+    array([1.417, 2.62 ])
+    """
+    problem = problem_of(
+        logits,
+        target,
+        axis=axis,
+        reduction=reduction,
+        weight=weight,
+        sample_weight=sample_weight,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+        validate=validate,
+        engine=engine,
+    )
+    with np.errstate(all="ignore"):
+        return problem.loss(_engines.loss(problem.engine, problem.rows))
+
+
+def cross_entropy_value_and_grad(
+    logits: Array,
+    target: Array,
+    *,
+    axis: int = -1,
+    reduction: str = "mean",
+    weight: Array | None = None,
+    sample_weight: Array | None = None,
+    ignore_index: int | None = IGNORE_INDEX,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    validate: bool | None = None,
+    engine: str | Engine | None = None,
+    grad_output: Array | float | None = None,
+    out: Array | None = None,
+) -> tuple[Array, Array]:
+    r"""Cross-entropy and its gradient with respect to the logits, from one read of the logits.
+
+    With :math:`p` the softmax of a row, :math:`a_k = w_k q_k` and ``scale`` all that multiplies the row (upstream
+    gradient, sample weight, 1/denominator), the gradient is
+
+    .. math:: \mathrm{scale} \, \bigl[ (\textstyle\sum_j a_j + 2 z \, \mathrm{lse}) \, p_k - a_k \bigr]
+
+    and under softcap that times :math:`1 - \tanh^2`. For the mean over plain labels it is
+    :math:`(\sigma(A) - Y) / N`.
+
+    Parameters
+    ----------
+    logits, target, axis, reduction, weight, sample_weight
+        As in `cross_entropy`.
+    ignore_index, label_smoothing, z_loss, softcap, validate, engine
+        As in `cross_entropy`. ``reduction="none"`` gives the gradient of the sum of the rows.
+    grad_output : scalar, or array in the shape of the rows for ``reduction="none"``, optional
+        The upstream gradient. It multiplies the gradient only, before that is rounded to the dtype of the logits: loss
+        scaling for 16-bit gradients costs nothing.
+    out : array, optional
+        Where the gradient goes, in the shape and dtype of the logits, with any strides; returned as the same object.
+        ``out=logits`` overwrites the logits and uses no second N×C array.
+
+    Returns
+    -------
+    loss : scalar or array
+        As from `cross_entropy`.
+    grad : array
+        In the shape, dtype, library and device of the logits. Exactly 0 in a row that does not count. Detached,
+        where the library records gradients.
+
+    Raises
+    ------
+    TypeError, ValueError, IndexError
+        As in `cross_entropy`; TypeError too for an `out` of another library or dtype, or one that can never be written
+        to (JAX); ValueError for one that is read-only, of another shape, or shares memory with an input in part.
+
+    See Also
+    --------
+    cross_entropy_grad : the gradient alone, also from saved `row_stats`.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from xent_array import cross_entropy_value_and_grad
+    >>> A = np.array([[2, 1, 0.1], [0.1, 2, 1.9]])
+    >>> loss, grad = cross_entropy_value_and_grad(A, np.array([1, 0]))
+    >>> print(f"{loss:.3f}")
+    2.019
+    >>> grad.round(3)
+    array([[ 0.33 , -0.379,  0.049],
+           [-0.464,  0.243,  0.22 ]])
+
+    In place:
+
+    >>> loss, grad = cross_entropy_value_and_grad(A, np.array([1, 0]), out=A)
+    >>> grad is A
+    True
+    """
+    problem = problem_of(
+        logits,
+        target,
+        axis=axis,
+        reduction=reduction,
+        weight=weight,
+        sample_weight=sample_weight,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+        validate=validate,
+        engine=engine,
+        grad_output=grad_output,
+        detach=True,
+    )
+    into = Output(problem, out)
+    with np.errstate(all="ignore"):
+        loss, grad = _engines.loss_and_grad(problem.engine, problem.rows, into.view)
+        return problem.loss(loss), into.result(grad)
+
+
+def cross_entropy_grad(
+    logits: Array,
+    target: Array,
+    *,
+    axis: int = -1,
+    reduction: str = "mean",
+    weight: Array | None = None,
+    sample_weight: Array | None = None,
+    ignore_index: int | None = IGNORE_INDEX,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    validate: bool | None = None,
+    engine: str | Engine | None = None,
+    grad_output: Array | float | None = None,
+    stats: RowStats | None = None,
+    out: Array | None = None,
+) -> Array:
+    r"""Gradient of the cross-entropy with respect to the logits.
+
+    .. math:: \mathrm{scale} \, \bigl[ (\textstyle\sum_j a_j + 2 z \, \mathrm{lse}) \, p_k - a_k \bigr]
+
+    in the notation of `cross_entropy_value_and_grad`.
+
+    Parameters
+    ----------
+    logits, target, axis, reduction, weight, sample_weight
+        As in `cross_entropy`.
+    ignore_index, label_smoothing, z_loss, softcap, validate, engine
+        As in `cross_entropy`.
+    grad_output, out
+        As in `cross_entropy_value_and_grad`.
+    stats : RowStats, optional
+        What `row_stats` returned for the same logits, target and options: the forward pass of an automatic
+        differentiation saves it, and the backward pass need not reduce the rows again.
+
+    Returns
+    -------
+    array
+        In the shape, dtype, library and device of the logits.
+
+    Raises
+    ------
+    TypeError, ValueError, IndexError
+        As in `cross_entropy_value_and_grad`; also for `stats` that are no `RowStats` or of another shape.
+
+    See Also
+    --------
+    cross_entropy_value_and_grad : when the loss is wanted too.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from xent_array import cross_entropy_grad, row_stats
+    >>> A = np.array([[2, 1, 0.1], [0.1, 2, 1.9]])
+    >>> saved = row_stats(A, np.array([1, 0]))
+    >>> cross_entropy_grad(A, np.array([1, 0]), stats=saved).round(3)
+    array([[ 0.33 , -0.379,  0.049],
+           [-0.464,  0.243,  0.22 ]])
+    """
+    problem = problem_of(
+        logits,
+        target,
+        axis=axis,
+        reduction=reduction,
+        weight=weight,
+        sample_weight=sample_weight,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+        validate=validate,
+        engine=engine,
+        grad_output=grad_output,
+        detach=True,
+    )
+    saved = None if stats is None else problem.stats(stats)
+    into = Output(problem, out)
+    with np.errstate(all="ignore"):
+        if saved is None:
+            _, grad = _engines.loss_and_grad(problem.engine, problem.rows, into.view)
+        else:
+            grad = problem.engine.grad(problem.rows, saved, into.view)
+        return into.result(grad)
+
+
+def row_stats(
+    logits: Array,
+    target: Array,
+    *,
+    axis: int = -1,
+    weight: Array | None = None,
+    sample_weight: Array | None = None,
+    ignore_index: int | None = IGNORE_INDEX,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    validate: bool | None = None,
+    engine: str | Engine | None = None,
+) -> RowStats:
+    r"""What one read of the logits tells of every row.
+
+    .. math:: \mathrm{lse} = \log \sum_k e^{x_k}, \qquad \mathrm{loss} = \sum_k w_k q_k (\mathrm{lse} - x_k)
+
+    Parameters
+    ----------
+    logits, target, axis, weight, sample_weight, ignore_index, label_smoothing, z_loss, softcap, validate, engine
+        As in `cross_entropy`.
+
+    Returns
+    -------
+    RowStats
+        Arrays with one number per row, in the shape of `logits` without `axis`, in the dtype of the loss: ``lse``;
+        ``loss``, before z-loss, ignored rows and sample weights (0 for a row without a label, NaN for a bad one); and
+        the parts they are made of. Hand it to `cross_entropy_grad`.
+
+    Raises
+    ------
+    TypeError, ValueError, IndexError
+        As in `cross_entropy`.
+
+    See Also
+    --------
+    logsumexp : without a target.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from xent_array import row_stats
+    >>> stats = row_stats(np.array([[2, 1, 0.1], [0.1, 2, 1.9]]), np.array([1, 0]))
+    >>> stats.lse.round(3), stats.loss.round(3), stats.p_max.round(3)
+    (array([2.417, 2.72 ]), array([1.417, 2.62 ]), array([0.659, 0.487]))
+    """
+    problem = problem_of(
+        logits,
+        target,
+        axis=axis,
+        weight=weight,
+        sample_weight=sample_weight,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+        validate=validate,
+        engine=engine,
+    )
+    rows, xp = problem.rows, problem.rows.xp
+    with np.errstate(all="ignore"):
+        stats = problem.engine.stats(rows)
+        gap = stats.gap
+        if rows.has_labels and not rows.all_labels_count:
+            _, valid, ignored = _rows.labels(rows)
+            named = valid if ignored is None else valid | ignored
+            gap = xp.where(named, gap, xp.full_like(gap, xp.nan))
+        return RowStats(*(problem.view.from_rows(xp, part) for part in (stats.max, stats.rest, gap, stats.mass)))
+
+
+class CrossEntropyLoss:
+    r"""Cross-entropy as the textbook writes it: `forward`, then `backward`.
+
+    .. math:: H(A, Y)_i = -\sum_c Y_{ic} \log \sigma(A)_{ic}, \qquad
+              \partial\,\mathrm{mean}(H) / \partial A = (\sigma(A) - Y) / N
+
+    Parameters
+    ----------
+    axis, reduction, weight, sample_weight, ignore_index, label_smoothing, z_loss, softcap, validate, engine
+        As in `cross_entropy`.
+
+    Notes
+    -----
+    `forward` keeps a reference to A and Y and a few numbers per row, never an N×C array of its own: do not change A
+    between the two. An object is not thread-safe; use one per thread, or the functions.
+
+    See Also
+    --------
+    cross_entropy_value_and_grad : both at once, for half the work.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from xent_array import CrossEntropyLoss
+    >>> A = np.array([[2, 1, 0.1], [0.1, 2, 1.9]])
+    >>> Y = np.array([[0, 1, 0], [1, 0, 0]])
+    >>> sce = CrossEntropyLoss()
+    >>> print(f"{sce.forward(A, Y):.3f}")
+    2.019
+    >>> sce.backward().round(3)
+    array([[ 0.33 , -0.379,  0.049],
+           [-0.464,  0.243,  0.22 ]])
+    """
+
+    def __init__(
+        self,
+        *,
+        axis: int = -1,
+        reduction: str = "mean",
+        weight: Array | None = None,
+        sample_weight: Array | None = None,
+        ignore_index: int | None = IGNORE_INDEX,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+        validate: bool | None = None,
+        engine: str | Engine | None = None,
+    ) -> None:
+        check_options(reduction, ignore_index, label_smoothing, z_loss, softcap, validate)
+        self._options: dict[str, Any] = {
+            "axis": axis,
+            "reduction": reduction,
+            "weight": weight,
+            "sample_weight": sample_weight,
+            "ignore_index": ignore_index,
+            "label_smoothing": label_smoothing,
+            "z_loss": z_loss,
+            "softcap": softcap,
+            "validate": validate,
+            "engine": engine,
+        }
+        self._saved: tuple[Problem, RowStats] | None = None
+
+    def __repr__(self) -> str:
+        given = ", ".join(f"{name}={value!r}" for name, value in self._options.items() if value is not None)
+        return f"{type(self).__name__}({given})"
+
+    def forward(self, A: Array, Y: Array) -> Array:
+        """The loss of logits `A` under target `Y`, as `cross_entropy` returns it; keeps what `backward` needs."""
+        self._saved = None
+        problem = problem_of(A, Y, **self._options, detach=True)
+        with np.errstate(all="ignore"):
+            stats = problem.engine.stats(problem.rows)
+            self._saved = problem, stats
+            return problem.loss(_rows.finish(problem.rows, stats))
+
+    __call__ = forward
+
+    def backward(self, grad_output: Array | float | None = None, out: Array | None = None) -> Array:
+        """The gradient with respect to the `A` of the last `forward`.
+
+        Parameters
+        ----------
+        grad_output, out
+            As in `cross_entropy_value_and_grad`. After ``out=A`` the logits are gone: `forward` must come first again.
+
+        Raises
+        ------
+        RuntimeError
+            No `forward` came before.
+        """
+        if self._saved is None:
+            raise RuntimeError("backward() needs the logits of a forward(): call forward(A, Y) first")
+        problem, stats = self._saved
+        problem = problem.with_upstream(grad_output)
+        into = Output(problem, out)
+        with np.errstate(all="ignore"):
+            grad = into.result(problem.engine.grad(problem.rows, stats, into.view))
+        if into.in_place:
+            self._saved = None
+        return grad

@@ -1,0 +1,82 @@
+"""What an engine is, which ones there are, and how one is picked.
+
+An engine is a module, or any object, that answers `Rows` for one kind of array:
+
+    name                           its word, as in ``engine="cpu"``
+    declines(rows) -> str | None   why it cannot take these arrays; None if it can
+    reads_labels_free(rows)        whether looking at every label costs no synchronisation
+    stats(rows) -> RowStats        one read of the logits
+    grad(rows, stats, out)         the gradient in the shape (outer, C, inner), written to `out` if that is given
+
+It may also have these of its own; where it does not, the functions below compose them:
+
+    loss(rows)                     the reduced loss, or one per row
+    loss_and_grad(rows, out)       both, for the price of one read and one write
+    softmax(rows, log)             softmax or log-softmax of every row
+
+Rows are canonical and checked: an engine never sees an axis or a user's mistake. A label that is no class has no
+target (a = 0) and a row factor of NaN; `_rows` says what the factor, the divisor and the scale of a row are.
+A row whose scale is 0 has gradient exactly 0.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from .. import _rows
+from .._rows import Array, Rows, RowStats
+from . import cpu, generic
+
+
+class Engine(Protocol):
+    """What every engine has; see above for what it means."""
+
+    name: str
+
+    def declines(self, rows: Rows) -> str | None: ...
+    def reads_labels_free(self, rows: Rows) -> bool: ...
+    def stats(self, rows: Rows) -> RowStats: ...
+    def grad(self, rows: Rows, stats: RowStats, out: Array | None = None) -> Array: ...
+
+
+ENGINES: dict[str, Engine] = {"cpu": cpu, "generic": generic}  # in the order they are tried
+
+
+def pick(rows: Rows, engine: str | Engine | None) -> Engine:
+    """The engine that was asked for, or the first of ENGINES that takes these rows."""
+    if engine is None:
+        return next(found for found in ENGINES.values() if found.declines(rows) is None)
+    if isinstance(engine, str):
+        if engine not in ENGINES:
+            raise ValueError(f"engine must be None or one of {', '.join(map(repr, ENGINES))}; got {engine!r}")
+        engine = ENGINES[engine]
+    reason = engine.declines(rows)
+    if reason is not None:
+        raise ValueError(f"engine {engine.name!r} cannot take these arrays: it {reason}")
+    return engine
+
+
+def loss(engine: Engine, rows: Rows) -> Array:
+    own = getattr(engine, "loss", None)
+    return own(rows) if own is not None else _rows.finish(rows, engine.stats(rows))
+
+
+def loss_and_grad(engine: Engine, rows: Rows, out: Array | None) -> tuple[Array, Array]:
+    own = getattr(engine, "loss_and_grad", None)
+    if own is not None:
+        loss, grad = own(rows, out)
+        return loss, grad
+    stats = engine.stats(rows)
+    return _rows.finish(rows, stats), engine.grad(rows, stats, out)
+
+
+def softmax(engine: Engine, rows: Rows, log: bool) -> Array:
+    own = getattr(engine, "softmax", None)
+    if own is not None:
+        return own(rows, log)
+    stats = engine.stats(rows)
+    if not log:
+        return engine.grad(rows, stats, None)
+    x = rows.xp.astype(rows.logits, rows.acc, copy=False)
+    below = (x - stats.max[:, None, :]) - stats.tail[:, None, :]
+    return rows.xp.astype(below, rows.grad_dtype, copy=False)

@@ -1,0 +1,519 @@
+"""NumPy arrays: blocks of rows that stay in cache, over threads.
+
+The driver cuts the rows into blocks and lets the calling thread and threads of a pool take one after another.
+`_block` does all that is asked of one block while it is in cache: its logits are read once, its gradient is
+written once, and what lies between lives in a scratch of the size of a block. 16-bit, strided and byte-swapped
+logits are widened into that scratch, never as a whole.
+
+Every operation on a row depends on its own C numbers only, so its loss and gradient are the same to the last bit
+in any batch and under any number of threads.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .. import _rows
+from .._rows import Array, Rows, RowStats
+
+name = "cpu"
+
+BLOCK = 1 << 18  # logits in a block, at most: its scratch is 1 MiB in float32
+TILE = 1 << 20  # a row of more classes is read in tiles of this many, so that scratch stays bounded
+ALONE = 1 << 16  # fewer logits than this are not worth waking a thread for
+
+Part = tuple[slice, slice]  # of the outer and of the inner axis
+_WHOLE: Part = (slice(None), slice(None))
+
+
+def declines(rows: Rows) -> str | None:
+    return None if rows.xp is np else f"takes NumPy arrays, and these are of {rows.xp.__name__}"
+
+
+def reads_labels_free(rows: Rows) -> bool:
+    return True
+
+
+def stats(rows: Rows) -> RowStats:
+    filled = RowStats(*(np.empty(rows.shape, rows.acc) for _ in RowStats.__slots__))
+    _drive(rows, _Want(stats=filled))
+    return filled
+
+
+def loss(rows: Rows) -> Array:
+    return _loss(rows, None)
+
+
+def grad(rows: Rows, stats: RowStats, out: Array | None = None) -> Array:
+    out = _gradient(rows) if out is None else out
+    _drive(rows, _Want(given=stats, grad=out, divisor=_divisor(rows)))
+    return out
+
+
+def loss_and_grad(rows: Rows, out: Array | None = None) -> tuple[Array, Array]:
+    out = _gradient(rows) if out is None else out
+    return _loss(rows, out), out
+
+
+def softmax(rows: Rows, log: bool) -> Array:
+    out = _gradient(rows)
+    _drive(rows, _Want(log=out) if log else _Want(grad=out))
+    return out
+
+
+def _loss(rows: Rows, out: Array | None) -> Array:
+    """The loss, and the gradient into `out` where there is one."""
+    divisor = _divisor(rows)
+    losses = np.empty(rows.shape, rows.acc)
+    _drive(rows, _Want(loss=losses, grad=out, divisor=divisor))
+    if rows.reduction == "none":
+        return losses
+    total = float(np.add.reduce(losses.reshape(-1), dtype=np.float64))
+    return rows.acc.type(total if divisor is None else _rows.divide(np, total, divisor))
+
+
+def _gradient(rows: Rows) -> Array:
+    return np.empty(rows.logits.shape, rows.grad_dtype)
+
+
+def _divisor(rows: Rows) -> float | None:
+    """The mean's denominator, part by part: nothing of the size of the batch is held."""
+    if rows.reduction != "mean":
+        return None
+    if rows.sample_weight is None and (not rows.has_labels or (rows.all_labels_count and rows.weight is None)):
+        return float(rows.shape[0] * rows.shape[1])
+    total = 0.0
+    for part in _parts(rows.shape, BLOCK):
+        here = _sliced(rows, part)
+        known = _rows.labels(here) if rows.has_labels else None
+        total += float(_rows.denominator(here, known, _rows.row_factor(here, known), np.float64))
+    return total
+
+
+# The driver
+
+
+class _Want(NamedTuple):
+    """What is asked of every block: arrays to fill; the stats to start from and the mean's denominator, if known."""
+
+    loss: Array | None = None
+    stats: RowStats | None = None
+    given: RowStats | None = None
+    grad: Array | None = None
+    log: Array | None = None
+    divisor: float | None = None
+
+
+def _drive(rows: Rows, want: _Want) -> None:
+    outer, classes, inner = rows.logits.shape
+    count, size = outer * inner, rows.logits.size
+    team = min(threads(), -(-size // ALONE)) if size > ALONE else 1
+    # Small enough for cache, large enough that Python is idle, and some for every thread.
+    in_block = max(1, min(BLOCK, max(ALONE, size // (4 * team))) // classes)
+    scratch_size = min(in_block, count) * min(classes, TILE)
+    body = _plain_block if _is_plain(rows, want) else _block
+    if in_block >= count:
+        if count:
+            body(rows, want, _WHOLE, _Scratch(scratch_size, rows.acc))
+        return
+    parts = _Shared(_parts(rows.shape, in_block))
+
+    def work() -> None:
+        scratch = _Scratch(scratch_size, rows.acc)
+        with np.errstate(all="ignore"):  # NumPy's settings are each thread's own
+            for part in parts:
+                body(_sliced(rows, part), want, part, scratch)
+
+    _spread(work, team - 1)
+
+
+def _parts(shape: tuple[int, int], count: int) -> Iterator[Part]:
+    """Cuts (outer, inner) into parts of at most `count` rows."""
+    outer, inner = shape
+    if 0 < inner <= count:
+        step = count // inner
+        for start in range(0, outer, step):
+            yield slice(start, start + step), slice(None)
+    else:
+        for row in range(outer):
+            for start in range(0, inner, count):
+                yield slice(row, row + 1), slice(start, start + count)
+
+
+def _sliced(rows: Rows, part: Part) -> Rows:
+    outer, inner = part
+    target, upstream = rows.target, rows.upstream
+    if target is not None:
+        target = target[part] if target.ndim == 2 else target[outer, :, inner]
+    return rows._replace(
+        logits=rows.logits[outer, :, inner],
+        target=target,
+        sample_weight=None if rows.sample_weight is None else rows.sample_weight[part],
+        upstream=upstream if upstream is None or isinstance(upstream, float) else upstream[part],
+    )
+
+
+class _Scratch:
+    """One thread's buffers of the size of a block, each made when first asked for."""
+
+    def __init__(self, size: int, dtype: Any) -> None:
+        self.size, self.dtype = size, dtype
+        self.buffers: dict[str, Array] = {}
+
+    def __call__(self, use: str, shape: tuple[int, int]) -> Array:
+        buffer = self.buffers.get(use)
+        if buffer is None:
+            buffer = self.buffers[use] = np.empty(self.size, self.dtype)
+        return buffer[: shape[0] * shape[1]].reshape(shape)
+
+
+# One block
+
+
+def _is_plain(rows: Rows, want: _Want) -> bool:
+    """Whether a loss, with or without gradient, is asked for of dense rows, labels that all count, and no options."""
+    _, classes, inner = rows.logits.shape
+    return (
+        rows.all_labels_count
+        and (rows.weight is None and rows.sample_weight is None and rows.softcap is None)
+        and (rows.label_smoothing == 0 and rows.z_loss == 0)
+        and (want.loss is not None and want.given is None)
+        and (inner == 1 and classes <= TILE)
+        and (rows.upstream is None or isinstance(rows.upstream, float))
+        and _is_dense(rows.logits, rows.acc)
+        and (want.grad is None or _is_dense(want.grad, rows.acc))
+    )
+
+
+def _is_dense(array: Array, dtype: Any) -> bool:
+    flags = array.flags
+    return bool(array.dtype == dtype and flags.c_contiguous and flags.aligned)
+
+
+def _plain_block(rows: Rows, want: _Want, part: Part, scratch: _Scratch) -> None:
+    """What `_block` comes down to where `_is_plain`: the same operations on the same numbers, and nothing else.
+
+    exp(x - max) is made where the gradient goes, so that even the scratch is not needed.
+    """
+    assert rows.target is not None
+    assert want.loss is not None
+    count, classes, _ = rows.logits.shape
+    x = rows.logits.reshape(count, classes)
+    grad = None if want.grad is None else want.grad[part].reshape(count, classes)
+    starts = np.arange(0, count * classes, classes)
+    at = starts + x.argmax(axis=1)
+    largest = x.reshape(-1).take(at)
+    if not _all_finite(largest):
+        return _block(rows, want, part, scratch)
+    label = starts + rows.target.reshape(-1).astype(np.intp, copy=False)
+    e = np.subtract(x, largest[:, None], out=scratch("e", (count, classes)) if grad is None else grad)
+    flat = e.reshape(-1)
+    gap = -flat.take(label)
+    np.exp(e, out=e)
+    flat.put(at, 0)
+    rest = np.add.reduce(e, axis=1)
+    want.loss[part] = (gap + np.log1p(rest))[:, None]
+    if grad is None:
+        return None
+    scale = _rows.row_scale(rows, None, want.divisor)
+    if scale == 0:
+        grad[...] = 0
+        return None
+    p_max = 1 / (1 + rest)
+    np.multiply(e, (p_max * scale)[:, None], out=grad)
+    flat.put(label, flat.take(label) - scale)
+    a_top = (label == at).astype(rows.acc)
+    flat.put(at, np.where(rest < 1, (1 - a_top) - rest * p_max, p_max - a_top) * scale)
+    return None
+
+
+def _block(rows: Rows, want: _Want, part: Part, scratch: _Scratch) -> None:
+    """All that is asked of one block: a tile of whole rows, or one long row in several tiles."""
+    known = _rows.labels(rows) if rows.has_labels and not rows.all_labels_count else None
+    factor = _rows.row_factor(rows, known)
+    spans = _spans(rows.classes)
+    tile = None
+    if want.given is None:
+        tile = _Tile(rows, spans[0], known, scratch)
+        stats = tile.stats()
+        for span in spans[1:]:
+            tile = _Tile(rows, span, known, scratch)
+            stats = _rows.merge(stats, tile.stats())
+        if rows.target is None:  # the softmax alone: the gradient of lse
+            stats = RowStats(stats.max, stats.rest, stats.gap, mass=rows.acc.type(1))
+    else:
+        stats = RowStats(*(getattr(want.given, field)[part].reshape(-1) for field in RowStats.__slots__))
+    finite = _all_finite(stats.max)
+    tail = np.log1p(stats.rest) if finite else stats.tail
+    lse = stats.max + tail if rows.z_loss else None
+    if want.stats is not None:
+        for field in RowStats.__slots__:
+            filled, values = getattr(want.stats, field)[part], getattr(stats, field)
+            filled[...] = values.reshape(filled.shape) if isinstance(values, np.ndarray) else values
+    if want.loss is not None:
+        losses = stats.gap + stats.mass * tail
+        if lse is not None:
+            losses = losses + rows.z_loss * (lse * lse)
+        if factor is not None:
+            losses = np.where(factor.reshape(-1) == 0, 0, factor.reshape(-1) * losses)
+        filled = want.loss[part]
+        filled[...] = losses.reshape(filled.shape)
+    if want.log is not None:
+        for span in spans:
+            tile = _Tile(rows, span, known, scratch)
+            log = np.subtract(tile.below(stats.max), tail[:, None], out=tile.e)
+            _store(log, want.log[part[0], span, part[1]])
+    if want.grad is not None:
+        scale = _rows.row_scale(rows, factor, want.divisor)
+        scale = scale if isinstance(scale, float) else scale.reshape(-1)
+        coef = stats.mass if lse is None else stats.mass + 2 * rows.z_loss * lse
+        p_max = 1 / (1 + stats.rest) if finite else stats.p_max
+        for span in spans:
+            if tile is None or len(spans) > 1:
+                tile = _Tile(rows, span, known, scratch)
+                tile.exponentials(stats.max)
+            tile.grad(stats.rest, coef, p_max, scale, want.grad[part[0], span, part[1]])
+
+
+def _spans(classes: int) -> list[slice]:
+    if classes <= TILE:
+        return [slice(0, classes)]
+    return [slice(start, min(start + TILE, classes)) for start in range(0, classes, TILE)]
+
+
+class _Tile:
+    """Whole rows of a block, or a stretch of one long row.
+
+    `x` are its logits, capped, one row after another; `e` the scratch that holds, in turn, x (where that is no view),
+    x - max, exp(x - max) and the gradient. The target is a = `a` or, for labels, `label_part` at `label` plus `each`.
+    """
+
+    def __init__(self, rows: Rows, span: slice, known: _rows.Labels | None, scratch: _Scratch) -> None:
+        logits, target = rows.logits, rows.target
+        if span.stop - span.start != logits.shape[1]:
+            logits = logits[:, span, :]
+        self.count, self.classes = logits.shape[0] * logits.shape[2], logits.shape[1]
+        self.scratch = scratch
+        self.e = scratch("e", (self.count, self.classes))
+        self.x = _dense(logits, rows.acc, self.e)
+        self.slope: Array | None = None
+        if rows.softcap is not None:
+            t = np.tanh(np.divide(self.x, rows.softcap, out=self.e), out=self.e)
+            self.slope = np.multiply(1 - t, 1 + t, out=scratch("slope", t.shape))
+            self.x = np.multiply(t, rows.softcap, out=t)
+        self.starts = np.arange(0, self.count * self.classes, self.classes)
+        self.at: Array = self.starts
+        self.a: Array | None = None
+        self.label: Array | None = None
+        self.label_part: Any = rows.acc.type(1 - rows.label_smoothing)
+        self.each: Any = None
+        self.valid: Array | None = None
+        if target is None:
+            return
+        if target.ndim == 3:
+            self.a = _distribution(rows, target[:, span, :], span, scratch("a", self.e.shape))
+            return
+        if rows.label_smoothing:
+            self.each = rows.acc.type(rows.label_smoothing / rows.classes)
+            if rows.weight is not None:
+                self.each = self.each * rows.weight[span]
+        label = (target if known is None else known.index).reshape(-1).astype(np.intp, copy=False)
+        if rows.weight is not None:
+            self.label_part = self.label_part * rows.weight.take(label)
+        if known is not None and known.valid is not None:
+            self.valid = known.valid.reshape(-1)
+            self.label_part = np.where(self.valid, self.label_part, rows.acc.type(0))
+        if self.classes != rows.classes:
+            inside = (label >= span.start) & (label < span.stop)
+            label = np.where(inside, label, span.start) - span.start
+            self.label_part = np.where(inside, self.label_part, rows.acc.type(0))
+        self.label = self.starts + label
+
+    def stats(self) -> RowStats:
+        """The stats of these classes; leaves exp(x - max) in `e`, with 0 at the maximum."""
+        self.at = self.starts + self.x.argmax(axis=1)
+        largest = _pick(self.x, self.at)
+        e = self.below(largest)
+        flat = e.reshape(-1)
+        gap: Any = e.dtype.type(0)
+        mass: Any = gap
+        if self.label is not None:
+            gap, mass = -flat.take(self.label), self.label_part
+            if isinstance(mass, np.ndarray) or mass != 1:
+                gap = np.where(mass == 0, 0, mass * gap)
+            if self.each is not None:
+                spread = self._weighed(e, self.each)
+                whole = np.add.reduce(self.each) if self.each.ndim else self.each * e.dtype.type(self.classes)
+                if self.valid is not None:
+                    spread, whole = np.where(self.valid, spread, 0), np.where(self.valid, whole, 0)
+                gap, mass = gap + spread, mass + whole
+        elif self.a is not None:
+            gap, mass = self._weighed(e, self.a), np.add.reduce(self.a, axis=1)
+        np.exp(e, out=e)
+        flat.put(self.at, 0)
+        return RowStats(largest, np.add.reduce(e, axis=1), gap, mass)
+
+    def exponentials(self, largest: Array) -> None:
+        """exp(x - max) into `e`, for a maximum that is known already."""
+        at = self.starts + self.x.argmax(axis=1)
+        holds = _pick(self.x, at) == largest
+        self.at = at if holds.all() else at[holds]
+        np.exp(self.below(largest), out=self.e)
+
+    def below(self, largest: Array) -> Array:
+        """Leave x - max in `e`; a row whose maximum is not finite ends as NaN whatever is in it."""
+        if not _all_finite(largest):
+            largest = np.where(np.isfinite(largest), largest, 0)
+        return np.subtract(self.x, largest[:, None], out=self.e)
+
+    def _weighed(self, below: Array, a: Array) -> Array:
+        """sum(a·(max - x)) of each row, where 0·inf counts 0."""
+        product = np.multiply(below, a, out=self.scratch("product", below.shape))
+        total = np.add.reduce(product, axis=1)
+        if np.isnan(total).any():
+            product[np.broadcast_to(np.equal(a, 0), product.shape)] = 0
+            total = np.add.reduce(product, axis=1)
+        return -total
+
+    def grad(self, rest: Array, coef: Any, p_max: Array, scale: Any, out: Array) -> None:
+        """scale·[coef·p - a] into `out`; at the maximum 1 - p is taken from rest where p > 1/2."""
+        view = out[:, :, 0] if out.shape[2] == 1 else None
+        direct = view is not None and view.dtype == self.e.dtype and view.flags.carray
+        g = np.multiply(self.e, (p_max * (scale * coef))[:, None], out=view if direct else self.e)
+        flat, at = g.reshape(-1), self.at
+        who = slice(None) if len(at) == self.count else at // self.classes
+        a_top: Any = self.e.dtype.type(0)
+        if self.a is not None:
+            a_top = _pick(self.a, at)
+            g -= np.multiply(self.a, _column(scale), out=self.scratch("product", g.shape))
+        elif self.label is not None:
+            flat.put(self.label, flat.take(self.label) - scale * self.label_part)
+            a_top = np.where(self.label[who] == at, _of(self.label_part, who), a_top)
+            if self.each is not None:
+                g -= np.multiply(_column(scale), self.each, out=self.scratch("product", g.shape))
+                a_top += self.each.take(at % self.classes) if self.each.ndim else self.each
+        rest, coef, p_max = _of(rest, who), _of(coef, who), _of(p_max, who)
+        top = np.where(rest < 1, (coef - a_top) - coef * (rest * p_max), coef * p_max - a_top)
+        flat.put(at, top * _of(scale, who))
+        if self.slope is not None:
+            g *= self.slope
+        if not isinstance(scale, float):
+            g[scale == 0] = 0
+        elif scale == 0:
+            g[...] = 0
+        if not direct:
+            _store(g, out)
+
+
+def _all_finite(values: Array) -> bool:
+    return bool(np.logical_and.reduce(np.isfinite(values)))
+
+
+def _distribution(rows: Rows, target: Array, span: slice, buffer: Array) -> Array:
+    """The weighted, smoothed target a = w·q of these classes: a view where it is the target itself."""
+    a = _dense(target, rows.acc, buffer)
+    if rows.label_smoothing:
+        a = np.multiply(a, 1 - rows.label_smoothing, out=buffer)
+        a += rows.label_smoothing / rows.classes
+    return a if rows.weight is None else np.multiply(a, rows.weight[span], out=buffer)
+
+
+def _dense(block: Array, dtype: Any, buffer: Array) -> Array:
+    """(outer, C, inner) as (rows, C) in the dtype of the arithmetic: a view if rows lie dense, else in `buffer`."""
+    outer, classes, inner = block.shape
+    if inner == 1:
+        view = block[:, :, 0]
+        if view.dtype == dtype and view.strides[1] == view.itemsize and view.flags.aligned:
+            return view
+    np.copyto(buffer.reshape(outer, inner, classes), block.transpose(0, 2, 1), casting="unsafe")
+    return buffer
+
+
+def _store(values: Array, out: Array) -> None:
+    """(rows, C) to (outer, C, inner)."""
+    outer, classes, inner = out.shape
+    out.transpose(0, 2, 1)[...] = values.reshape(outer, inner, classes)
+
+
+def _pick(values: Array, at: Array) -> Array:
+    """Elements by their number in C order."""
+    if values.flags.c_contiguous:
+        return values.reshape(-1).take(at)
+    return values[at // values.shape[1], at % values.shape[1]]
+
+
+def _column(values: Any) -> Any:
+    return values[:, None] if isinstance(values, np.ndarray) else values
+
+
+def _of(values: Any, who: Any) -> Any:
+    return values[who] if isinstance(values, np.ndarray) else values
+
+
+# Threads
+
+_pool: Any = None
+_pool_lock = threading.Lock()
+
+
+def _after_fork() -> None:
+    """A child has none of its parent's threads: it starts with no pool, and a lock that nobody holds."""
+    global _pool, _pool_lock
+    _pool, _pool_lock = None, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def threads() -> int:
+    """How many threads a large problem may use: XENT_ARRAY_NUM_THREADS, else the cores this process may run on."""
+    asked = os.environ.get("XENT_ARRAY_NUM_THREADS")
+    if asked is not None:
+        if not asked.isdecimal() or int(asked) < 1:
+            raise ValueError(f"XENT_ARRAY_NUM_THREADS must be a whole number of threads, at least 1; got {asked!r}")
+        return int(asked)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _spread(work: Callable[[], None], helpers: int) -> None:
+    """Runs `work` here and on up to `helpers` threads of the pool at once; returns when all have ended."""
+    global _pool
+    futures = []
+    if helpers > 0:
+        from concurrent.futures import ThreadPoolExecutor  # 7 ms that small problems need not pay
+
+        with _pool_lock:
+            if _pool is None or _pool._max_workers < helpers:
+                _pool = ThreadPoolExecutor(
+                    max_workers=max(helpers, os.cpu_count() or 1), thread_name_prefix="xent_array"
+                )
+            with suppress(RuntimeError):  # the interpreter is ending, or there are no more threads: this one suffices
+                for _ in range(helpers):
+                    futures.append(_pool.submit(work))  # noqa: PERF401  those submitted before an error do run
+    try:
+        work()
+    finally:
+        waited = [future for future in futures if not future.cancel()]
+        for future in waited:
+            future.result()
+
+
+class _Shared:
+    """An iterator that several threads may draw from."""
+
+    def __init__(self, items: Iterator[Part]) -> None:
+        self.items, self.lock = items, threading.Lock()
+
+    def __iter__(self) -> _Shared:
+        return self
+
+    def __next__(self) -> Part:
+        with self.lock:
+            return next(self.items)

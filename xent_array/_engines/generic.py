@@ -1,0 +1,104 @@
+"""The mathematics in Array-API functions only: readable, differentiable, runs anywhere, holds N×C temporaries."""
+
+from __future__ import annotations
+
+from .. import _rows
+from .._rows import Array, Rows, RowStats
+
+name = "generic"
+
+
+def declines(rows: Rows) -> str | None:
+    return None
+
+
+def reads_labels_free(rows: Rows) -> bool:
+    """Labels in host memory can be read at no cost; a traced array has none, a device would have to be waited for."""
+    where = getattr(rows.target, "__dlpack_device__", None)
+    return where is not None and int(where()[0]) == 1  # kDLCPU
+
+
+def stats(rows: Rows) -> RowStats:
+    xp = rows.xp
+    x, _ = _capped(rows)
+    a = _target(rows)
+    at = xp.argmax(x, axis=1, keepdims=True)
+    top = xp.take_along_axis(x, at, axis=1)
+    below = _below(rows, x, top)
+    zero = xp.zeros_like(x)
+    return RowStats(
+        max=top[:, 0, :],
+        rest=xp.sum(xp.where(_classes(rows) == at, zero, xp.exp(below)), axis=1),
+        gap=xp.sum(xp.where(a == 0, zero, -a * below), axis=1),
+        mass=xp.ones_like(at[:, 0, :], dtype=rows.acc) if rows.target is None else xp.sum(a, axis=1),
+    )
+
+
+def grad(rows: Rows, stats: RowStats, out: Array | None = None) -> Array:
+    xp = rows.xp
+    x, slope = _capped(rows)
+    a = _target(rows)
+    top, rest, p_max, coef = (v[:, None, :] for v in (stats.max, stats.rest, stats.p_max, stats.mass))
+    if rows.z_loss:
+        coef = coef + 2 * rows.z_loss * stats.lse[:, None, :]
+    g = coef * (xp.exp(_below(rows, x, top)) * p_max) - a
+    # Where p > 1/2, 1 - p is taken from rest, which has not cancelled.
+    g = xp.where((x == top) & (rest < 1), (coef - a) - coef * (rest * p_max), g)
+    if slope is not None:
+        g = g * slope
+    scale = _rows.row_scale(rows, *_rows.terms(rows))
+    if isinstance(scale, float):
+        g = g * scale
+    else:
+        scale = scale[:, None, :] if scale.ndim else scale
+        g = xp.where(scale == 0, xp.zeros_like(g), g * scale)
+    g = xp.astype(g, rows.grad_dtype, copy=False)
+    if out is None:
+        return g
+    out[...] = g
+    return out
+
+
+def loss(rows: Rows) -> Array:
+    factor, _ = _rows.terms(rows)
+    if factor is not None:  # automatic differentiation would carry a NaN out of a row that does not count
+        zero = rows.xp.zeros_like(rows.logits)
+        rows = rows._replace(logits=rows.xp.where(factor[:, None, :] == 0, zero, rows.logits))
+    return _rows.finish(rows, stats(rows))
+
+
+def _capped(rows: Rows) -> tuple[Array, Array | None]:
+    """The logits in the dtype of the arithmetic, after softcap, and the slope of softcap there."""
+    xp = rows.xp
+    x = xp.astype(rows.logits, rows.acc, copy=False)
+    if rows.softcap is None:
+        return x, None
+    t = xp.tanh(x / rows.softcap)
+    return rows.softcap * t, (1 - t) * (1 + t)
+
+
+def _target(rows: Rows) -> Array:
+    """The weighted target after smoothing, a = w·q. A row whose label is no class has none."""
+    xp = rows.xp
+    if rows.target is None:
+        return xp.zeros_like(rows.logits, dtype=rows.acc)
+    if rows.has_labels:
+        index, valid, _ = _rows.labels(rows)
+        q = xp.astype(_classes(rows) == index[:, None, :], rows.acc)
+    else:
+        q, valid = xp.astype(rows.target, rows.acc, copy=False), None
+    if rows.label_smoothing:
+        q = (1 - rows.label_smoothing) * q + rows.label_smoothing / rows.classes
+    a = q if rows.weight is None else rows.weight[None, :, None] * q
+    return a if valid is None else xp.where(valid[:, None, :], a, xp.zeros_like(a))
+
+
+def _classes(rows: Rows) -> Array:
+    """0 … C-1 along the class axis."""
+    return rows.xp.arange(rows.classes, device=_rows.device(rows.logits))[None, :, None]
+
+
+def _below(rows: Rows, x: Array, top: Array) -> Array:
+    """The logits less the maximum; rows whose maximum is not finite end as NaN anyhow."""
+    xp = rows.xp
+    return x - xp.where(xp.isfinite(top), top, xp.zeros_like(top))

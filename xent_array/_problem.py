@@ -1,0 +1,492 @@
+"""From what users pass to `Rows`, and back: every check, the view of any axis as rows, the caller's `out`."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+from contextlib import suppress
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+from array_api_compat import is_array_api_obj, is_writeable_array
+
+from . import _engines
+from ._engines import Engine
+from ._rows import Array, DType, Rows, RowStats, device, index_dtype, namespace
+
+IGNORE_INDEX = -100
+_ARITHMETIC = {"float16": "float32", "bfloat16": "float32", "float32": "float32", "float64": "float64"}
+_INTEGERS = frozenset(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
+_REDUCTIONS = ("none", "mean", "sum")
+
+
+class View(NamedTuple):
+    """How the user's axes become (outer, C, inner), and how results come back."""
+
+    shape: tuple[int, ...]  # of the logits
+    axis: int
+    row_shape: tuple[int, ...]  # without the class axis
+    order: tuple[int, ...] | None  # outer, class and inner axes, where that is not their order already
+    flat: tuple[int, int, int]  # (outer, C, inner)
+
+    def logits(self, xp: Any, array: Array, copy: bool | None = None) -> Array:
+        """(outer, C, inner) of anything in the shape of the logits, without a copy where strides allow."""
+        if self.order is not None:
+            array = xp.permute_dims(array, self.order)
+        return _reshaped(xp, array, self.flat) if copy is None else xp.reshape(array, self.flat, copy=copy)
+
+    def rows(self, xp: Any, array: Array) -> Array:
+        """(outer, inner) of anything in the shape of the rows."""
+        if self.order is not None:
+            array = xp.permute_dims(array, self._row_order)
+        return _reshaped(xp, array, self.flat[::2])
+
+    def from_logits(self, xp: Any, array: Array) -> Array:
+        """Back from (outer, C, inner)."""
+        if self.order is None:
+            return _reshaped(xp, array, self.shape)
+        return _unpermuted(xp, array, self.shape, self.order)
+
+    def from_rows(self, xp: Any, array: Array) -> Array:
+        """Back from (outer, inner); a NumPy array without dimensions becomes a scalar, as NumPy itself does it."""
+        if self.order is None:
+            array = _reshaped(xp, array, self.row_shape)
+        else:
+            array = _unpermuted(xp, array, self.row_shape, self._row_order)
+        return array[()] if xp is np else array
+
+    @property
+    def _row_order(self) -> tuple[int, ...]:
+        assert self.order is not None
+        return tuple(k if k < self.axis else k - 1 for k in self.order if k != self.axis)
+
+
+def _reshaped(xp: Any, array: Array, shape: tuple[int, ...]) -> Array:
+    return array.reshape(shape) if xp is np else xp.reshape(array, shape)
+
+
+def _unpermuted(xp: Any, array: Array, shape: tuple[int, ...], order: tuple[int, ...]) -> Array:
+    array = xp.reshape(array, tuple(shape[k] for k in order))
+    return xp.permute_dims(array, tuple(order.index(k) for k in range(len(order))))
+
+
+def _view(logits: Array, axis: int) -> View:
+    """Row axes that vary faster than the class in memory are inner, all others outer, each from slow to fast.
+
+    So any axis order of a contiguous array is a view: (N, C, H, W) over channels-last memory has dense rows.
+    """
+    shape = tuple(logits.shape)
+    try:
+        axis = operator.index(axis)
+    except TypeError:
+        raise TypeError(f"axis must be an integer, got {axis!r}") from None
+    if not shape:
+        raise ValueError("logits must have at least one dimension, the classes; got a scalar")
+    if not -len(shape) <= axis < len(shape):
+        raise ValueError(f"axis must be from {-len(shape)} to {len(shape) - 1} for logits of shape {shape}, got {axis}")
+    axis %= len(shape)
+    classes, before, behind = shape[axis], shape[:axis], shape[axis + 1 :]
+    if classes == 0:
+        raise ValueError(f"logits must have at least one class; axis {axis} of shape {shape} has length 0")
+    strides = getattr(logits, "strides", None)
+    if strides is None or classes == 1 or logits.flags.c_contiguous:
+        return View(shape, axis, before + behind, None, (math.prod(before), classes, math.prod(behind)))
+    step = [abs(stride) if length > 1 else 0 for stride, length in zip(strides, shape, strict=True)]
+    by_step = sorted((k for k in range(len(shape)) if k != axis), key=lambda k: -step[k])
+    inner = [k for k in by_step if 0 < step[k] < step[axis]]
+    outer = [k for k in by_step if k not in inner]
+    order = (*outer, axis, *inner)
+    flat = (math.prod([shape[k] for k in outer]), classes, math.prod([shape[k] for k in inner]))
+    return View(shape, axis, before + behind, None if order == tuple(range(len(shape))) else order, flat)
+
+
+class Problem(NamedTuple):
+    """A checked problem, the engine for it, and the way back to the user's shapes."""
+
+    rows: Rows
+    view: View
+    engine: Engine
+    inputs: dict[str, Any]  # the arrays that the user passed, by name
+
+    def loss(self, loss: Array) -> Array:
+        """What an engine returned as the loss, in the user's shape."""
+        return self.view.from_rows(self.rows.xp, loss) if self.rows.reduction == "none" else loss
+
+    def stats(self, stats: RowStats) -> RowStats:
+        """Stats that the user kept, checked and as the engine takes them."""
+        if not isinstance(stats, RowStats):
+            raise TypeError(f"stats must be what row_stats returned, got {_described(stats)}")
+        logits, acc, view = self.rows.logits, self.rows.acc, self.view
+        return RowStats(
+            *(
+                view.rows(self.rows.xp, _real_rows(_detached(getattr(stats, part)), f"stats.{part}", logits, acc, view))
+                for part in RowStats.__slots__
+            )
+        )
+
+    def with_upstream(self, grad_output: Any) -> Problem:
+        """The same problem under an upstream gradient."""
+        if grad_output is None:
+            return self
+        rows, view, value = self.rows, self.view, _detached(grad_output)
+        upstream: Any
+        if rows.reduction == "none":
+            upstream = view.rows(rows.xp, _real_rows(value, "grad_output", rows.logits, rows.acc, view))
+        elif isinstance(value, numbers.Real):
+            upstream = float(value)
+        else:
+            words = f"a scalar for reduction={rows.reduction!r}, of shape"
+            upstream = _real(value, "grad_output", rows.logits, rows.acc, (), words)
+            upstream = float(upstream) if rows.xp is np else upstream
+        return self._replace(rows=rows._replace(upstream=upstream), inputs=self.inputs | {"grad_output": value})
+
+
+def problem_without_target(x: Array, axis: int) -> Problem:
+    """The problem that the softmax, its logarithm and logsumexp ask about."""
+    x = _array(x, "x")
+    xp = namespace(x)
+    acc = _arithmetic(xp, x, "x")
+    view = _view(x, axis)
+    rows = Rows(xp, view.logits(xp, x), acc)
+    return Problem(rows, view, _engines.pick(rows, None), {})
+
+
+def problem_of(
+    logits: Any,
+    target: Any,
+    *,
+    axis: int,
+    weight: Any,
+    sample_weight: Any,
+    ignore_index: int | None,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    validate: bool | None,
+    engine: str | Engine | None,
+    reduction: str = "none",
+    grad_output: Any = None,
+    detach: bool = False,
+) -> Problem:
+    """Every check there is, once; `detach` where the gradient is ours and no library needs to record anything."""
+    check_options(reduction, ignore_index, label_smoothing, z_loss, softcap, validate)
+    if detach:
+        logits, target = _detached(logits), _detached(target)
+        weight, sample_weight = _detached(weight), _detached(sample_weight)
+    logits = _array(logits, "logits")
+    xp = namespace(logits)
+    acc = _arithmetic(xp, logits, "logits")
+    view = _view(logits, axis)
+    target = _array(target, "target", logits)
+    is_labels = _check_target(target, view)
+    if not is_labels:
+        if ignore_index not in (None, IGNORE_INDEX):
+            raise ValueError(
+                f"ignore_index={ignore_index} is for class indices, but target is a distribution per row;"
+                " give the rows that must not count sample_weight 0 instead"
+            )
+        ignore_index = None
+    elif ignore_index is not None:
+        low, high = _integer_range(_dtype_name(target.dtype))
+        if not low <= ignore_index <= high:
+            ignore_index = None  # no label can be that; PyTorch wraps it to one that can
+    inputs = {"logits": logits, "target": target, "weight": weight, "sample_weight": sample_weight}
+    if weight is not None:
+        weight = _real(weight, "weight", logits, acc, (view.flat[1],), "one number per class,")
+    if sample_weight is not None:
+        sample_weight = view.rows(xp, _real_rows(sample_weight, "sample_weight", logits, acc, view))
+    rows = Rows(
+        xp,
+        view.logits(xp, logits),
+        acc,
+        view.rows(xp, target) if is_labels else view.logits(xp, target),
+        weight,
+        sample_weight,
+        ignore_index,
+        float(label_smoothing),
+        float(z_loss),
+        None if softcap is None else float(softcap),
+        reduction,
+    )
+    chosen = _engines.pick(rows, engine)
+    if is_labels and validate is not False and (validate or chosen.reads_labels_free(rows)):
+        rows = rows._replace(all_labels_count=_all_labels_count(target, view.flat[1], ignore_index))
+    return Problem(rows, view, chosen, inputs).with_upstream(grad_output)
+
+
+def check_options(
+    reduction: str,
+    ignore_index: int | None,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float | None,
+    validate: bool | None,
+) -> None:
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(map(repr, _REDUCTIONS))}; got {reduction!r}")
+    if ignore_index is not None:
+        try:
+            operator.index(ignore_index)
+        except TypeError:
+            raise TypeError(f"ignore_index must be an integer or None, got {ignore_index!r}") from None
+    if not 0 <= _number(label_smoothing, "label_smoothing") <= 1:
+        raise ValueError(f"label_smoothing must be from 0 to 1, got {label_smoothing!r}")
+    if not 0 <= _number(z_loss, "z_loss") < math.inf:
+        raise ValueError(f"z_loss must be finite and at least 0, got {z_loss!r}")
+    if softcap is not None and not 0 < _number(softcap, "softcap") < math.inf:
+        raise ValueError(f"softcap must be finite and above 0, or None; got {softcap!r}")
+    if validate not in (None, True, False):
+        raise ValueError(f"validate must be None, True or False; got {validate!r}")
+
+
+def _number(value: Any, role: str) -> float:
+    if isinstance(value, (float, int, numbers.Real)):
+        return float(value)
+    raise TypeError(f"{role} must be a real number, got {_described(value)}")
+
+
+def _array(value: Any, role: str, like: Array | None = None) -> Array:
+    """`value` as an array: of the library and on the device of `like`, where that is given."""
+    if isinstance(value, np.ndarray):
+        if isinstance(value, (np.ma.MaskedArray, np.matrix)):
+            raise TypeError(f"{role} must be a plain array, got a {type(value).__name__}: " + _instead(value))
+        value = np.asarray(value)
+    elif isinstance(value, (list, tuple, int, float, complex, np.generic)):
+        xp = np if like is None else namespace(like)
+        as_numpy = np.asarray(value)
+        dtype = index_dtype(xp) if as_numpy.size == 0 and role == "target" else None  # NumPy takes [] for floats
+        if xp is np:
+            return as_numpy if dtype is None else as_numpy.astype(dtype)
+        return xp.asarray(as_numpy.tolist(), dtype=dtype, device=device(like))
+    elif not is_array_api_obj(value):
+        raise TypeError(
+            f"{role} must be an array of a library that follows the Array API standard, got {_described(value)}"
+        )
+    if like is not None and value is not like:
+        if namespace(value) is not namespace(like):
+            given, wanted = _described(value), _described(like)
+            raise TypeError(f"{role} must be an array of the same library as logits; got {given} with {wanted}")
+        if not isinstance(value, np.ndarray):
+            here, there = _place(value), _place(like)
+            if None not in (here, there) and here != there:
+                raise TypeError(f"{role} must be on the device of logits, {there}, but is on {here}")
+    return value
+
+
+def _instead(value: Any) -> str:
+    if isinstance(value, np.matrix):
+        return "pass numpy.asarray(it)"
+    return "pass its data, and sample_weight 0 (or ignore_index) for rows that must not count"
+
+
+def _place(array: Array) -> Any:
+    """The device of an array; None while tracing."""
+    return device(array) if hasattr(array, "__dlpack_device__") else None
+
+
+def _described(value: Any) -> str:
+    kind = type(value)
+    name = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__.partition('.')[0]}.{kind.__name__}"
+    return f"{name} ({value!r})" if isinstance(value, (str, numbers.Number)) or value is None else name
+
+
+def _dtype_name(dtype: DType) -> str:
+    """'float32' for the float32 of any library."""
+    return _numpy_name(dtype) if isinstance(dtype, np.dtype) else str(dtype).rpartition(".")[2]
+
+
+@lru_cache(maxsize=64)
+def _numpy_name(dtype: DType) -> str:
+    return str(dtype.name)  # worked out anew each time it is asked for
+
+
+def _arithmetic(xp: Any, logits: Array, role: str) -> DType:
+    name = _dtype_name(logits.dtype)
+    if name not in _ARITHMETIC:
+        raise TypeError(f"{role} must be of dtype {', '.join(_ARITHMETIC)}; got {name}")
+    acc = getattr(xp, _ARITHMETIC[name])
+    return np.dtype(acc) if xp is np else acc
+
+
+@lru_cache(maxsize=len(_INTEGERS))
+def _integer_range(name: str) -> tuple[int, int]:
+    """The smallest and the largest number of an integer dtype."""
+    bits = int(name.partition("int")[2])
+    return (0, (1 << bits) - 1) if name[0] == "u" else (-(1 << (bits - 1)), (1 << (bits - 1)) - 1)
+
+
+def _check_target(target: Array, view: View) -> bool:
+    """Whether `target` holds class indices; else it is a distribution per row."""
+    shape, name = tuple(target.shape), _dtype_name(target.dtype)
+    if shape == view.row_shape:
+        if name not in _INTEGERS:
+            raise TypeError(
+                f"class indices must be integers, got a target of dtype {name} in the shape of the rows, {shape};"
+                f" a distribution per row would have the shape of the logits, {view.shape}"
+            )
+        return True
+    if shape == view.shape:
+        if name not in _INTEGERS and name not in _ARITHMETIC and name not in ("bool", "bool_"):
+            raise TypeError(f"a target distribution must be float, integer or boolean, got dtype {name}")
+        return False
+    hint = ""
+    if len(view.shape) > 1 and view.axis != 1 and shape == view.shape[:1] + view.shape[2:]:
+        hint = "; it would fit class indices with axis=1"
+    raise ValueError(
+        f"target of shape {shape} does not fit logits of shape {view.shape} with the classes along axis {view.axis}:"
+        f" class indices have shape {view.row_shape}, distributions {view.shape}{hint}"
+    )
+
+
+def _real(value: Any, role: str, logits: Array, acc: DType, shape: tuple[int, ...], words: str) -> Array:
+    """An array of real numbers, checked, in the dtype of the arithmetic."""
+    value = _array(value, role, logits)
+    name = _dtype_name(value.dtype)
+    if name not in _INTEGERS and name not in _ARITHMETIC:
+        raise TypeError(f"{role} must be real numbers, got dtype {name}")
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{role} must have {words} {shape}; got shape {tuple(value.shape)}")
+    return namespace(logits).astype(value, acc, copy=False)
+
+
+def _real_rows(value: Any, role: str, logits: Array, acc: DType, view: View) -> Array:
+    """An array of one real number per row, checked, in the user's shape."""
+    return _real(value, role, logits, acc, view.row_shape, "the shape of the rows,")
+
+
+def _all_labels_count(target: Array, classes: int, ignore_index: int | None) -> bool:
+    """Raises IndexError at the first label that is no class; else, whether every row counts."""
+    if not hasattr(target, "__dlpack_device__") or 0 in target.shape:
+        return False  # traced: there is nothing to read
+    xp, (smallest, largest) = namespace(target), _integer_range(_dtype_name(target.dtype))
+    if xp is np:
+        low, high = int(target.min()), int(target.max())
+    else:  # few libraries compare every integer dtype; what wraps becomes negative
+        target = xp.astype(target, index_dtype(xp), copy=False)
+        low, high = int(xp.min(target)), int(xp.max(target))
+    if low >= 0 and high < classes:
+        return ignore_index is None or not low <= ignore_index <= high
+    bad = (target < 0) | (target >= classes)
+    if ignore_index is not None:
+        bad &= target != ignore_index
+    if bool(xp.any(bad)):
+        first = int(xp.argmax(xp.astype(xp.reshape(bad, (-1,)), xp.int8)))
+        where = ", ".join(str(int(k)) for k in np.unravel_index(first, target.shape))
+        label = int(xp.reshape(target, (-1,))[first])
+        label += 0 if label >= smallest else largest + 1  # wrapped above
+        allowed = "" if ignore_index is None else f", or ignore_index={ignore_index}"
+        raise IndexError(
+            f"target{f'[{where}]' if where else ''} is {label}, which is no class:"
+            f" labels must be from 0 to {classes - 1}{allowed}"
+        )
+    return False
+
+
+def _detached(value: Any) -> Any:
+    """Without the record of a library that differentiates: these functions give the gradient themselves."""
+    detach = getattr(value, "detach", None)
+    return value if detach is None else detach()
+
+
+# The caller's buffer for the gradient
+
+
+def _shared_memory(one: Array, two: Any) -> str:
+    """How much memory two arrays share, element for element: "all", "some" or "none"."""
+    if one is two:
+        return "all"
+    a, b = _extent(one), _extent(two)
+    if a is None or b is None or a.stop <= b.start or b.stop <= a.start:
+        return "none"
+    if a == b:
+        return "all"
+    if isinstance(one, np.ndarray) and isinstance(two, np.ndarray):
+        try:  # exact, where that is not too hard a sum
+            some = np.shares_memory(one, two, max_work=100_000)  # type: ignore[arg-type]
+            return "some" if some else "none"
+        except np.exceptions.TooHardError:
+            pass
+    return "some"
+
+
+class _Extent(NamedTuple):
+    start: int
+    stop: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+def _extent(array: Any) -> _Extent | None:
+    """The bytes an array lies in, by whichever of the usual ways it tells them; None where it has none."""
+    if array is None or 0 in getattr(array, "shape", (0,)):
+        return None
+    strides: tuple[int, ...]
+    array = _detached(array)
+    if hasattr(array, "data_ptr"):
+        itemsize = array.element_size()
+        pointer, strides = array.data_ptr(), tuple(itemsize * step for step in array.stride())
+    else:
+        device_array = hasattr(array, "__cuda_array_interface__")
+        if not device_array:
+            try:
+                array = np.from_dlpack(array) if not isinstance(array, np.ndarray) else array
+            except (AttributeError, BufferError, RuntimeError, TypeError, ValueError):
+                return None
+        told = array.__cuda_array_interface__ if device_array else array.__array_interface__
+        pointer, strides, itemsize = told["data"][0], array.strides, array.dtype.itemsize
+    shape = tuple(array.shape)
+    reach = [step * (length - 1) for step, length in zip(strides, shape, strict=True)]
+    start = pointer + sum(step for step in reach if step < 0)
+    return _Extent(start, pointer + sum(step for step in reach if step > 0) + itemsize, shape, strides)
+
+
+class Output:
+    """The caller's `out`, checked; its view as (outer, C, inner), where there is one; and the gradient in the end."""
+
+    def __init__(self, problem: Problem, out: Array | None) -> None:
+        self.problem, self.out = problem, out
+        self.target: Any = None
+        self.view: Array | None = None
+        self.in_place = False
+        if out is not None:
+            self._check(out)
+
+    def _check(self, out: Any) -> None:
+        rows, view, xp = self.problem.rows, self.problem.view, self.problem.rows.xp
+        of_library = is_array_api_obj(out) and namespace(out) is xp
+        if not of_library:
+            raise TypeError(f"out must be an array of the library of logits, {xp.__name__}; got {_described(out)}")
+        if not getattr(getattr(out, "flags", None), "writeable", True):
+            raise ValueError("out is read-only: the gradient cannot be written to it")
+        if not is_writeable_array(out):
+            raise TypeError(
+                f"out cannot be used with {xp.__name__}, whose arrays cannot be changed; take the returned gradient"
+            )
+        if tuple(out.shape) != view.shape:
+            raise ValueError(f"out must have the shape of logits, {view.shape}; got {tuple(out.shape)}")
+        if _dtype_name(out.dtype) != _dtype_name(rows.logits.dtype):
+            raise TypeError(
+                f"out must have the dtype of logits, {_dtype_name(rows.logits.dtype)}; got {_dtype_name(out.dtype)}"
+            )
+        self.target = _array(_detached(out), "out", rows.logits)
+        for role, array in self.problem.inputs.items():
+            shared = _shared_memory(self.target, array)
+            if role == "logits" and shared == "all":
+                self.in_place = True
+            elif shared != "none":
+                raise ValueError(
+                    f"out shares memory with {role}; it must be the logits exactly, or memory apart from every input"
+                )
+        with suppress(ValueError, NotImplementedError, AttributeError):  # else the gradient is made apart and copied
+            self.view = view.logits(xp, self.target, copy=False)
+
+    def result(self, grad: Array) -> Array:
+        """The gradient where the caller wants it."""
+        xp = self.problem.rows.xp
+        if self.out is None:
+            return self.problem.view.from_logits(xp, grad)
+        if self.view is None:
+            self.target[...] = self.problem.view.from_logits(xp, grad)
+        return self.out
