@@ -205,7 +205,8 @@ def row_loss(rows: Rows, stats: RowStats, factor: Array | None) -> Array:
     xp = rows.xp
     loss = stats.loss
     if rows.z_loss:
-        loss = loss + rows.z_loss * stats.lse**2
+        lse = stats.lse
+        loss = loss + (rows.z_loss * lse) * lse  # lse² alone may overflow
     return loss if factor is None else xp.where(factor == 0, xp.zeros_like(loss), factor * loss)
 
 

@@ -126,9 +126,13 @@ def _drive(rows: Rows, want: _Want) -> None:
 
     def work() -> None:
         scratch = _Scratch(scratch_size, rows.acc)
-        with np.errstate(all="ignore"):  # NumPy's settings are each thread's own
-            for part in parts:
-                body(_sliced(rows, part), want, part, scratch)
+        try:
+            with np.errstate(all="ignore"):  # NumPy's settings are each thread's own
+                for part in parts:
+                    body(_sliced(rows, part), want, part, scratch)
+        except BaseException:
+            parts.end()
+            raise
 
     _spread(work, team - 1)
 
@@ -259,7 +263,7 @@ def _block(rows: Rows, want: _Want, part: Part, scratch: _Scratch) -> None:
     if want.loss is not None:
         losses = stats.gap + stats.mass * tail
         if lse is not None:
-            losses = losses + rows.z_loss * (lse * lse)
+            losses = losses + (rows.z_loss * lse) * lse
         if factor is not None:
             losses = np.where(factor.reshape(-1) == 0, 0, factor.reshape(-1) * losses)
         filled = want.loss[part]
@@ -500,16 +504,21 @@ def _spread(work: Callable[[], None], helpers: int) -> None:
     try:
         work()
     finally:
-        waited = [future for future in futures if not future.cancel()]
-        for future in waited:
-            future.result()
+        started = [future for future in futures if not future.cancel()]
+        errors = [error for future in started if (error := future.exception()) is not None]
+    if errors:
+        raise errors[0]
 
 
 class _Shared:
-    """An iterator that several threads may draw from."""
+    """An iterator that several threads may draw from, until one of them ends it."""
 
     def __init__(self, items: Iterator[Part]) -> None:
         self.items, self.lock = items, threading.Lock()
+
+    def end(self) -> None:
+        with self.lock:
+            self.items = iter(())
 
     def __iter__(self) -> _Shared:
         return self

@@ -48,7 +48,7 @@ def grad(rows: Rows, stats: RowStats, out: Array | None = None) -> Array:
         g = g * slope
     scale = _rows.row_scale(rows, *_rows.terms(rows))
     if isinstance(scale, float):
-        g = g * scale
+        g = g * scale if scale else xp.zeros_like(g)
     else:
         scale = scale[:, None, :] if scale.ndim else scale
         g = xp.where(scale == 0, xp.zeros_like(g), g * scale)
@@ -60,11 +60,19 @@ def grad(rows: Rows, stats: RowStats, out: Array | None = None) -> Array:
 
 
 def loss(rows: Rows) -> Array:
+    """The loss, written so that automatic differentiation finds the gradient of `grad`.
+
+    It would carry a NaN out of a row that does not count, and lose the NaN of a row that has no softmax.
+    """
+    xp = rows.xp
     factor, _ = _rows.terms(rows)
-    if factor is not None:  # automatic differentiation would carry a NaN out of a row that does not count
-        zero = rows.xp.zeros_like(rows.logits)
-        rows = rows._replace(logits=rows.xp.where(factor[:, None, :] == 0, zero, rows.logits))
-    return _rows.finish(rows, stats(rows))
+    if factor is not None:
+        zero = xp.zeros_like(rows.logits)
+        rows = rows._replace(logits=xp.where(factor[:, None, :] == 0, zero, rows.logits))
+    x, _ = _capped(rows)
+    top = xp.max(x, axis=1, keepdims=True)
+    poison = xp.where(xp.isfinite(top), xp.ones_like(top), xp.full_like(top, xp.nan))
+    return _rows.finish(rows, stats(rows._replace(logits=rows.logits * poison)))
 
 
 def _capped(rows: Rows) -> tuple[Array, Array | None]:

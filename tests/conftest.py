@@ -1,0 +1,138 @@
+"""Backends: each array library behind the few words the tests use; always listed, skipped only in sight."""
+
+import functools
+import warnings
+from collections import Counter
+
+import hypothesis
+import ml_dtypes
+import numpy as np
+import pytest
+
+BACKENDS = ("numpy", "numpy-readonly", "array-api-strict", "torch", "jax", "cupy")
+
+hypothesis.settings.register_profile("default", max_examples=200, deadline=None, derandomize=False)
+hypothesis.settings.register_profile("long", max_examples=100_000, deadline=None, derandomize=False)
+hypothesis.settings.load_profile("default")  # by name, because hypothesis has a profile of its own for CI
+
+
+class Backend:
+    """One array library. Where it cannot be used, making one raises ImportError with the reason."""
+
+    def __init__(self, name):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what a library says at import is not ours
+            self.xp = _namespace(name)
+        self.name = name
+        self.dtypes = ("float16", "bfloat16", "float32", "float64")
+        if name == "array-api-strict":
+            self.dtypes = self.dtypes[2:]
+        # JAX compiles each operation anew for each shape and dtype: few of both keep the tests fast.
+        self.usual_dtypes = ("float32",) if name == "jax" else self.dtypes
+        self.engines = ("cpu", "generic") if name.startswith("numpy") else ("generic",)
+        self.has_out = name != "jax"  # whose arrays cannot be written
+        self._types = (type(self.xp.asarray(0.0)), np.generic if name.startswith("numpy") else ())
+
+    def supports(self, dtype):
+        """Whether the library has this dtype, given by its NumPy name."""
+        return dtype in self.dtypes if "float" in dtype else hasattr(self.xp, dtype)
+
+    def array(self, values, dtype=None):
+        """A new array of the library with these values, in `dtype` (a NumPy name) or their own."""
+        values = np.array(values, order="C")
+        if dtype is not None:
+            values = values.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+        if self.name == "torch" and values.dtype == ml_dtypes.bfloat16:
+            return self.xp.asarray(values.astype(np.float32), dtype=self.xp.bfloat16)
+        if self.name == "numpy-readonly":
+            values.flags.writeable = False
+        return self.xp.asarray(values)
+
+    def numpy(self, x):
+        """The NumPy array of a result, which must be an array of this library."""
+        assert isinstance(x, self._types), f"{type(x)} is no array of {self.name}"
+        if self.name == "torch":
+            x = x.detach().cpu()
+            return x.float().numpy().astype(ml_dtypes.bfloat16) if x.dtype == self.xp.bfloat16 else x.numpy()
+        return x.get() if self.name == "cupy" else np.asarray(x)
+
+
+def _namespace(name):
+    if name == "array-api-strict":
+        import array_api_strict as xp
+    elif name == "torch":
+        import array_api_compat.torch as xp
+        import torch
+
+        torch.set_num_threads(1)  # these arrays are small, and threads that spin on a busy machine cost seconds
+    elif name == "jax":
+        import jax
+        import jax.numpy as xp
+
+        jax.config.update("jax_enable_x64", True)
+    elif name == "cupy":
+        import cupy
+
+        if not cupy.is_available():
+            raise ImportError("cupy.is_available() is false: no CUDA device that works")
+        import array_api_compat.cupy as xp
+    else:
+        import array_api_compat.numpy as xp
+    return xp
+
+
+@functools.cache
+def _backend(name):
+    """The backend, or the reason why it is absent."""
+    try:
+        return Backend(name)
+    except ImportError as e:
+        return str(e)
+
+
+@pytest.fixture(params=BACKENDS, scope="session")
+def backend(request):
+    found = _backend(request.param)
+    if isinstance(found, str):
+        pytest.skip(found)
+    return found
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--require",
+        action="append",
+        default=[],
+        choices=BACKENDS,
+        metavar="NAME",
+        help=f"fail where a test of this backend would be skipped (repeatable): {', '.join(BACKENDS)}",
+    )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    callspec = getattr(item, "callspec", None)
+    report.backend = callspec.params.get("backend") if callspec else None
+    xfailed = hasattr(report, "wasxfail")
+    if report.skipped and not xfailed and report.backend in item.config.getoption("--require"):
+        report.outcome = "failed"
+        report.longrepr = f"--require {report.backend}: {_reason(report)}"
+    return report
+
+
+def _reason(report):
+    return report.longrepr[2].removeprefix("Skipped: ")
+
+
+def pytest_terminal_summary(terminalreporter):
+    terminalreporter.section("backends")
+    for name in BACKENDS:
+        reports = {
+            kind: [r for r in terminalreporter.getreports(kind) if getattr(r, "backend", None) == name]
+            for kind in ("passed", "failed", "error", "skipped")
+        }
+        failed = len(reports["failed"]) + len(reports["error"])
+        line = f"{name}: {len(reports['passed'])} passed, {failed} failed, {len(reports['skipped'])} skipped"
+        reasons = Counter(map(_reason, reports["skipped"]))
+        terminalreporter.write_line("; ".join([line, *(f"{n} × {reason}" for reason, n in reasons.items())]))

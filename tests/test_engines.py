@@ -1,0 +1,83 @@
+"""The contract of the engines: which one takes what, why others do not, and what an engine from outside can do."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from xent_array import _engines, cross_entropy, cross_entropy_value_and_grad, softmax
+from xent_array._engines import ENGINES, cpu, generic
+
+LOGITS = np.array([[2, 1, 0.1], [0.1, 2, 1.9]])
+LABELS = np.array([1, 0])
+
+
+def spy(engine, calls):
+    """An engine that notes what it is asked for, with only what the contract demands."""
+
+    def noted(function):
+        def wrapper(*arguments):
+            calls.append(function.__name__)
+            return function(*arguments)
+
+        return wrapper
+
+    required = {name: noted(getattr(engine, name)) for name in ("declines", "reads_labels_free", "stats", "grad")}
+    return SimpleNamespace(name="spy", **required)
+
+
+def test_table_is_named_by_its_engines():
+    assert {name: engine.name for name, engine in ENGINES.items()} == {name: name for name in ENGINES}
+
+
+def test_numpy_goes_to_the_cpu_engine_and_other_libraries_to_generic(backend, monkeypatch):
+    calls = {name: [] for name in ENGINES}
+    for name, engine in list(ENGINES.items()):
+        monkeypatch.setitem(ENGINES, name, spy(engine, calls[name]))
+    cross_entropy(backend.array(LOGITS), backend.array(LABELS))
+    assert [name for name in ENGINES if "stats" in calls[name]] == [
+        "cpu" if backend.name.startswith("numpy") else "generic"
+    ]
+
+
+def test_a_forced_engine_that_declines_says_why(backend):
+    if backend.name.startswith("numpy"):
+        assert cross_entropy(LOGITS, LABELS, engine="generic") == pytest.approx(2.0185083947418834, rel=1e-15)
+        return
+    with pytest.raises(ValueError, match=r"'cpu' cannot take these arrays: it takes NumPy arrays"):
+        cross_entropy(backend.array(LOGITS), backend.array(LABELS), engine="cpu")
+
+
+def test_an_unknown_engine_names_the_known_ones():
+    with pytest.raises(ValueError, match=r"None or one of 'cpu', 'generic'; got 'gpu'"):
+        cross_entropy(LOGITS, LABELS, engine="gpu")
+
+
+@pytest.mark.parametrize("inner", [cpu, generic], ids=lambda engine: engine.name)
+def test_an_engine_object_needs_only_the_contract(inner):
+    calls = []
+    engine = spy(inner, calls)
+    loss, grad = cross_entropy_value_and_grad(LOGITS, LABELS, engine=engine)
+    assert calls == ["declines", "reads_labels_free", "stats", "grad"]
+    whole, whole_grad = cross_entropy_value_and_grad(LOGITS, LABELS, engine=inner)
+    np.testing.assert_allclose(loss, whole, rtol=1e-15)
+    np.testing.assert_allclose(grad, whole_grad, rtol=1e-15)
+    assert cross_entropy(LOGITS, LABELS, engine=engine) == loss
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_softmax_is_composed_where_an_engine_has_none(log):
+    x = np.array([[2, 1, 0.1], [0.1, 2, -np.inf]])
+    rows = _engines.Rows(np, x[:, :, None], np.dtype("float64"))
+    composed = _engines.softmax(spy(cpu, []), rows, log)
+    np.testing.assert_allclose(composed, _engines.softmax(cpu, rows, log), rtol=1e-15)
+    if not log:
+        np.testing.assert_array_equal(composed[:, :, 0], softmax(x))
+
+
+def test_the_thread_count_is_checked(monkeypatch):
+    monkeypatch.setenv("XENT_ARRAY_NUM_THREADS", "two")
+    with pytest.raises(
+        ValueError, match="XENT_ARRAY_NUM_THREADS must be a whole number of threads, at least 1; got 'two'"
+    ):
+        cross_entropy(np.zeros((1000, 100)), np.zeros(1000, dtype=int))
