@@ -620,7 +620,8 @@ class CrossEntropyLoss:
         if self._saved is None:
             raise RuntimeError("backward() needs the logits of a forward(): call forward(A, Y) first")
         problem, stats = self._saved
-        problem = problem.with_upstream(grad_output)
+        if grad_output is not None:
+            problem = problem.with_upstream(grad_output)
         into = Output(problem, out)
         with np.errstate(all="ignore"):
             grad = into.result(problem.engine.grad(problem.rows, stats, into.view))

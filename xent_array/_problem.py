@@ -18,6 +18,7 @@ from ._rows import Array, DType, Rows, RowStats, device, index_dtype, namespace
 
 IGNORE_INDEX = -100
 _ARITHMETIC = {"float16": "float32", "bfloat16": "float32", "float32": "float32", "float64": "float64"}
+_NUMPY = {name: np.dtype(name) for name in ("float32", "float64")}
 _INTEGERS = frozenset(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
 _REDUCTIONS = ("none", "mean", "sum")
 
@@ -77,29 +78,36 @@ def _view(logits: Array, axis: int) -> View:
 
     So any axis order of a contiguous array is a view: (N, C, H, W) over channels-last memory has dense rows.
     """
-    shape = tuple(logits.shape)
     try:
-        axis = operator.index(axis)
+        view = _ordered_view(tuple(logits.shape), operator.index(axis))
     except TypeError:
         raise TypeError(f"axis must be an integer, got {axis!r}") from None
-    if not shape:
-        raise ValueError("logits must have at least one dimension, the classes; got a scalar")
-    if not -len(shape) <= axis < len(shape):
-        raise ValueError(f"axis must be from {-len(shape)} to {len(shape) - 1} for logits of shape {shape}, got {axis}")
-    axis %= len(shape)
-    classes, before, behind = shape[axis], shape[:axis], shape[axis + 1 :]
-    if classes == 0:
-        raise ValueError(f"logits must have at least one class; axis {axis} of shape {shape} has length 0")
-    strides = getattr(logits, "strides", None)
-    if strides is None or classes == 1 or logits.flags.c_contiguous:
-        return View(shape, axis, before + behind, None, (math.prod(before), classes, math.prod(behind)))
+    shape, axis, strides = view.shape, view.axis, getattr(logits, "strides", None)
+    if strides is None or shape[axis] == 1 or logits.flags.c_contiguous:
+        return view
     step = [abs(stride) if length > 1 else 0 for stride, length in zip(strides, shape, strict=True)]
     by_step = sorted((k for k in range(len(shape)) if k != axis), key=lambda k: -step[k])
     inner = [k for k in by_step if 0 < step[k] < step[axis]]
     outer = [k for k in by_step if k not in inner]
     order = (*outer, axis, *inner)
-    flat = (math.prod([shape[k] for k in outer]), classes, math.prod([shape[k] for k in inner]))
-    return View(shape, axis, before + behind, None if order == tuple(range(len(shape))) else order, flat)
+    if order == tuple(range(len(shape))):
+        return view
+    flat = (math.prod([shape[k] for k in outer]), shape[axis], math.prod([shape[k] for k in inner]))
+    return view._replace(order=order, flat=flat)
+
+
+@lru_cache(maxsize=256)
+def _ordered_view(shape: tuple[int, ...], axis: int) -> View:
+    """The view of axes that lie in memory as they are named."""
+    if not shape:
+        raise ValueError("logits must have at least one dimension, the classes; got a scalar")
+    if not -len(shape) <= axis < len(shape):
+        raise ValueError(f"axis must be from {-len(shape)} to {len(shape) - 1} for logits of shape {shape}, got {axis}")
+    axis %= len(shape)
+    before, behind = shape[:axis], shape[axis + 1 :]
+    if shape[axis] == 0:
+        raise ValueError(f"logits must have at least one class; axis {axis} of shape {shape} has length 0")
+    return View(shape, axis, before + behind, None, (math.prod(before), shape[axis], math.prod(behind)))
 
 
 class Problem(NamedTuple):
@@ -128,8 +136,6 @@ class Problem(NamedTuple):
 
     def with_upstream(self, grad_output: Any) -> Problem:
         """The same problem under an upstream gradient."""
-        if grad_output is None:
-            return self
         rows, view, value = self.rows, self.view, _detached(grad_output)
         upstream: Any
         if rows.reduction == "none":
@@ -171,16 +177,17 @@ def problem_of(
     detach: bool = False,
 ) -> Problem:
     """Every check there is, once; `detach` where the gradient is ours and no library needs to record anything."""
-    check_options(reduction, ignore_index, label_smoothing, z_loss, softcap, validate)
-    if detach:
-        logits, target = _detached(logits), _detached(target)
-        weight, sample_weight = _detached(weight), _detached(sample_weight)
+    options = check_options(reduction, ignore_index, label_smoothing, z_loss, softcap, validate)
     logits = _array(logits, "logits")
     xp = namespace(logits)
+    if detach and xp is not np:
+        logits, target = _detached(logits), _detached(target)
+        weight, sample_weight = _detached(weight), _detached(sample_weight)
     acc = _arithmetic(xp, logits, "logits")
     view = _view(logits, axis)
     target = _array(target, "target", logits)
-    is_labels = _check_target(target, view)
+    target_dtype = _dtype_name(target.dtype)
+    is_labels = _check_target(target, target_dtype, view)
     if not is_labels:
         if ignore_index not in (None, IGNORE_INDEX):
             raise ValueError(
@@ -189,7 +196,7 @@ def problem_of(
             )
         ignore_index = None
     elif ignore_index is not None:
-        low, high = _integer_range(_dtype_name(target.dtype))
+        low, high = _integer_range(target_dtype)
         if not low <= ignore_index <= high:
             ignore_index = None  # no label can be that; PyTorch wraps it to one that can
     inputs = {"logits": logits, "target": target, "weight": weight, "sample_weight": sample_weight}
@@ -205,25 +212,33 @@ def problem_of(
         weight,
         sample_weight,
         ignore_index,
-        float(label_smoothing),
-        float(z_loss),
-        None if softcap is None else float(softcap),
+        *options,
         reduction,
     )
     chosen = _engines.pick(rows, engine)
     if is_labels and validate is not False and (validate or chosen.reads_labels_free(rows)):
-        rows = rows._replace(all_labels_count=_all_labels_count(target, view.flat[1], ignore_index))
-    return Problem(rows, view, chosen, inputs).with_upstream(grad_output)
+        rows = Rows(*rows[:-1], _all_labels_count(target, view.flat[1], ignore_index))
+    problem = Problem(rows, view, chosen, inputs)
+    return problem if grad_output is None else problem.with_upstream(grad_output)
 
 
-def check_options(
+def check_options(*options: Any) -> tuple[float, float, float | None]:
+    """Checked: reduction, ignore_index, label_smoothing, z_loss, softcap, validate. Returns the three numbers."""
+    try:
+        return _checked_options(*options)
+    except TypeError:  # also where something cannot be hashed
+        return _checked_options.__wrapped__(*options)
+
+
+@lru_cache(maxsize=256)
+def _checked_options(
     reduction: str,
     ignore_index: int | None,
     label_smoothing: float,
     z_loss: float,
     softcap: float | None,
     validate: bool | None,
-) -> None:
+) -> tuple[float, float, float | None]:
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(map(repr, _REDUCTIONS))}; got {reduction!r}")
     if ignore_index is not None:
@@ -239,6 +254,7 @@ def check_options(
         raise ValueError(f"softcap must be finite and above 0, or None; got {softcap!r}")
     if validate not in (None, True, False):
         raise ValueError(f"validate must be None, True or False; got {validate!r}")
+    return float(label_smoothing), float(z_loss), None if softcap is None else float(softcap)
 
 
 def _number(value: Any, role: str) -> float:
@@ -250,9 +266,10 @@ def _number(value: Any, role: str) -> float:
 def _array(value: Any, role: str, like: Array | None = None) -> Array:
     """`value` as an array: of the library and on the device of `like`, where that is given."""
     if isinstance(value, np.ndarray):
-        if isinstance(value, (np.ma.MaskedArray, np.matrix)):
-            raise TypeError(f"{role} must be a plain array, got a {type(value).__name__}: " + _instead(value))
-        value = np.asarray(value)
+        if type(value) is not np.ndarray:
+            if isinstance(value, (np.ma.MaskedArray, np.matrix)):
+                raise TypeError(f"{role} must be a plain array, got a {type(value).__name__}: " + _instead(value))
+            value = np.asarray(value)
     elif isinstance(value, (list, tuple, int, float, complex, np.generic)):
         xp = np if like is None else namespace(like)
         as_numpy = np.asarray(value)
@@ -306,8 +323,8 @@ def _arithmetic(xp: Any, logits: Array, role: str) -> DType:
     name = _dtype_name(logits.dtype)
     if name not in _ARITHMETIC:
         raise TypeError(f"{role} must be of dtype {', '.join(_ARITHMETIC)}; got {name}")
-    acc = getattr(xp, _ARITHMETIC[name])
-    return np.dtype(acc) if xp is np else acc
+    acc = _ARITHMETIC[name]
+    return _NUMPY[acc] if xp is np else getattr(xp, acc)
 
 
 @lru_cache(maxsize=len(_INTEGERS))
@@ -317,9 +334,9 @@ def _integer_range(name: str) -> tuple[int, int]:
     return (0, (1 << bits) - 1) if name[0] == "u" else (-(1 << (bits - 1)), (1 << (bits - 1)) - 1)
 
 
-def _check_target(target: Array, view: View) -> bool:
-    """Whether `target` holds class indices; else it is a distribution per row."""
-    shape, name = tuple(target.shape), _dtype_name(target.dtype)
+def _check_target(target: Array, name: str, view: View) -> bool:
+    """Whether `target`, of the dtype `name`, holds class indices; else it is a distribution per row."""
+    shape = tuple(target.shape)
     if shape == view.row_shape:
         if name not in _INTEGERS:
             raise TypeError(
@@ -360,14 +377,14 @@ def _all_labels_count(target: Array, classes: int, ignore_index: int | None) -> 
     """Raises IndexError at the first label that is no class; else, whether every row counts."""
     if not hasattr(target, "__dlpack_device__") or 0 in target.shape:
         return False  # traced: there is nothing to read
-    xp, (smallest, largest) = namespace(target), _integer_range(_dtype_name(target.dtype))
-    if xp is np:
-        low, high = int(target.min()), int(target.max())
+    xp, dtype = namespace(target), target.dtype
+    if xp is np:  # a third of the time of min and max where there are few labels
+        low, high = target.item(target.argmin()), target.item(target.argmax())
     else:  # few libraries compare every integer dtype; what wraps becomes negative
         target = xp.astype(target, index_dtype(xp), copy=False)
         low, high = int(xp.min(target)), int(xp.max(target))
     if low >= 0 and high < classes:
-        return ignore_index is None or not low <= ignore_index <= high
+        return ignore_index is None or not 0 <= ignore_index < classes or not bool(xp.any(target == ignore_index))
     bad = (target < 0) | (target >= classes)
     if ignore_index is not None:
         bad &= target != ignore_index
@@ -375,6 +392,7 @@ def _all_labels_count(target: Array, classes: int, ignore_index: int | None) -> 
         first = int(xp.argmax(xp.astype(xp.reshape(bad, (-1,)), xp.int8)))
         where = ", ".join(str(int(k)) for k in np.unravel_index(first, target.shape))
         label = int(xp.reshape(target, (-1,))[first])
+        smallest, largest = _integer_range(_dtype_name(dtype))
         label += 0 if label >= smallest else largest + 1  # wrapped above
         allowed = "" if ignore_index is None else f", or ignore_index={ignore_index}"
         raise IndexError(
@@ -397,6 +415,10 @@ def _shared_memory(one: Array, two: Any) -> str:
     """How much memory two arrays share, element for element: "all", "some" or "none"."""
     if one is two:
         return "all"
+    if two is None or (
+        isinstance(one, np.ndarray) and isinstance(two, np.ndarray) and not np.may_share_memory(one, two)
+    ):
+        return "none"
     a, b = _extent(one), _extent(two)
     if a is None or b is None or a.stop <= b.start or b.stop <= a.start:
         return "none"

@@ -64,7 +64,7 @@ class Rows(NamedTuple):
     def grad_dtype(self) -> DType:
         """The dtype of the logits, in native byte order."""
         dtype = self.logits.dtype
-        return dtype.newbyteorder("=") if isinstance(dtype, np.dtype) else dtype
+        return dtype if getattr(dtype, "isnative", True) else dtype.newbyteorder("=")
 
     @property
     def has_labels(self) -> bool:

@@ -45,7 +45,13 @@ ENGINES: dict[str, Engine] = {"cpu": cpu, "generic": generic}  # in the order th
 def pick(rows: Rows, engine: str | Engine | None) -> Engine:
     """The engine that was asked for, or the first of ENGINES that takes these rows."""
     if engine is None:
-        return next(found for found in ENGINES.values() if found.declines(rows) is None)
+        reasons = []
+        for found in ENGINES.values():
+            reason = found.declines(rows)
+            if reason is None:
+                return found
+            reasons.append(f"{found.name!r} {reason}")
+        raise TypeError(f"no engine takes these arrays: {'; '.join(reasons)}")
     if isinstance(engine, str):
         if engine not in ENGINES:
             raise ValueError(f"engine must be None or one of {', '.join(map(repr, ENGINES))}; got {engine!r}")

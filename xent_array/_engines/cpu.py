@@ -11,10 +11,12 @@ in any batch and under any number of threads.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,7 +54,7 @@ def loss(rows: Rows) -> Array:
 
 def grad(rows: Rows, stats: RowStats, out: Array | None = None) -> Array:
     out = _gradient(rows) if out is None else out
-    _drive(rows, _Want(given=stats, grad=out, divisor=_divisor(rows)))
+    _drive(rows, _Want(given=stats, grad=out, divisor=_divisor(rows) if rows.reduction == "mean" else None))
     return out
 
 
@@ -69,8 +71,8 @@ def softmax(rows: Rows, log: bool) -> Array:
 
 def _loss(rows: Rows, out: Array | None) -> Array:
     """The loss, and the gradient into `out` where there is one."""
-    divisor = _divisor(rows)
-    losses = np.empty(rows.shape, rows.acc)
+    divisor = _divisor(rows) if rows.reduction == "mean" else None
+    losses = np.empty(rows.logits.shape[::2], rows.acc)
     _drive(rows, _Want(loss=losses, grad=out, divisor=divisor))
     if rows.reduction == "none":
         return losses
@@ -82,11 +84,9 @@ def _gradient(rows: Rows) -> Array:
     return np.empty(rows.logits.shape, rows.grad_dtype)
 
 
-def _divisor(rows: Rows) -> float | None:
+def _divisor(rows: Rows) -> float:
     """The mean's denominator, part by part: nothing of the size of the batch is held."""
-    if rows.reduction != "mean":
-        return None
-    if rows.sample_weight is None and (not rows.has_labels or (rows.all_labels_count and rows.weight is None)):
+    if rows.sample_weight is None and ((rows.all_labels_count and rows.weight is None) or not rows.has_labels):
         return float(rows.shape[0] * rows.shape[1])
     total = 0.0
     for part in _parts(rows.shape, BLOCK):
@@ -113,15 +113,15 @@ class _Want(NamedTuple):
 def _drive(rows: Rows, want: _Want) -> None:
     outer, classes, inner = rows.logits.shape
     count, size = outer * inner, rows.logits.size
-    team = min(threads(), -(-size // ALONE)) if size > ALONE else 1
+    body = _plain_block if _is_plain(rows, want) else _block
+    if size <= ALONE:
+        if count:
+            body(rows, want, _WHOLE, _Scratch(count * min(classes, TILE), rows.acc))
+        return
+    team = min(threads(), -(-size // ALONE))
     # Small enough for cache, large enough that Python is idle, and some for every thread.
     in_block = max(1, min(BLOCK, max(ALONE, size // (4 * team))) // classes)
     scratch_size = min(in_block, count) * min(classes, TILE)
-    body = _plain_block if _is_plain(rows, want) else _block
-    if in_block >= count:
-        if count:
-            body(rows, want, _WHOLE, _Scratch(scratch_size, rows.acc))
-        return
     parts = _Shared(_parts(rows.shape, in_block))
 
     def work() -> None:
@@ -210,19 +210,19 @@ def _plain_block(rows: Rows, want: _Want, part: Part, scratch: _Scratch) -> None
     count, classes, _ = rows.logits.shape
     x = rows.logits.reshape(count, classes)
     grad = None if want.grad is None else want.grad[part].reshape(count, classes)
-    starts = np.arange(0, count * classes, classes)
+    starts = _starts(count, classes)
     at = starts + x.argmax(axis=1)
     largest = x.reshape(-1).take(at)
-    if not _all_finite(largest):
+    if not math.isfinite(np.add.reduce(largest)):  # or so large that their sum is not: that is right there, too
         return _block(rows, want, part, scratch)
     label = starts + rows.target.reshape(-1).astype(np.intp, copy=False)
     e = np.subtract(x, largest[:, None], out=scratch("e", (count, classes)) if grad is None else grad)
     flat = e.reshape(-1)
-    gap = -flat.take(label)
+    below = flat.take(label)
     np.exp(e, out=e)
     flat.put(at, 0)
     rest = np.add.reduce(e, axis=1)
-    want.loss[part] = (gap + np.log1p(rest))[:, None]
+    want.loss[part] = (np.log1p(rest) - below)[:, None]
     if grad is None:
         return None
     scale = _rows.row_scale(rows, None, want.divisor)
@@ -232,8 +232,7 @@ def _plain_block(rows: Rows, want: _Want, part: Part, scratch: _Scratch) -> None
     p_max = 1 / (1 + rest)
     np.multiply(e, (p_max * scale)[:, None], out=grad)
     flat.put(label, flat.take(label) - scale)
-    a_top = (label == at).astype(rows.acc)
-    flat.put(at, np.where(rest < 1, (1 - a_top) - rest * p_max, p_max - a_top) * scale)
+    flat.put(at, np.where(label == at, -(rest * p_max), p_max) * scale)
     return None
 
 
@@ -311,7 +310,7 @@ class _Tile:
             t = np.tanh(np.divide(self.x, rows.softcap, out=self.e), out=self.e)
             self.slope = np.multiply(1 - t, 1 + t, out=scratch("slope", t.shape))
             self.x = np.multiply(t, rows.softcap, out=t)
-        self.starts = np.arange(0, self.count * self.classes, self.classes)
+        self.starts = _starts(self.count, self.classes)
         self.at: Array = self.starts
         self.a: Array | None = None
         self.label: Array | None = None
@@ -386,7 +385,7 @@ class _Tile:
         return -total
 
     def grad(self, rest: Array, coef: Any, p_max: Array, scale: Any, out: Array) -> None:
-        """scale·[coef·p - a] into `out`; at the maximum 1 - p is taken from rest where p > 1/2."""
+        """scale·[coef·p - a] into `out`; at the maximum by 1 - p = rest·p_max where that cancels less."""
         view = out[:, :, 0] if out.shape[2] == 1 else None
         direct = view is not None and view.dtype == self.e.dtype and view.flags.carray
         g = np.multiply(self.e, (p_max * (scale * coef))[:, None], out=view if direct else self.e)
@@ -403,7 +402,8 @@ class _Tile:
                 g -= np.multiply(_column(scale), self.each, out=self.scratch("product", g.shape))
                 a_top += self.each.take(at % self.classes) if self.each.ndim else self.each
         rest, coef, p_max = _of(rest, who), _of(coef, who), _of(p_max, who)
-        top = np.where(rest < 1, (coef - a_top) - coef * (rest * p_max), coef * p_max - a_top)
+        from_rest = ((rest < 1) | (a_top == coef)) & (a_top != 0)
+        top = np.where(from_rest, (coef - a_top) - coef * (rest * p_max), coef * p_max - a_top)
         flat.put(at, top * _of(scale, who))
         if self.slope is not None:
             g *= self.slope
@@ -413,6 +413,12 @@ class _Tile:
             g[...] = 0
         if not direct:
             _store(g, out)
+
+
+@lru_cache(maxsize=16)
+def _starts(count: int, classes: int) -> Array:
+    """Where each row of a block starts."""
+    return np.arange(0, count * classes, classes)
 
 
 def _all_finite(values: Array) -> bool:
