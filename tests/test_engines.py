@@ -2,10 +2,11 @@
 
 from types import SimpleNamespace
 
+import array_api_strict as xp
 import numpy as np
 import pytest
 
-from xent_array import _engines, cross_entropy, cross_entropy_value_and_grad, softmax
+from xent_array import _engines, _rows, cross_entropy, cross_entropy_value_and_grad, softmax
 from xent_array._engines import ENGINES, cpu, generic
 
 LOGITS = np.array([[2, 1, 0.1], [0.1, 2, 1.9]])
@@ -81,3 +82,12 @@ def test_the_thread_count_is_checked(monkeypatch):
         ValueError, match="XENT_ARRAY_NUM_THREADS must be a whole number of threads, at least 1; got 'two'"
     ):
         cross_entropy(np.zeros((1000, 100)), np.zeros(1000, dtype=int))
+
+
+@pytest.mark.parametrize("where", ["no_float64", "CPU_DEVICE"])
+def test_rows_are_summed_in_float64_where_the_device_has_it(where):
+    logits = xp.zeros((3, 2), dtype=xp.float32, device=xp.Device(where))
+    rows = _rows.Rows(xp, xp.reshape(logits, (3, 2, 1)), xp.float32)
+    assert _rows.widest(rows) == (xp.float32 if where == "no_float64" else xp.float64)
+    labels = xp.zeros(3, dtype=xp.int32, device=xp.Device(where))
+    assert cross_entropy(logits, labels).dtype == xp.float32

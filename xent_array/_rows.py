@@ -176,9 +176,8 @@ def denominator(rows: Rows, known: Labels | None, factor: Array | None, wide: DT
         of_label = xp.reshape(xp.take(rows.weight, xp.reshape(known.index, (-1,))), known.index.shape)
         counted = xp.where(counted == 0, counted, counted * of_label)
     if known is not None and known.valid is not None:
-        counted = xp.where(
-            known.valid, counted, xp.zeros_like(counted)
-        )  # a bad label: its own row is NaN, not the rest
+        # A bad label makes its own row NaN, and leaves the gradient of the others alone.
+        counted = xp.where(known.valid, counted, xp.zeros_like(counted))
     return xp.sum(counted, dtype=wide)
 
 
@@ -220,7 +219,8 @@ def reduce_loss(rows: Rows, loss: Array, divisor: Array | float | None, wide: DT
 
 def widest(rows: Rows) -> DType:
     """The dtype that row losses and weights are summed in: float64 where the library and its device have it."""
-    return rows.xp.__array_namespace_info__().dtypes(kind="real floating").get("float64", rows.acc)
+    there = rows.xp.__array_namespace_info__().dtypes(device=device(rows.logits), kind="real floating")
+    return there.get("float64", rows.acc)
 
 
 def terms(rows: Rows) -> tuple[Array | None, Array | float | None]:
