@@ -6,7 +6,7 @@ import array_api_strict as xp
 import numpy as np
 import pytest
 
-from xent_array import _engines, _rows, cross_entropy, cross_entropy_value_and_grad, softmax
+from xent_array import CrossEntropyLoss, _engines, _rows, cross_entropy, cross_entropy_value_and_grad, softmax
 from xent_array._engines import ENGINES, cpu, generic
 
 LOGITS = np.array([[2, 1, 0.1], [0.1, 2, 1.9]])
@@ -50,8 +50,11 @@ def test_a_forced_engine_that_declines_says_why(backend):
 
 
 def test_an_unknown_engine_names_the_known_ones():
-    with pytest.raises(ValueError, match=r"None or one of 'cpu', 'generic'; got 'gpu'"):
-        cross_entropy(LOGITS, LABELS, engine="gpu")
+    for make in (lambda engine: cross_entropy(LOGITS, LABELS, engine=engine), lambda e: CrossEntropyLoss(engine=e)):
+        with pytest.raises(ValueError, match=r"None or one of 'cpu', 'generic'; got 'gpu'"):
+            make("gpu")
+        with pytest.raises(TypeError, match=r"None or one of 'cpu', 'generic', or an object like those; got int"):
+            make(3)
 
 
 @pytest.mark.parametrize("inner", [cpu, generic], ids=lambda engine: engine.name)

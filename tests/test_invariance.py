@@ -267,14 +267,17 @@ def test_random_confident_rows(backend):
 
 
 @pytest.mark.parametrize("engine", ["cpu", "generic"])
-@pytest.mark.parametrize("options", [{}, {"z_loss": 1e-9}], ids=["plain", "general"])
-def test_flat_rows(engine, options):
-    """Where no class takes much, what serves confident rows would cancel."""
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize(
+    "options", [{}, {"z_loss": 1e-9}, {"label_smoothing": 0.5}], ids=lambda v: "-".join(v) or "plain"
+)
+def test_flat_rows(engine, axis, options):
+    """What serves confident rows would cancel here, and C equal numbers drift where they are simply added up."""
     rng = np.random.default_rng(0)
-    x = (0.1 * rng.normal(size=(40, 30_000))).astype(np.float32)
-    labels = rng.integers(0, 30_000, 40)
-    truth = oracle(x, labels, **options)
-    loss, grad = cross_entropy_value_and_grad(x, labels, engine=engine, **options)
+    x = np.ascontiguousarray(np.moveaxis(0.1 * rng.normal(size=(20, 30_000)), 1, axis)).astype(np.float32)
+    labels = rng.integers(0, 30_000, 20)
+    truth = oracle(x, labels, axis=axis, **options)
+    loss, grad = cross_entropy_value_and_grad(x, labels, axis=axis, engine=engine, **options)
     assert_loss(loss, truth)
     assert_grad(grad, truth)
 
@@ -388,7 +391,7 @@ def test_exception_in_a_block(small_blocks, monkeypatch, exception, place):
     assert rows_of(LOGITS, LABELS) == wanted
 
 
-@pytest.mark.parametrize("count", ["0", "-1", "two", ""])
+@pytest.mark.parametrize("count", ["0", "-1", "two"])
 def test_number_of_threads_that_is_none(monkeypatch, count):
     monkeypatch.setenv("XENT_ARRAY_NUM_THREADS", count)
     with pytest.raises(ValueError, match="XENT_ARRAY_NUM_THREADS"):

@@ -97,6 +97,14 @@ def test_types_and_style_are_clean():
     run("-m", "ruff", "format", "--check", cwd=ROOT)
 
 
+def test_first_example_of_the_readme_runs():
+    example = re.search(r"^```python\n(import.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)[1]
+    names = {}
+    exec(example, names)
+    assert names["rows"].shape == (4096,)
+    assert names["grad"] is names["logits"]
+
+
 def test_ci_runs_the_command_of_the_readme():
     commands = re.findall(r"^\$ (.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert commands == ["pip install . && python -m xent_array", 'pip install -e ".[test]" && pytest']

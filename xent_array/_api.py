@@ -178,7 +178,8 @@ def cross_entropy(
         row, float, integer or boolean, in the shape of `logits` (soft labels, one-hot; used as given, also where it
         does not sum to 1).
     axis : int
-        The axis of the classes. For images in the order (N, C, H, W) it is 1; nothing is copied for that.
+        The axis of the classes; the last by default, unlike PyTorch. For images in the order (N, C, H, W) it is 1, and
+        nothing is copied for that.
     reduction : {"mean", "sum", "none"}
         "none" gives one loss per row. "mean" divides the sum by the number of rows that count, each taken
         `sample_weight` times and, with class indices only, times the `weight` of its label. (With distributions and
@@ -197,8 +198,9 @@ def cross_entropy(
     softcap : float above 0, optional
         Replaces the logits by ``softcap * tanh(logits / softcap)`` first.
     validate : bool, optional
-        True checks every label, which waits for a GPU; False checks none. By default they are checked where that costs
-        no waiting: in host memory, outside tracing. The row of a bad label that is not checked is NaN.
+        True checks every label, also where that waits for a GPU; False checks none. By default they are checked where
+        it costs no waiting: in host memory. Under tracing (``jax.jit``) there is nothing to check. The row of a bad
+        label that is not checked is NaN.
     engine : str, optional
         Forces an engine by its name ("cpu", "generic"; ``python -m xent_array`` lists them); by default the first
         that takes the arrays.
@@ -304,9 +306,9 @@ def cross_entropy_value_and_grad(
         As in `cross_entropy`.
     ignore_index, label_smoothing, z_loss, softcap, validate, engine
         As in `cross_entropy`. ``reduction="none"`` gives the gradient of the sum of the rows.
-    grad_output : scalar, or array in the shape of the rows for ``reduction="none"``, optional
-        The upstream gradient. It multiplies the gradient only, before that is rounded to the dtype of the logits: loss
-        scaling for 16-bit gradients costs nothing.
+    grad_output : scalar, or for ``reduction="none"`` also an array in the shape of the rows, optional
+        The upstream gradient. It multiplies the gradient and not the loss, before the gradient is rounded to the dtype
+        of the logits: the loss scale of 16-bit training goes here, and costs nothing.
     out : array, optional
         Where the gradient goes, in the shape and dtype of the logits, with any strides; returned as the same object.
         ``out=logits`` overwrites the logits and uses no second N×C array.
@@ -316,8 +318,8 @@ def cross_entropy_value_and_grad(
     loss : scalar or array
         As from `cross_entropy`.
     grad : array
-        In the shape, dtype, library and device of the logits. Exactly 0 in a row that does not count. Detached,
-        where the library records gradients.
+        In the shape, dtype, library and device of the logits. Exactly 0 in a row that does not count. From PyTorch
+        tensors loss and gradient are both detached.
 
     Raises
     ------
@@ -402,8 +404,8 @@ def cross_entropy_grad(
     grad_output, out
         As in `cross_entropy_value_and_grad`.
     stats : RowStats, optional
-        What `row_stats` returned for the same logits, target and options: the forward pass of an automatic
-        differentiation saves it, and the backward pass need not reduce the rows again.
+        What `row_stats` returned for the same logits, target and options (which is not checked): the forward pass of an
+        automatic differentiation saves its four arrays, and the backward pass need not reduce the rows again.
 
     Returns
     -------
@@ -539,6 +541,9 @@ class CrossEntropyLoss:
 
     Notes
     -----
+    The gradient comes from `backward`, not from automatic differentiation: PyTorch tensors are detached. Under
+    autograd use `cross_entropy`.
+
     `forward` keeps a reference to A and Y and a few numbers per row, never an N×C array of its own: do not change A
     between the two. An object is not thread-safe; use one per thread, or the functions.
 
@@ -575,6 +580,8 @@ class CrossEntropyLoss:
         engine: str | Engine | None = None,
     ) -> None:
         check_options(reduction, ignore_index, label_smoothing, z_loss, softcap, validate)
+        if engine is not None:
+            _engines.named(engine)
         self._options: dict[str, Any] = {
             "axis": axis,
             "reduction": reduction,
@@ -593,8 +600,11 @@ class CrossEntropyLoss:
         given = ", ".join(f"{name}={value!r}" for name, value in self._options.items() if value is not None)
         return f"{type(self).__name__}({given})"
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_saved": None}  # a copy starts before its first forward
+
     def forward(self, A: Array, Y: Array) -> Array:
-        """The loss of logits `A` under target `Y`, as `cross_entropy` returns it; keeps what `backward` needs."""
+        """The loss of logits `A` under target `Y`, detached from any automatic differentiation; see `backward`."""
         self._saved = None
         problem = problem_of(A, Y, **self._options, detach=True)
         with np.errstate(all="ignore"):

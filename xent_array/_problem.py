@@ -138,12 +138,12 @@ class Problem(NamedTuple):
         """The same problem under an upstream gradient."""
         rows, view, value = self.rows, self.view, _detached(grad_output)
         upstream: Any
-        if rows.reduction == "none":
-            upstream = view.rows(rows.xp, _real_rows(value, "grad_output", rows.logits, rows.acc, view))
-        elif isinstance(value, numbers.Real):
+        if isinstance(value, numbers.Real):
             upstream = float(value)
+        elif rows.reduction == "none":
+            upstream = view.rows(rows.xp, _real_rows(value, "grad_output", rows.logits, rows.acc, view))
         else:
-            words = f"a scalar for reduction={rows.reduction!r}, of shape"
+            words = f"no dimension for reduction={rows.reduction!r}, shape"
             upstream = _real(value, "grad_output", rows.logits, rows.acc, (), words)
             upstream = float(upstream) if rows.xp is np else upstream
         return self._replace(rows=rows._replace(upstream=upstream), inputs=self.inputs | {"grad_output": value})
@@ -184,6 +184,8 @@ def problem_of(
         logits, target = _detached(logits), _detached(target)
         weight, sample_weight = _detached(weight), _detached(sample_weight)
     acc = _arithmetic(xp, logits, "logits")
+    if softcap is not None and not float(xp.finfo(acc).smallest_normal) <= softcap <= float(xp.finfo(acc).max):
+        raise ValueError(f"softcap must be a number that the arithmetic can hold, here {acc}; got {softcap!r}")
     view = _view(logits, axis)
     target = _array(target, "target", logits)
     target_dtype = _dtype_name(target.dtype)
@@ -268,7 +270,7 @@ def _array(value: Any, role: str, like: Array | None = None) -> Array:
     if isinstance(value, np.ndarray):
         if type(value) is not np.ndarray:
             if isinstance(value, (np.ma.MaskedArray, np.matrix)):
-                raise TypeError(f"{role} must be a plain array, got a {type(value).__name__}: " + _instead(value))
+                raise TypeError(f"{role} must be a plain array, got a {type(value).__name__}: {_instead(value, role)}")
             value = np.asarray(value)
     elif isinstance(value, (list, tuple, int, float, complex, np.generic)):
         xp = np if like is None else namespace(like)
@@ -279,12 +281,13 @@ def _array(value: Any, role: str, like: Array | None = None) -> Array:
         return xp.asarray(as_numpy.tolist(), dtype=dtype, device=device(like))
     elif not is_array_api_obj(value):
         raise TypeError(
-            f"{role} must be an array of a library that follows the Array API standard, got {_described(value)}"
+            f"{role} must be a list, or an array of NumPy, CuPy, PyTorch, JAX or another library of the Array API;"
+            f" got {_described(value)} (numpy.asarray may convert it)"
         )
     if like is not None and value is not like:
         if namespace(value) is not namespace(like):
             given, wanted = _described(value), _described(like)
-            raise TypeError(f"{role} must be an array of the same library as logits; got {given} with {wanted}")
+            raise TypeError(f"{role} must be a list, or an array of the library of logits; got {given} with {wanted}")
         if not isinstance(value, np.ndarray):
             here, there = _place(value), _place(like)
             if None not in (here, there) and here != there:
@@ -292,9 +295,11 @@ def _array(value: Any, role: str, like: Array | None = None) -> Array:
     return value
 
 
-def _instead(value: Any) -> str:
+def _instead(value: Any, role: str) -> str:
     if isinstance(value, np.matrix):
-        return "pass numpy.asarray(it)"
+        return "pass numpy.asarray of it"
+    if role == "x":
+        return "pass its data, with -inf where it is masked"
     return "pass its data, and sample_weight 0 (or ignore_index) for rows that must not count"
 
 
@@ -322,7 +327,7 @@ def _numpy_name(dtype: DType) -> str:
 def _arithmetic(xp: Any, logits: Array, role: str) -> DType:
     name = _dtype_name(logits.dtype)
     if name not in _ARITHMETIC:
-        raise TypeError(f"{role} must be of dtype {', '.join(_ARITHMETIC)}; got {name}")
+        raise TypeError(f"{role} must be of dtype {', '.join(_ARITHMETIC)}; got {name}, which is not converted")
     acc = _ARITHMETIC[name]
     return _NUMPY[acc] if xp is np else getattr(xp, acc)
 
@@ -365,7 +370,8 @@ def _real(value: Any, role: str, logits: Array, acc: DType, shape: tuple[int, ..
         raise TypeError(f"{role} must be real numbers, got dtype {name}")
     if tuple(value.shape) != shape:
         raise ValueError(f"{role} must have {words} {shape}; got shape {tuple(value.shape)}")
-    return namespace(logits).astype(value, acc, copy=False)
+    with np.errstate(all="ignore"):
+        return namespace(logits).astype(value, acc, copy=False)
 
 
 def _real_rows(value: Any, role: str, logits: Array, acc: DType, view: View) -> Array:
@@ -433,11 +439,25 @@ def _shared_memory(one: Array, two: Any) -> str:
     return "some"
 
 
+def _overlaps_itself(array: Array) -> bool:
+    """Whether elements may lie on each other: some axis takes smaller steps than the faster ones reach."""
+    extent = _extent(array)
+    if extent is None:
+        return False
+    reach = extent.itemsize
+    for step, length in sorted((abs(s), n) for s, n in zip(extent.strides, extent.shape, strict=True) if n > 1):
+        if step < reach:
+            return True
+        reach += step * (length - 1)
+    return False
+
+
 class _Extent(NamedTuple):
     start: int
     stop: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
+    itemsize: int
 
 
 def _extent(array: Any) -> _Extent | None:
@@ -461,7 +481,8 @@ def _extent(array: Any) -> _Extent | None:
     shape = tuple(array.shape)
     reach = [step * (length - 1) for step, length in zip(strides, shape, strict=True)]
     start = pointer + sum(step for step in reach if step < 0)
-    return _Extent(start, pointer + sum(step for step in reach if step > 0) + itemsize, shape, strides)
+    stop = pointer + sum(step for step in reach if step > 0) + itemsize
+    return _Extent(start, stop, shape, tuple(strides), itemsize)
 
 
 class Output:
@@ -493,6 +514,8 @@ class Output:
                 f"out must have the dtype of logits, {_dtype_name(rows.logits.dtype)}; got {_dtype_name(out.dtype)}"
             )
         self.target = _array(_detached(out), "out", rows.logits)
+        if _overlaps_itself(self.target):
+            raise ValueError("out has elements that share memory with each other; it must have one place for each")
         for role, array in self.problem.inputs.items():
             shared = _shared_memory(self.target, array)
             if role == "logits" and shared == "all":

@@ -71,7 +71,7 @@ class Rows(NamedTuple):
         return self.target is not None and self.target.ndim == 2
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class RowStats:
     """What one read of the logits tells of each row, free of cancellation, mergeable over disjoint classes.
 

@@ -52,13 +52,22 @@ def pick(rows: Rows, engine: str | Engine | None) -> Engine:
                 return found
             reasons.append(f"{found.name!r} {reason}")
         raise TypeError(f"no engine takes these arrays: {'; '.join(reasons)}")
-    if isinstance(engine, str):
-        if engine not in ENGINES:
-            raise ValueError(f"engine must be None or one of {', '.join(map(repr, ENGINES))}; got {engine!r}")
-        engine = ENGINES[engine]
+    engine = named(engine)
     reason = engine.declines(rows)
     if reason is not None:
         raise ValueError(f"engine {engine.name!r} cannot take these arrays: it {reason}")
+    return engine
+
+
+def named(engine: str | Engine) -> Engine:
+    """The engine of that name, or the engine itself."""
+    known = f"None or one of {', '.join(map(repr, ENGINES))}"
+    if isinstance(engine, str):
+        if engine not in ENGINES:
+            raise ValueError(f"engine must be {known}; got {engine!r}")
+        return ENGINES[engine]
+    if not hasattr(engine, "declines"):
+        raise TypeError(f"engine must be {known}, or an object like those; got {type(engine).__name__}")
     return engine
 
 
