@@ -129,8 +129,8 @@ class Problem(NamedTuple):
         logits, acc, view = self.rows.logits, self.rows.acc, self.view
         return RowStats(
             *(
-                view.rows(self.rows.xp, _real_rows(_detached(getattr(stats, part)), f"stats.{part}", logits, acc, view))
-                for part in RowStats.__slots__
+                view.rows(self.rows.xp, _real_rows(_detached(part), f"stats.{name}", logits, acc, view))
+                for name, part in stats._asdict().items()
             )
         )
 

@@ -7,7 +7,6 @@ labels count, what multiplies a row, what divides the sum, how two parts of a ro
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -71,8 +70,7 @@ class Rows(NamedTuple):
         return self.target is not None and self.target.ndim == 2
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class RowStats:
+class RowStats(NamedTuple):
     """What one read of the logits tells of each row, free of cancellation, mergeable over disjoint classes.
 
     With ``m`` the largest (capped) logit of a row and ``a`` its weighted, smoothed target:
@@ -88,8 +86,8 @@ class RowStats:
     mass : array
         ``sum(a_k)``
 
-    All four have one number per row, in the dtype of the loss. ``lse``, ``loss`` and the others below follow
-    from them.
+    All four have one number per row, in the dtype of the loss. ``lse``, ``loss`` and the others below follow from
+    them. As a named tuple they are saved by ``ctx.save_for_backward(*stats)`` and are a JAX pytree.
     """
 
     max: Array

@@ -43,7 +43,7 @@ def reads_labels_free(rows: Rows) -> bool:
 
 
 def stats(rows: Rows) -> RowStats:
-    filled = RowStats(*(np.empty(rows.shape, rows.acc) for _ in RowStats.__slots__))
+    filled = RowStats(*(np.empty(rows.shape, rows.acc) for _ in RowStats._fields))
     _drive(rows, _Want(stats=filled))
     return filled
 
@@ -251,13 +251,13 @@ def _block(rows: Rows, want: _Want, part: Part, scratch: _Scratch) -> None:
         if rows.target is None:  # the softmax alone: the gradient of lse
             stats = RowStats(stats.max, stats.rest, stats.gap, mass=rows.acc.type(1))
     else:
-        stats = RowStats(*(getattr(want.given, field)[part].reshape(-1) for field in RowStats.__slots__))
+        stats = RowStats(*(values[part].reshape(-1) for values in want.given))
     finite = _all_finite(stats.max)
     tail = np.log1p(stats.rest) if finite else stats.tail
     lse = stats.max + tail if rows.z_loss else None
     if want.stats is not None:
-        for field in RowStats.__slots__:
-            filled, values = getattr(want.stats, field)[part], getattr(stats, field)
+        for whole, values in zip(want.stats, stats, strict=True):
+            filled = whole[part]
             filled[...] = values.reshape(filled.shape) if isinstance(values, np.ndarray) else values
     if want.loss is not None:
         losses = stats.gap + stats.mass * tail
