@@ -1,0 +1,206 @@
+// What the kernels need of CUDA and of PTX, one wrapper each, and nothing else: no kernel contains asm.
+//
+// Nothing is included: an empty NVRTC compile takes 33 ms, with cooperative_groups.h 2 s. The first part is the
+// hardware; under XE_EMULATE tests/simt/simt.h supplies the same names instead and kernels run on a CPU. The
+// second part, after the line, is plain C++ over the first and runs in both places.
+//
+// The emulation asks this of every kernel (and a GPU does not mind): blockDim.x is a multiple of 32 and the only
+// dimension of a block; shuffles and votes are executed by whole warps; data passes between lanes by shuffle, or
+// through memory with a barrier between; no thread returns before a barrier that others reach; 16-byte accesses
+// go through ld16/st16; shared memory is declared by XE_SHARED and XE_DYN.
+
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef long long i64;
+typedef unsigned long long u64;
+
+// 16-bit logits: bits with a type, so that overloads and templates can tell the two apart.
+struct f16 { u16 bits; };
+struct bf16 { u16 bits; };
+
+#ifndef XE_EMULATE  // ------------------------------------------------------------------------------ hardware
+
+#define XE_DEVICE __device__ __forceinline__
+#define XE_SHARED(T, name, n) __shared__ T name[n]  // the type carries the alignment
+#define XE_DYN(T, name) extern __shared__ uint4 xe_dynamic[]; T* const name = reinterpret_cast<T*>(xe_dynamic)
+
+// Memory. `_once`: touched by nobody afterwards, so evict it first. `_l2`: past this SM's L1, for what other
+// blocks wrote in this launch. The plain forms take shared memory too; the others are for global memory.
+XE_DEVICE uint4 ld16(const void* p) { return *reinterpret_cast<const uint4*>(p); }
+XE_DEVICE uint4 ld16_once(const void* p) { return __ldcs(reinterpret_cast<const uint4*>(p)); }
+XE_DEVICE void st16(void* p, uint4 v) { *reinterpret_cast<uint4*>(p) = v; }
+XE_DEVICE void st16_once(void* p, uint4 v) { __stcs(reinterpret_cast<uint4*>(p), v); }
+template <class T> XE_DEVICE T ld_once(const T* p) { return __ldcs(p); }
+XE_DEVICE f16 ld_once(const f16* p) { return {__ldcs(&p->bits)}; }
+XE_DEVICE bf16 ld_once(const bf16* p) { return {__ldcs(&p->bits)}; }
+template <class T> XE_DEVICE T ld_l2(const T* p) { return __ldcg(p); }
+template <class T> XE_DEVICE void st_once(T* p, T v) { __stcs(p, v); }
+XE_DEVICE void st_once(f16* p, f16 v) { __stcs(&p->bits, v.bits); }
+XE_DEVICE void st_once(bf16* p, bf16 v) { __stcs(&p->bits, v.bits); }
+
+// Warp: every lane takes part. T is a 32- or 64-bit integer, float or double.
+template <class T> XE_DEVICE T shfl(T v, int lane) { return __shfl_sync(0xffffffffu, v, lane); }
+template <class T> XE_DEVICE T shfl_xor(T v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
+template <class T> XE_DEVICE T shfl_down(T v, int by) { return __shfl_down_sync(0xffffffffu, v, by); }
+template <class T> XE_DEVICE T shfl_up(T v, int by) { return __shfl_up_sync(0xffffffffu, v, by); }
+XE_DEVICE u32 ballot(bool yes) { return __ballot_sync(0xffffffffu, yes); }
+XE_DEVICE bool any_lane(bool yes) { return __any_sync(0xffffffffu, yes); }
+XE_DEVICE void sync_warp() { __syncwarp(); }
+
+// Block and grid.
+XE_DEVICE void sync_block() { __syncthreads(); }
+XE_DEVICE bool any_thread(bool yes) { return __syncthreads_or(yes); }  // a sync_block too
+XE_DEVICE void fence_gpu() { __threadfence(); }                        // this thread's writes, seen by the GPU
+XE_DEVICE u32 take_ticket(u32* counter) { return atomicAdd(counter, 1u); }
+XE_DEVICE u64 atomic_min(u64* p, u64 v) { return atomicMin(p, v); }
+
+// Arithmetic. ex2: 2 units in the last place; results below 2^-126 are 0 (CuPy compiles with -ftz=true anyhow).
+XE_DEVICE float exp2_fast(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+XE_DEVICE float f16_float(u16 x) { float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x)); return y; }
+XE_DEVICE u16 f16_bits(float x) { u16 y; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x)); return y; }
+XE_DEVICE u32 float_bits(float x) { return __float_as_uint(x); }
+XE_DEVICE float bits_float(u32 x) { return __uint_as_float(x); }
+#if __CUDA_ARCH__ >= 800
+#define XE_NATIVE_16BIT  // conversions to bf16, and arithmetic on pairs
+XE_DEVICE u16 bf16_bits(float x) { u16 y; asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x)); return y; }
+XE_DEVICE u32 pack2(float lo, float hi, f16) {
+    u32 y; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(hi), "f"(lo)); return y;
+}
+XE_DEVICE u32 pack2(float lo, float hi, bf16) {
+    u32 y; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(hi), "f"(lo)); return y;
+}
+XE_DEVICE u32 max2(u32 a, u32 b, f16) { u32 y; asm("max.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b)); return y; }
+XE_DEVICE u32 max2(u32 a, u32 b, bf16) { u32 y; asm("max.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b)); return y; }
+#endif
+
+// Clusters, transaction barriers and bulk copies: compute capability 9.0 and above.
+#if __CUDA_ARCH__ >= 900
+#define XE_CLUSTERS      // they are there
+#define XE_CLUSTER(n) __cluster_dims__(n, 1, 1)  // goes where __launch_bounds__ goes; gridDim.x is a multiple of n
+
+XE_DEVICE u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
+XE_DEVICE u32 shared_address(const void* p, int rank) {  // of the same variable in another block of the cluster
+    u32 y; asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(y) : "r"(shared_address(p)), "r"(rank)); return y;
+}
+
+// The relaxed arrive orders nothing but execution, and costs no MEMBAR: enough before the first remote access
+// (the other block has started) and after the last (it may leave).
+XE_DEVICE int cluster_rank() { int y; asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(y)); return y; }
+XE_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+XE_DEVICE void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+XE_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+// A transaction barrier in shared memory: a phase ends when `count` arrivals and all expected bytes are in.
+// mbar_init by one thread, then mbar_init_fence by it and a sync_block (or a cluster barrier) for the others.
+XE_DEVICE void mbar_init(u64* bar, u32 count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(count) : "memory");
+}
+XE_DEVICE void mbar_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+XE_DEVICE void mbar_arrive(u64* bar) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(bar)) : "memory");
+}
+XE_DEVICE void mbar_expect(u64* bar, u32 bytes) {  // arrives once, and lets the phase wait for `bytes` more
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+                 ::"r"(shared_address(bar)), "r"(bytes) : "memory");
+}
+XE_DEVICE bool mbar_try(u64* bar, u32 parity) {
+    u32 y;
+    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(y) : "r"(shared_address(bar)), "r"(parity) : "memory");
+    return y != 0;
+}
+XE_DEVICE void mbar_wait(u64* bar, u32 parity) { while (!mbar_try(bar, parity)) {} }  // parity 0 for the first phase
+
+// Writes 8 or 16 bytes to `to` in the shared memory of block `rank` and counts them on `bar` there. Both are this
+// block's addresses of the variables.
+XE_DEVICE void st_async8(void* to, int rank, uint2 v, u64* bar) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];"
+                 ::"r"(shared_address(to, rank)), "r"(v.x), "r"(v.y), "r"(shared_address(bar, rank)) : "memory");
+}
+XE_DEVICE void st_async16(void* to, int rank, uint4 v, u64* bar) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];"
+                 ::"r"(shared_address(to, rank)), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w),
+                 "r"(shared_address(bar, rank)) : "memory");
+}
+
+// Bulk copies by one thread: addresses and bytes are multiples of 16. A load ends on `bar`; stores end in groups.
+XE_DEVICE void bulk_load(void* shared, const void* global, u32 bytes, u64* bar) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 ::"r"(shared_address(shared)), "l"(__cvta_generic_to_global(global)), "r"(bytes),
+                 "r"(shared_address(bar)) : "memory");
+}
+XE_DEVICE void bulk_store(void* global, const void* shared, u32 bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;"
+                 ::"l"(__cvta_generic_to_global(global)), "r"(shared_address(shared)), "r"(bytes) : "memory");
+}
+XE_DEVICE void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// All but the last N groups of this thread have been read from shared memory; and written.
+template <int N> XE_DEVICE void bulk_wait_read() {
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
+}
+template <int N> XE_DEVICE void bulk_wait() { asm volatile("cp.async.bulk.wait_group %0;" ::"n"(N) : "memory"); }
+// This thread's writes to shared memory, before a bulk_store reads them (and before the barrier between the two).
+XE_DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+#endif
+
+#endif  // ------------------------------------------------------------------------------ in both places
+
+// The dtype of the arithmetic: float for 16- and 32-bit logits, double for double.
+template <class T> struct Acc { typedef float type; };
+template <> struct Acc<double> { typedef double type; };
+
+XE_DEVICE float to_float(f16 v) { return f16_float(v.bits); }
+
+// bfloat16 is the upper half of a float; to it, round to nearest even. On sm_75 and in the emulation by hand.
+XE_DEVICE float to_float(bf16 v) { return bits_float(static_cast<u32>(v.bits) << 16); }
+#ifndef XE_NATIVE_16BIT
+XE_DEVICE u16 bf16_bits(float x) {
+    const u32 b = float_bits(x);
+    return static_cast<u16>((b & 0x7fffffffu) > 0x7f800000u ? 0x7fffu : (b + 0x7fffu + ((b >> 16) & 1u)) >> 16);
+}
+#endif
+
+template <class T> XE_DEVICE T f16_or_bf16(u16 bits) { T v; v.bits = bits; return v; }
+XE_DEVICE float to_acc(f16 v) { return to_float(v); }
+XE_DEVICE float to_acc(bf16 v) { return to_float(v); }
+XE_DEVICE float to_acc(float v) { return v; }
+XE_DEVICE double to_acc(double v) { return v; }
+XE_DEVICE f16 from_acc(float v, f16) { f16 y; y.bits = f16_bits(v); return y; }  // the second argument names the type
+XE_DEVICE bf16 from_acc(float v, bf16) { bf16 y; y.bits = bf16_bits(v); return y; }
+XE_DEVICE float from_acc(float v, float) { return v; }
+XE_DEVICE double from_acc(double v, double) { return v; }
+
+// Pairs of 16-bit numbers in one register, the first in the low half. max2 takes the number where the other is NaN.
+template <class T> XE_DEVICE float low2(u32 v) { return to_float(f16_or_bf16<T>(static_cast<u16>(v))); }
+template <class T> XE_DEVICE float high2(u32 v) { return to_float(f16_or_bf16<T>(static_cast<u16>(v >> 16))); }
+#ifndef XE_NATIVE_16BIT
+template <class T> XE_DEVICE u32 pack2(float lo, float hi, T t) {
+    return from_acc(lo, t).bits | static_cast<u32>(from_acc(hi, t).bits) << 16;
+}
+template <class T> XE_DEVICE u32 max2(u32 a, u32 b, T t) {
+    return pack2(fmaxf(low2<T>(a), low2<T>(b)), fmaxf(high2<T>(a), high2<T>(b)), t);
+}
+#endif
+
+// The functions of the loss, by accumulation type. exp_acc(d) for d ≤ 0: the product d·log2 e is rounded once, so
+// the relative error is (2 + |d|/2) eps, which the bars of the tests allow for.
+XE_DEVICE float exp_acc(float d) { return exp2_fast(d * 1.4426950408889634f); }
+XE_DEVICE double exp_acc(double d) { return exp(d); }
+XE_DEVICE float log1p_acc(float x) { return log1pf(x); }
+XE_DEVICE double log1p_acc(double x) { return log1p(x); }
+XE_DEVICE float tanh_acc(float x) { return tanhf(x); }  // not tanh.approx: 2^-11 would not do
+XE_DEVICE double tanh_acc(double x) { return tanh(x); }
+XE_DEVICE float max_acc(float a, float b) { return fmaxf(a, b); }  // the number where the other is NaN
+XE_DEVICE double max_acc(double a, double b) { return fmax(a, b); }
+
+// Over the lanes of aligned groups of `width` (a power of two); all lanes of a group get the same bits.
+template <int width, class A> XE_DEVICE A lanes_max(A v) {
+#pragma unroll
+    for (int mask = width / 2; mask > 0; mask /= 2) v = max_acc(v, shfl_xor(v, mask));
+    return v;
+}
+template <int width, class A> XE_DEVICE A lanes_sum(A v) {
+#pragma unroll
+    for (int mask = width / 2; mask > 0; mask /= 2) v += shfl_xor(v, mask);
+    return v;
+}

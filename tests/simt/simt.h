@@ -1,0 +1,192 @@
+// The names of CUDA and of kernels/device.cuh for g++; simt.cpp is the machine behind them.
+//
+// Included before the text of a kernel. Nothing is included here either, which keeps a build of a kernel short.
+// `int line = __builtin_LINE()` is the line of the caller: it names the place in messages, and lanes or threads that
+// meet in one operation from two different lines have diverged.
+
+#pragma once
+#define XE_EMULATE
+#define XE_HERE int line = __builtin_LINE()
+#define XE_RAW __attribute__((no_sanitize("thread")))  // the checker does not see it, or is told by simt::access
+
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef long long i64;
+typedef unsigned long long u64;
+
+struct alignas(8) uint2 { u32 x, y; };
+struct alignas(16) uint4 { u32 x, y, z, w; };
+inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
+inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
+
+// --------------------------------------------------------------------------------------------------------- the machine
+namespace simt {
+
+struct Index { u32 x, y, z; };
+struct Place { Index thread, block, block_dim, grid_dim; };  // of a thread
+enum Access { READ = 0, WRITE = 1, READ_L2 = 2, ATOMIC = 3 };
+enum Collective { SHFL, SHFL_XOR, SHFL_DOWN, SHFL_UP, BALLOT, SYNC_WARP };
+enum Mbarrier { MBAR_INIT, MBAR_ARRIVE, MBAR_EXPECT };
+
+Place place();  // of the one that runs
+void access(const void* p, int bytes, Access kind, int line);  // a multiple of its size? the checker looks closer
+void* shared(const void* key, i64 bytes, int align);  // one array per block and place of declaration
+void* dynamic();
+u64 collective(Collective what, u64 value, int by, int line);
+bool block_barrier(bool yes, int line);
+void fence();
+void ticket();
+int cluster_rank();
+void cluster_arrive(bool release, int line);
+void cluster_wait(int line);
+void mbarrier(Mbarrier what, u64* bar, u32 n, int line);
+void mbarrier_fence();
+void mbarrier_wait(u64* bar, u32 parity, int line);
+void store_async(void* to, int rank, const void* value, int bytes, u64* bar, int line);
+void bulk_load(void* shared, const void* global, u32 bytes, u64* bar, int line);
+void bulk_store(void* global, const void* shared, u32 bytes, int line);
+void bulk_commit();
+void bulk_wait(int groups, int line);
+
+// An entry called with the addresses of its arguments, as cuLaunchKernel has them, and the kinds of its parameters:
+// p(ointer), i(nteger), f(loat), b(ool), each followed by its size.
+template <int... I> struct Ints {};
+template <class... A, int... I> XE_RAW void call(void (*f)(A...), void** a, Ints<I...>) {
+    f(*static_cast<A*>(a[I])...);
+}
+template <class... A> void call(void (*f)(A...), void** a) { call(f, a, Ints<__integer_pack(sizeof...(A))...>()); }
+template <class T> struct Kind { static constexpr char letter = T(0.5f) != T(0) ? 'f' : 'i'; };
+template <class T> struct Kind<T*> { static constexpr char letter = 'p'; };
+template <> struct Kind<bool> { static constexpr char letter = 'b'; };
+template <class... A> void kinds(void (*)(A...), char* to) {
+    ((*to++ = Kind<A>::letter, *to++ = static_cast<char>('0' + sizeof(A))), ...);
+    *to = 0;
+}
+
+}  // namespace simt
+
+// What each launched entry needs; build.py appends one line for each.
+#define SIMT_ENTRY(name)                                                    \
+    extern "C" void simt_call_##name(void** a) { simt::call(name, a); }     \
+    extern "C" void simt_kinds_##name(char* to) { simt::kinds(name, to); }
+
+#ifndef SIMT_MACHINE
+// -------------------------------------------------------------------------------------------------------- CUDA's words
+#define __global__
+#define __device__
+#define __host__
+#define __constant__
+#define __forceinline__ inline
+#define __noinline__ __attribute__((noinline))
+#define __restrict__
+#define __launch_bounds__(...)
+#define threadIdx (simt::place().thread)
+#define blockIdx (simt::place().block)
+#define blockDim (simt::place().block_dim)
+#define gridDim (simt::place().grid_dim)
+
+extern "C" {
+float expf(float); float exp2f(float); float log1pf(float); float tanhf(float); float fmaxf(float, float);
+float fminf(float, float); float fmaf(float, float, float); float fabsf(float); float logf(float);
+double exp(double); double exp2(double); double log1p(double); double tanh(double); double fmax(double, double);
+double fmin(double, double); double fma(double, double, double); double fabs(double); double log(double);
+}
+inline bool isnan(float x) { return __builtin_isnan(x); }
+inline bool isnan(double x) { return __builtin_isnan(x); }
+inline bool isinf(float x) { return __builtin_isinf(x); }
+inline bool isinf(double x) { return __builtin_isinf(x); }
+inline bool isfinite(float x) { return __builtin_isfinite(x); }
+inline bool isfinite(double x) { return __builtin_isfinite(x); }
+template <class T> T min(T a, T b) { return b < a ? b : a; }
+template <class T> T max(T a, T b) { return a < b ? b : a; }
+template <class To, class From> To simt_bits(From x) {
+    static_assert(sizeof(To) == sizeof(From));
+    To y;
+    __builtin_memcpy(&y, &x, sizeof y);
+    return y;
+}
+
+// -------------------------------------------------------------------------------------------------- device.cuh's words
+#define XE_DEVICE inline
+#define XE_CLUSTERS
+#define XE_CLUSTER(n)
+#define XE_SHARED(T, name, n) \
+    static char name##_key;   \
+    T* const name = static_cast<T*>(simt::shared(&name##_key, sizeof(T) * (n), alignof(T)))
+#define XE_DYN(T, name) T* const name = static_cast<T*>(simt::dynamic())
+
+XE_RAW inline uint4 ld16(const void* p, XE_HERE) {
+    simt::access(p, 16, simt::READ, line);
+    return *static_cast<const uint4*>(p);
+}
+XE_RAW inline void st16(void* p, uint4 v, XE_HERE) {
+    simt::access(p, 16, simt::WRITE, line);
+    *static_cast<uint4*>(p) = v;
+}
+XE_RAW inline uint4 ld16_once(const void* p, XE_HERE) { return ld16(p, line); }
+XE_RAW inline void st16_once(void* p, uint4 v, XE_HERE) { st16(p, v, line); }
+template <class T> XE_RAW T ld_once(const T* p, XE_HERE) { simt::access(p, sizeof(T), simt::READ, line); return *p; }
+template <class T> XE_RAW T ld_l2(const T* p, XE_HERE) { simt::access(p, sizeof(T), simt::READ_L2, line); return *p; }
+template <class T> XE_RAW void st_once(T* p, T v, XE_HERE) { simt::access(p, sizeof(T), simt::WRITE, line); *p = v; }
+XE_RAW inline u32 take_ticket(u32* p, XE_HERE) {
+    simt::access(p, 4, simt::ATOMIC, line);
+    simt::ticket();
+    return (*p)++;
+}
+XE_RAW inline u64 atomic_min(u64* p, u64 v, XE_HERE) {
+    simt::access(p, 8, simt::ATOMIC, line);
+    const u64 old = *p;
+    if (v < old) *p = v;
+    return old;
+}
+
+template <class T> T simt_shuffle(simt::Collective what, T v, int by, int line) {
+    u64 bits = 0;
+    __builtin_memcpy(&bits, &v, sizeof v);
+    bits = simt::collective(what, bits, by, line);
+    __builtin_memcpy(&v, &bits, sizeof v);
+    return v;
+}
+template <class T> T shfl(T v, int lane, XE_HERE) { return simt_shuffle(simt::SHFL, v, lane, line); }
+template <class T> T shfl_xor(T v, int mask, XE_HERE) { return simt_shuffle(simt::SHFL_XOR, v, mask, line); }
+template <class T> T shfl_down(T v, int by, XE_HERE) { return simt_shuffle(simt::SHFL_DOWN, v, by, line); }
+template <class T> T shfl_up(T v, int by, XE_HERE) { return simt_shuffle(simt::SHFL_UP, v, by, line); }
+inline u32 ballot(bool yes, XE_HERE) { return static_cast<u32>(simt::collective(simt::BALLOT, yes, 0, line)); }
+inline bool any_lane(bool yes, XE_HERE) { return simt::collective(simt::BALLOT, yes, 0, line) != 0; }
+inline void sync_warp(XE_HERE) { simt::collective(simt::SYNC_WARP, 0, 0, line); }
+inline void sync_block(XE_HERE) { simt::block_barrier(false, line); }
+inline bool any_thread(bool yes, XE_HERE) { return simt::block_barrier(yes, line); }
+inline void fence_gpu() { simt::fence(); }
+
+// The hardware's exp2 is rounded twice over and flushes subnormal numbers; this one is right, and flushes too.
+inline float exp2_fast(float x) { const float y = exp2f(x); return y < 1.17549435e-38f ? 0.0f : y; }
+inline float f16_float(u16 x) { return static_cast<float>(simt_bits<_Float16>(x)); }
+inline u16 f16_bits(float x) { return simt_bits<u16>(static_cast<_Float16>(x)); }
+inline u32 float_bits(float x) { return simt_bits<u32>(x); }
+inline float bits_float(u32 x) { return simt_bits<float>(x); }
+
+inline int cluster_rank() { return simt::cluster_rank(); }
+inline void cluster_arrive(XE_HERE) { simt::cluster_arrive(true, line); }
+inline void cluster_arrive_relaxed(XE_HERE) { simt::cluster_arrive(false, line); }
+inline void cluster_wait(XE_HERE) { simt::cluster_wait(line); }
+inline void mbar_init(u64* bar, u32 count, XE_HERE) { simt::mbarrier(simt::MBAR_INIT, bar, count, line); }
+inline void mbar_init_fence() { simt::mbarrier_fence(); }
+inline void mbar_arrive(u64* bar, XE_HERE) { simt::mbarrier(simt::MBAR_ARRIVE, bar, 0, line); }
+inline void mbar_expect(u64* bar, u32 bytes, XE_HERE) { simt::mbarrier(simt::MBAR_EXPECT, bar, bytes, line); }
+inline void mbar_wait(u64* bar, u32 parity, XE_HERE) { simt::mbarrier_wait(bar, parity, line); }
+inline void st_async8(void* to, int rank, uint2 v, u64* bar, XE_HERE) { simt::store_async(to, rank, &v, 8, bar, line); }
+inline void st_async16(void* to, int rank, uint4 v, u64* bar, XE_HERE) {
+    simt::store_async(to, rank, &v, 16, bar, line);
+}
+inline void bulk_load(void* shared, const void* global, u32 bytes, u64* bar, XE_HERE) {
+    simt::bulk_load(shared, global, bytes, bar, line);
+}
+inline void bulk_store(void* global, const void* shared, u32 bytes, XE_HERE) {
+    simt::bulk_store(global, shared, bytes, line);
+}
+inline void bulk_commit() { simt::bulk_commit(); }
+template <int N> void bulk_wait_read(XE_HERE) { simt::bulk_wait(N, line); }
+template <int N> void bulk_wait(XE_HERE) { simt::bulk_wait(N, line); }
+inline void fence_async() {}
+
+#endif

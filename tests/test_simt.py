@@ -1,0 +1,546 @@
+"""The emulation proves itself on kernels of its own: right ones pass in every order, each kind of mistake is caught."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import simt
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulation needs g++")
+
+DEVICE = (Path(__file__).parents[1] / "kernels" / "device.cuh").read_text()
+ORDERS = simt.build.ORDERS
+
+# -------------------------------------------------------------------------------------------------------- right kernels
+# name: (the kernel, how it is called and what it must give). Every mistake below is one of these with a patch.
+
+KERNELS = {}
+
+
+def kernel(text, **launch):
+    """Registers a kernel under the name of the function that makes (arguments, {index: wanted}) for it."""
+
+    def register(case):
+        KERNELS[case.__name__] = text, launch, case
+        return case
+
+    return register
+
+
+def run(name, mode, order="fifo", seed=0, patches=()):
+    """Launch a kernel, with bugs planted; assert what it must give."""
+    text, launch, case = KERNELS[name]
+    for old, new in patches:
+        text = simt.patch(text, old, new)
+    args, wanted = case()
+    simt.compile(DEVICE + text, [name], mode).launch(name, args=args, order=order, seed=seed, **launch)
+    for index, value in wanted.items():
+        np.testing.assert_array_equal(args[index], value)
+
+
+@kernel(
+    """
+extern "C" __global__ void block_sum(const int* x, i64 n, int* out) {
+    XE_SHARED(int, parts, 8);
+    for (int round = 0; round < 2; ++round) {
+        int s = round;
+        for (i64 i = threadIdx.x; i < n; i += blockDim.x) s += x[i];
+        s = lanes_sum<32>(s);
+        if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = s;
+        sync_block();  // written
+        s = 0;
+        for (u32 w = 0; w < blockDim.x / 32; ++w) s += parts[w];
+        sync_block();  // read
+        if (threadIdx.x == 0) out[blockIdx.x + gridDim.x * round] = s;
+    }
+}
+""",
+    grid=3,
+    block=256,
+)
+def block_sum():
+    x = np.arange(1000, dtype=np.int32)
+    x.flags.writeable = False
+    return [x, 1000, simt.empty(6, np.int32)], {2: np.repeat([x.sum(), x.sum() + 256], 3)}
+
+
+@kernel(
+    """
+extern "C" __global__ void lanes(u32* out) {
+    const int lane = threadIdx.x % 32;
+    u32* mine = out + threadIdx.x * 8;
+    mine[0] = shfl(lane * 10, 5);
+    mine[1] = shfl(lane * 10, (lane + 1) % 32);
+    mine[2] = shfl_xor(lane, 9);
+    mine[3] = shfl_down(lane, 3);
+    mine[4] = shfl_up(lane, 3);
+    mine[5] = ballot(lane % 3 == 0);
+    mine[6] = any_lane(threadIdx.x == 40);
+    mine[7] = static_cast<u32>(shfl_xor(1ll << lane, 31) >> 3);
+}
+""",
+    grid=1,
+    block=64,
+)
+def lanes():
+    lane = np.arange(64) % 32
+    columns = [
+        np.full(64, 50),
+        (lane + 1) % 32 * 10,
+        lane ^ 9,
+        np.where(lane + 3 < 32, lane + 3, lane),
+        np.where(lane - 3 >= 0, lane - 3, lane),
+        np.full(64, sum(1 << i for i in range(0, 32, 3))),
+        np.arange(64) // 32 == 1,
+        (1 << (31 - lane)) >> 3,
+    ]
+    return [simt.empty((64, 8), np.uint32)], {0: np.stack(columns, 1)}
+
+
+@kernel(
+    """
+extern "C" __global__ void reversed(float* x, i64 vectors) {  // in place, by way of dynamic shared memory
+    XE_DYN(uint4, tile);
+    for (i64 i = threadIdx.x; i < vectors; i += blockDim.x) st16(&tile[i], ld16_once(x + 4 * i));
+    const bool last = any_thread(threadIdx.x == 31);
+    for (i64 i = threadIdx.x; i < vectors; i += blockDim.x) st16_once(x + 4 * i, ld16(&tile[vectors - 1 - i]));
+    if (!last) x[0] = -1;
+}
+""",
+    grid=1,
+    block=64,
+    shared_bytes=100 * 16,
+)
+def reversed():
+    x = np.arange(400, dtype=np.float32)
+    return [x, 100], {0: x.reshape(100, 4)[::-1].reshape(-1).copy()}
+
+
+@kernel(
+    """
+extern "C" __global__ void neighbours(int* out) {  // lanes meet in memory
+    XE_SHARED(int, shared, 32);
+    shared[threadIdx.x] = threadIdx.x;
+    sync_warp();
+    out[threadIdx.x] = shared[31 - threadIdx.x];
+}
+""",
+    grid=1,
+    block=32,
+)
+def neighbours():
+    return [simt.empty(32, np.int32)], {0: np.arange(32)[::-1]}
+
+
+@kernel(
+    """
+extern "C" __global__ void last_block(double* parts, u32* ticket, double* out) {
+    XE_SHARED(u32, taken, 1);
+    if (threadIdx.x == 0) {
+        parts[blockIdx.x] = blockIdx.x + 1;
+        fence_gpu();
+        taken[0] = take_ticket(ticket);
+    }
+    sync_block();
+    if (taken[0] != gridDim.x - 1) return;
+    double sum = 0;
+    for (u32 i = threadIdx.x; i < gridDim.x; i += blockDim.x) sum += ld_l2(parts + i);
+    sum = lanes_sum<32>(sum);
+    if (threadIdx.x == 0) out[0] = sum;
+}
+""",
+    grid=50,
+    block=32,
+)
+def last_block():
+    return [simt.empty(50), np.zeros(1, np.uint32), simt.empty(1)], {2: [1275.0]}
+
+
+@kernel(
+    """
+extern "C" __global__ void cluster_sum(const int* x, int* out, i64 rounds) {  // all blocks of a cluster tell all
+    XE_SHARED(uint2, inbox, 2 * 4);
+    XE_SHARED(u64, arrived, 2);
+    const int rank = cluster_rank();
+    if (threadIdx.x == 0) {
+        mbar_init(&arrived[0], 1);
+        mbar_init(&arrived[1], 1);
+        mbar_init_fence();
+    }
+    cluster_arrive_relaxed();
+    cluster_wait();
+    for (int round = 0; round < rounds; ++round) {
+        const int stage = round % 2;
+        const int s = lanes_sum<32>(x[(round * gridDim.x + blockIdx.x) * 32 + threadIdx.x]);
+        if (threadIdx.x == 0) mbar_expect(&arrived[stage], 4 * 8);
+        if (threadIdx.x < 4) st_async8(&inbox[stage * 4 + rank], threadIdx.x, make_uint2(s, rank), &arrived[stage]);
+        mbar_wait(&arrived[stage], round / 2 % 2);
+        int sum = 0;
+        for (int r = 0; r < 4; ++r) sum += inbox[stage * 4 + r].x;
+        sync_warp();  // everyone has read
+        if (threadIdx.x == 0) out[round * gridDim.x + blockIdx.x] = sum;
+    }
+}
+""",
+    grid=8,
+    block=32,
+    cluster=4,
+)
+def cluster_sum():
+    x = np.random.default_rng(0).integers(-99, 99, (7, 2, 4, 32), dtype=np.int32)
+    return [x, simt.empty((7, 8), np.int32), 7], {1: np.repeat(x.sum((2, 3)), 4, axis=1)}
+
+
+@kernel(
+    """
+extern "C" __global__ void bulk(const float* x, float* y, i64 rows) {  // two stages, one row of 64 floats each
+    XE_DYN(float, tile);
+    XE_SHARED(u64, full, 2);
+    if (threadIdx.x == 0) { mbar_init(&full[0], 1); mbar_init(&full[1], 1); mbar_init_fence(); }
+    sync_block();
+    for (int row = 0; row < rows; ++row) {
+        const int stage = row % 2;
+        float* mine = tile + stage * 64;
+        if (threadIdx.x == 0) {
+            bulk_wait_read<1>();  // the store of two rows ago
+            mbar_expect(&full[stage], 256);
+            bulk_load(mine, x + row * 64, 256, &full[stage]);
+        }
+        mbar_wait(&full[stage], row / 2 % 2);
+        mine[threadIdx.x] *= 2;
+        fence_async();
+        sync_block();
+        if (threadIdx.x == 0) { bulk_store(y + row * 64, mine, 256); bulk_commit(); }
+    }
+    if (threadIdx.x == 0) bulk_wait<0>();
+}
+""",
+    grid=1,
+    block=64,
+    shared_bytes=512,
+)
+def bulk():
+    x = np.random.default_rng(0).normal(size=(9, 64)).astype(np.float32)
+    return [x, simt.empty(x.shape, np.float32), 9], {1: 2 * x}
+
+
+@kernel(
+    """
+extern "C" __global__ void scaled(const float* x, int ld, float* y, double by, bool twice) {
+    float held[4];
+    for (int i = 0; i < 4; ++i) held[i] = x[ld * i + threadIdx.x];
+    for (int i = 0; i < 4; ++i) y[ld * i + threadIdx.x] = held[i] * static_cast<float>(by) * (twice ? 2 : 1);
+}
+""",
+    grid=1,
+    block=32,
+)
+def scaled():
+    x = np.random.default_rng(0).normal(size=(4, 32)).astype(np.float32)
+    return [x, np.int32(32), simt.empty(x.shape, np.float32), 0.25, True], {2: 0.5 * x}
+
+
+@pytest.mark.parametrize("mode", ["plain", "check"])
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_right_kernel_passes_in_every_order(name, mode):
+    for order in ORDERS:
+        for seed in range(5):
+            run(name, mode, order, seed)
+
+
+# ------------------------------------------------------------------------------------------------------------- mistakes
+
+# kernel, mistake, the kinds that may be reported (an order decides what is met first), and (old, new) of each patch.
+# fmt: off
+MISTAKES = [
+    ("block_sum", "no barrier before the read", "race uninitialised",
+     ("sync_block();  // written", "")),
+    ("block_sum", "no barrier before the next write", "race",
+     ("sync_block();  // read", "")),
+    ("block_sum", "a barrier that one warp does not reach", "barrier deadlock race",
+     ("sync_block();  // read", "if (threadIdx.x >= 32) sync_block();")),
+    ("block_sum", "two barriers for one", "barrier",
+     ("sync_block();  // read", "if (threadIdx.x < 32) sync_block();\nelse sync_block();")),
+    ("block_sum", "return before a barrier", "barrier divergence race",
+     ("int s = round;", "if (threadIdx.x == 255 && round) return; int s = round;")),
+    ("block_sum", "shuffle in a branch", "divergence deadlock",
+     ("s = lanes_sum<32>(s);", "if (threadIdx.x % 32 < 31) s = lanes_sum<32>(s);")),
+    ("block_sum", "read past the end", "bounds",
+     ("i < n;", "i <= n;")),
+    ("block_sum", "shared array too small", "bounds",
+     ("parts, 8", "parts, 7")),
+    ("block_sum", "write to the input", "bounds",
+     ("out[blockIdx.x +", "const_cast<int*>(x)[blockIdx.x +")),
+    ("block_sum", "all threads write the same", "race",
+     ("if (threadIdx.x == 0) out", "out")),
+    ("block_sum", "output read before it is written", "uninitialised race",
+     ("int s = round;", "int s = out[0];")),
+    ("lanes", "lanes in different shuffles", "divergence",
+     ("mine[2] = shfl_xor(lane, 9);",
+      "if (lane < 16) mine[2] = shfl_xor(lane, 9);\nelse mine[2] = shfl_xor(lane, 9);")),
+    ("lanes", "write past the end", "bounds",
+     ("threadIdx.x * 8", "threadIdx.x * 8 + 8")),
+    ("reversed", "no barrier between load and use", "race uninitialised",
+     ("any_thread(threadIdx.x == 31)", "true")),
+    ("reversed", "misaligned vector", "misaligned",
+     ("ld16_once(x + 4 * i)", "ld16_once(x + 4 * i + 1)")),
+    ("reversed", "misaligned scalar", "misaligned",
+     ("x[0] = -1;", ""),
+     ("if (!last)", "*reinterpret_cast<float*>(reinterpret_cast<char*>(x) + 2) = 1;")),
+    ("reversed", "vector past the end", "bounds race",
+     ("i += blockDim.x) st16_once(x + 4 * i", "i += blockDim.x) st16_once(x + 4 * (i + 1)")),
+    ("neighbours", "no barrier between lanes", "race uninitialised",
+     ("sync_warp();", "")),
+    ("last_block", "no fence before the ticket", "race",
+     ("fence_gpu();", "")),
+    ("last_block", "fence before the write", "race",
+     ("parts[blockIdx.x] = blockIdx.x + 1;", ""),
+     ("fence_gpu();", "fence_gpu(); parts[blockIdx.x] = blockIdx.x + 1;")),
+    ("last_block", "read through L1", "l1",
+     ("ld_l2(parts + i)", "parts[i]")),
+    ("last_block", "no barrier after the ticket", "race uninitialised",
+     ("sync_block();", "")),
+    ("last_block", "wrong block is the last", "uninitialised",
+     ("gridDim.x - 1", "gridDim.x / 2")),
+    ("cluster_sum", "no wait for the messages", "race uninitialised mbarrier",
+     ("mbar_wait(&arrived[stage], round / 2 % 2);", "")),
+    ("cluster_sum", "wait for the other phase", "race uninitialised deadlock mbarrier",
+     ("round / 2 % 2);", "1 - round / 2 % 2);")),
+    ("cluster_sum", "no second stage", "race",
+     ("const int stage = round % 2", "const int stage = 0"),
+     ("round / 2 % 2);", "round % 2);"),
+     ("sync_warp();  // everyone has read", "")),
+    ("cluster_sum", "too few bytes expected", "race uninitialised deadlock mbarrier cluster",
+     ("4 * 8);", "3 * 8);")),
+    ("cluster_sum", "too many bytes expected", "deadlock",
+     ("4 * 8);", "5 * 8);")),
+    ("cluster_sum", "barrier not initialised", "mbarrier",
+     ("mbar_init(&arrived[1], 1);", "")),
+    ("cluster_sum", "message before the first cluster barrier", "cluster mbarrier",
+     ("cluster_arrive_relaxed();\n    cluster_wait();\n    for", "sync_block();\n    for")),
+    ("cluster_sum", "arrive without wait", "cluster mbarrier",
+     ("cluster_wait();\n    for", "for")),
+    ("cluster_sum", "a block that is not there", "cluster",
+     ("(&inbox[stage * 4 + rank], threadIdx.x,", "(&inbox[stage * 4 + rank], threadIdx.x + 1,")),
+    ("cluster_sum", "message past the inbox", "bounds",
+     ("inbox[stage * 4 + rank]", "inbox[stage * 8 + rank]")),
+    ("bulk", "no wait for the load", "race uninitialised",
+     ("mbar_wait(&full[stage], row / 2 % 2);", "")),
+    ("bulk", "no barrier before the store", "race uninitialised",
+     ("fence_async();\n        sync_block();", "")),
+    ("bulk", "misaligned copy", "misaligned",
+     ("bulk_store(y + row * 64, mine, 256)", "bulk_store(y + row * 64 + 1, mine, 240)")),
+    ("bulk", "store past the end", "bounds",
+     ("y + row * 64,", "y + row * 64 + 4,")),
+    ("bulk", "more arrivals than counted", "mbarrier race uninitialised",
+     ("mbar_expect(&full[stage], 256);", "mbar_arrive(&full[stage]); mbar_expect(&full[stage], 256);")),
+    ("scaled", "local array too small", "ubsan",
+     ("held[4]", "held[3]")),
+    ("scaled", "offset in 32 bits", "ubsan",
+     ("y[ld * i +", "y[(ld + 2147483647) * i +")),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize("case", MISTAKES, ids=lambda case: f"{case[0]}: {case[1]}")
+def test_the_checker_catches_in_every_order(case):
+    name, _, kinds, *patches = case
+    for order in ORDERS:
+        with pytest.raises(simt.SimtError) as caught:
+            run(name, "check", order, patches=patches)
+        assert caught.value.kind in kinds.split(), caught.value
+
+
+# What shows in values, or in what the machine itself refuses, without the checker: in some order, not in every.
+# fmt: off
+EXPOSED = [
+    ("block_sum", ("sync_block();  // written", "")),
+    ("block_sum", ("sync_block();  // read", "")),
+    ("reversed", ("any_thread(threadIdx.x == 31)", "true")),
+    ("neighbours", ("sync_warp();", "")),
+    ("cluster_sum", ("mbar_wait(&arrived[stage], round / 2 % 2);", "")),
+    ("cluster_sum", ("const int stage = round % 2", "const int stage = 0"), ("round / 2 % 2);", "round % 2);")),
+    ("bulk", ("bulk_wait_read<1>();", "")),
+    ("bulk", ("if (threadIdx.x == 0) bulk_wait<0>();", "")),
+    ("bulk", ("fence_async();\n        sync_block();", "")),
+    ("scaled", ("x[ld * i", "x[(1ll << 40) + ld * i")),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize("case", EXPOSED, ids=lambda case: f"{case[0]}: {case[1][0]}")
+def test_the_schedulers_expose(case):
+    name, *patches = case
+    failures = 0
+    for order in ORDERS:
+        for seed in range(10):
+            try:
+                run(name, "plain", order, seed, patches)
+            except (AssertionError, simt.SimtError):
+                failures += 1
+    assert failures
+
+
+def test_a_local_that_is_never_written():
+    with pytest.raises(simt.SimtError, match="uninitialised"):
+        run("block_sum", "plain", patches=[("int s = round;", "int s;")])
+    with pytest.raises(AssertionError):  # by values: it is NaN
+        run("scaled", "check", patches=[("held[i] = x[", "if (i) held[i] = x[")])
+
+
+def test_orders_differ_and_follow_from_the_seed():
+    text = """
+extern "C" __global__ void who(u32* n, int* order) {
+    for (int turn = 0; turn < 2; ++turn) { order[take_ticket(n)] = threadIdx.x + 1000 * blockIdx.x; sync_warp(); }
+}
+"""
+    library = simt.compile(DEVICE + text, ["who"])
+
+    def trace(order, seed=0):
+        seen = np.zeros(2 * 2 * 64, np.int32)
+        library.launch("who", 2, 64, [np.zeros(1, np.uint32), seen], order=order, seed=seed)
+        assert sorted(seen) == sorted([*range(64), *range(1000, 1064)] * 2)
+        return tuple(seen)
+
+    assert trace("fifo")[:32] == tuple(range(32))
+    assert trace("lifo")[:32] == tuple(range(1063, 1031, -1))
+    assert len({trace(order, seed) for order in ORDERS for seed in range(5)}) == 2 + 5 + 5
+    assert trace("random", 3) == trace("random", 3)
+    assert trace("priority", 3) == trace("priority", 3)
+
+
+def test_a_report_names_thread_and_line():
+    race = r"(?s)race: thread 0 of block \(0, 0, 0\) writes .*, which thread 255 of block 0 reads;.*line \d+: .*parts\["
+    with pytest.raises(simt.SimtError, match=race):
+        run("block_sum", "check", patches=[("sync_block();  // read", "")])
+    with pytest.raises(simt.SimtError, match=r"(?s)deadlock: .* 128 threads .* in mbar_wait, line \d+"):
+        run("cluster_sum", "check", patches=[("4 * 8);", "5 * 8);")])
+    run("cluster_sum", "check")  # and the next launch is as if nothing had been
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([None, 1, None, 0.5, True], "argument 1 is i8, not i4"),
+        ([None, np.int32(1), None, np.float32(0.5), True], "argument 3 is f4, not f8"),
+        ([None, np.int32(1), None, 0.5, 1], "argument 4 is i8, not b1"),
+        ([None, np.int32(1), 7, 0.5, True], "argument 2 is i8, not p8"),
+        ([None, np.int32(1), None, 0.5], "their number"),
+    ],
+)
+def test_arguments_must_be_of_the_kind_that_the_kernel_takes(args, message):
+    library = simt.compile(DEVICE + KERNELS["scaled"][0], ["scaled"])
+    assert library.parameters("scaled") == ["p8", "i4", "p8", "f8", "b1"]
+    with pytest.raises(TypeError, match=message):
+        library.launch("scaled", 1, 32, args)
+
+
+def test_a_patch_must_fit():
+    with pytest.raises(ValueError, match="2 times"):
+        simt.patch("a b a", "a", "c")
+
+
+# ------------------------------------------------------------------------------------------------- device.cuh's numbers
+
+
+def test_16_bit_conversions_and_pairs():
+    text = """
+template <class T> XE_DEVICE void all(const float* x, i64 n, u16* narrow, float* wide, u32* pairs) {
+    const i64 i = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x;
+    if (i < n) narrow[i] = from_acc(x[i], T()).bits;
+    if (i < 65536) {
+        wide[i] = to_acc(f16_or_bf16<T>(static_cast<u16>(i)));
+        const u32 two = pack2(x[2 * i], x[2 * i + 1], T());
+        pairs[i] = max2(two, pack2(0.5f, -0.5f, T()), T());
+    }
+}
+extern "C" __global__ void half(const float* x, i64 n, u16* a, float* b, u32* c) { all<f16>(x, n, a, b, c); }
+extern "C" __global__ void bfloat(const float* x, i64 n, u16* a, float* b, u32* c) { all<bf16>(x, n, a, b, c); }
+"""
+    library = simt.compile(DEVICE + text, ["half", "bfloat"])
+    every = np.arange(65536, dtype=np.uint16)
+    rng = np.random.default_rng(0)
+    for name, dtype in [("half", np.dtype(np.float16)), ("bfloat", np.dtype(ml_dtypes.bfloat16))]:
+        exact = every.view(dtype).astype(np.float32)
+        finite = np.sort(exact[np.isfinite(exact)])
+        ties = (finite[:-1] / 2 + finite[1:] / 2).astype(np.float32)
+        x = np.concatenate(
+            [exact, ties, rng.normal(size=70_000), [1e38, -1e38, 3.4e38, 65519, 65520]],
+            dtype=np.float32,
+            casting="same_kind",
+        )
+        narrow, wide, pairs = np.zeros(len(x), np.uint16), np.zeros(65536, np.float32), np.zeros(65536, np.uint32)
+        library.launch(name, -(-len(x) // 1024), 1024, [x, len(x), narrow, wide, pairs])
+        np.testing.assert_array_equal(wide, exact)
+        with np.errstate(all="ignore"):  # NaN and overflow are meant
+            np.testing.assert_array_equal(narrow.view(dtype).astype(np.float32), x.astype(dtype).astype(np.float32))
+            two = x[:131072].astype(dtype).astype(np.float32).reshape(-1, 2)
+        wanted = np.fmax(two, np.array([0.5, -0.5], np.float32))
+        np.testing.assert_array_equal(pairs.view(dtype).astype(np.float32).reshape(-1, 2), wanted)
+
+
+def test_exp_log1p_tanh():
+    text = """
+extern "C" __global__ void functions(const float* x, const double* xx, float* y, double* yy) {
+    const int i = blockIdx.x * blockDim.x + threadIdx.x;
+    y[3 * i] = exp_acc(-x[i]), y[3 * i + 1] = log1p_acc(x[i]), y[3 * i + 2] = tanh_acc(x[i]);
+    yy[3 * i] = exp_acc(-xx[i]), yy[3 * i + 1] = log1p_acc(xx[i]), yy[3 * i + 2] = tanh_acc(xx[i]);
+}
+"""
+    library = simt.compile(DEVICE + text, ["functions"])
+    x = np.geomspace(1e-30, 80, 1024)
+    y, yy = np.zeros((1024, 3), np.float32), np.zeros((1024, 3))
+    library.launch("functions", 4, 256, [x.astype(np.float32), x, y, yy])
+    for got, at in [(y, x.astype(np.float32).astype(float)), (yy, x)]:
+        wanted = np.stack([np.exp(-at), np.log1p(at), np.tanh(at)], 1)
+        bar = np.finfo(got.dtype).eps * (2 + at[:, None] / 2)
+        assert np.all(abs(got - wanted) <= bar * abs(wanted))
+
+
+def test_flush_makes_subnormal_numbers_zero():
+    text = """
+extern "C" __global__ void halved(float* x) { x[threadIdx.x] *= 0.5f; }
+"""
+    library = simt.compile(DEVICE + text, ["halved"])
+    x = np.full(32, 1.5e-38, np.float32)
+    library.launch("halved", 1, 32, [x])
+    assert x[0] == np.float32(0.75e-38)
+    library.launch("halved", 1, 32, [x], flush=True)
+    assert x[0] == 0
+    assert np.float32(1.5e-38) * np.float32(0.5) > 0  # and Python's own arithmetic is as it was
+
+
+# ----------------------------------------------------------------------------------------------------- AddressSanitizer
+
+ASAN = """
+import numpy as np, pytest, simt, test_simt
+for name in test_simt.KERNELS:
+    for order in simt.build.ORDERS:
+        test_simt.run(name, "asan", order, seed=1)
+for name, patches, kind in [
+    ("block_sum", [("i < n;", "i <= n;")], "asan"),
+    ("block_sum", [("parts, 8", "parts, 7")], "asan"),
+    ("lanes", [("threadIdx.x * 8", "threadIdx.x * 8 + 8")], "asan"),
+    ("scaled", [("held[i] = x", "(&held[0])[i + 1] = x")], "asan"),
+    ("scaled", [("y[ld * i +", "y[(ld + 2147483647) * i +")], "ubsan"),
+]:
+    for order in simt.build.ORDERS:
+        with pytest.raises(simt.SimtError, match="line ") as caught:
+            test_simt.run(name, "asan", order, patches=patches)
+        assert caught.value.kind == kind, caught.value
+"""
+
+
+def test_address_sanitizer():
+    done = subprocess.run(
+        [sys.executable, "-c", ASAN],
+        cwd=Path(__file__).parent,
+        env=simt.build.asan_environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-1000:]
