@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-BACKENDS = ("numpy", "numpy-readonly", "array-api-strict", "torch", "jax", "cupy")
+BACKENDS = ("numpy", "numpy-readonly", "array-api-strict", "torch", "jax", "cupy", "emulated")
 
 hypothesis.settings.register_profile("default", max_examples=200, deadline=None, derandomize=False)
 hypothesis.settings.register_profile("long", max_examples=100_000, deadline=None, derandomize=False)
@@ -24,14 +24,21 @@ class Backend:
             warnings.simplefilter("ignore")  # what a library says at import is not ours
             self.xp = _namespace(name)
         self.name = name
+        self.is_numpy = name.startswith("numpy") or name == "emulated"
         self.dtypes = ("float16", "bfloat16", "float32", "float64")
         if name == "array-api-strict":
             self.dtypes = self.dtypes[2:]
         # JAX compiles each operation anew for each shape and dtype: few of both keep the tests fast.
         self.usual_dtypes = ("float32",) if name == "jax" else self.dtypes
         self.engines = ("cpu", "generic") if name.startswith("numpy") else ("generic",)
+        if name == "cupy":
+            self.engines = ("cuda", "generic")
+        if name == "emulated":  # the CUDA engine on NumPy arrays
+            import emulated
+
+            self.engines = (emulated.engine(),)
         self.has_out = name != "jax"  # whose arrays cannot be written
-        self._types = (type(self.xp.asarray(0.0)), np.generic if name.startswith("numpy") else ())
+        self._types = (type(self.xp.asarray(0.0)), np.generic if self.is_numpy else ())
 
     def supports(self, dtype):
         """Whether the library has this dtype, given by its NumPy name."""

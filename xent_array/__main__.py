@@ -1,6 +1,6 @@
 """What is installed here, which engine takes what, and the worked example and a short timing on each.
 
-Usage: python -m xent_array [--json]
+Usage: python -m xent_array [--json | --explain ROWSxC:DTYPE[@smNN]]
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from . import __version__, _engines, cross_entropy, cross_entropy_value_and_grad
-from ._engines import ENGINES, cpu
+from ._engines import ENGINES, cpu, cuda
 from ._rows import Rows
 
 PACKAGES = ("numpy", "array-api-compat", "cupy-cuda12x", "cupy-cuda13x", "cupy", "numba", "torch", "jax")
@@ -34,7 +34,15 @@ def main(arguments: list[str] | None = None) -> int:
     """Print the report; 0 if every check holds, 1 if one does not."""
     parser = argparse.ArgumentParser(prog="python -m xent_array", description=__doc__.partition("\n")[0])
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
-    as_json = parser.parse_args(arguments).json
+    parser.add_argument("--explain", metavar="ROWSxC:DTYPE[@smNN]", help="how the CUDA engine would launch a problem")
+    given = parser.parse_args(arguments)
+    if given.explain is not None:
+        try:
+            print(cuda.explain(given.explain))
+        except ValueError as error:
+            parser.error(str(error))
+        return 0
+    as_json = given.json
     report = gather()
     print(json.dumps(report, indent=2) if as_json else text(report))
     return 0 if report["ok"] else 1
@@ -74,7 +82,7 @@ def _libraries() -> list[tuple[str, Any, str | None]]:
     """(name, namespace, why it cannot be used here) of the libraries whose arrays are tried."""
     if importlib.util.find_spec("cupy") is None:
         return [("NumPy", np, None), ("CuPy", None, "CuPy is not installed")]
-    import cupy
+    import cupy  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
     missing = None if cupy.is_available() else "CuPy finds no CUDA device, or no driver"
     return [("NumPy", np, None), ("CuPy", cupy, missing)]

@@ -25,7 +25,7 @@ from typing import Protocol
 
 from .. import _rows
 from .._rows import Array, Rows, RowStats
-from . import cpu, generic
+from . import cpu, cuda, generic
 
 
 class Engine(Protocol):
@@ -39,7 +39,7 @@ class Engine(Protocol):
     def grad(self, rows: Rows, stats: RowStats, out: Array | None = None) -> Array: ...
 
 
-ENGINES: dict[str, Engine] = {"cpu": cpu, "generic": generic}  # in the order they are tried
+ENGINES: dict[str, Engine] = {"cpu": cpu, "cuda": cuda.engine, "generic": generic}  # in the order they are tried
 
 
 def pick(rows: Rows, engine: str | Engine | None) -> Engine:

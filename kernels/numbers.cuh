@@ -1,0 +1,97 @@
+// Numbers and vectors of numbers: constants, and the 16 bytes that one access moves as the logits they hold.
+
+#pragma once
+#include "device.cuh"
+
+template <class A> XE_DEVICE A infinity();
+template <> XE_DEVICE float infinity<float>() { return bits_float(0x7f800000u); }
+template <> XE_DEVICE double infinity<double>() { return static_cast<double>(infinity<float>()); }
+template <class A> XE_DEVICE A not_a_number() { return static_cast<A>(bits_float(0x7fc00000u)); }
+
+// A product that no compiler fuses with the sum it goes into.
+#ifdef XE_EMULATE  // by g++ -ffp-contract=off
+template <class A> XE_DEVICE A multiply_rounded(A a, A b) { return a * b; }
+#else
+XE_DEVICE float multiply_rounded(float a, float b) { return __fmul_rn(a, b); }
+XE_DEVICE double multiply_rounded(double a, double b) { return __dmul_rn(a, b); }
+#endif
+
+// nothing(): all -inf, which is what a logit that is not there counts as.
+template <class T> struct Vector {  // 16-bit logits, two in a word
+    static constexpr int SIZE = 8;
+    typedef float A;
+    static XE_DEVICE u32 minus_infinity(f16) { return 0xfc00fc00u; }
+    static XE_DEVICE u32 minus_infinity(bf16) { return 0xff80ff80u; }
+    static XE_DEVICE uint4 nothing() {
+        const u32 w = minus_infinity(T());
+        return make_uint4(w, w, w, w);
+    }
+    static XE_DEVICE void unpack(uint4 v, A (&x)[SIZE]) {
+        x[0] = low2<T>(v.x), x[1] = high2<T>(v.x), x[2] = low2<T>(v.y), x[3] = high2<T>(v.y);
+        x[4] = low2<T>(v.z), x[5] = high2<T>(v.z), x[6] = low2<T>(v.w), x[7] = high2<T>(v.w);
+    }
+    static XE_DEVICE uint4 pack(const A (&x)[SIZE]) {
+        const T t = T();
+        return make_uint4(pack2(x[0], x[1], t), pack2(x[2], x[3], t), pack2(x[4], x[5], t), pack2(x[6], x[7], t));
+    }
+    template <int K> static XE_DEVICE A largest(const uint4 (&v)[K]) {
+        u32 m = v[0].x;
+#pragma unroll
+        for (int j = 0; j < K; ++j) {
+            m = max2(m, max2(max2(v[j].x, v[j].y, T()), max2(v[j].z, v[j].w, T()), T()), T());
+        }
+        return max_acc(low2<T>(m), high2<T>(m));
+    }
+};
+
+template <> struct Vector<float> {
+    static constexpr int SIZE = 4;
+    typedef float A;
+    static XE_DEVICE uint4 nothing() { return make_uint4(0xff800000u, 0xff800000u, 0xff800000u, 0xff800000u); }
+    static XE_DEVICE void unpack(uint4 v, A (&x)[SIZE]) {
+        x[0] = bits_float(v.x), x[1] = bits_float(v.y), x[2] = bits_float(v.z), x[3] = bits_float(v.w);
+    }
+    static XE_DEVICE uint4 pack(const A (&x)[SIZE]) {
+        return make_uint4(float_bits(x[0]), float_bits(x[1]), float_bits(x[2]), float_bits(x[3]));
+    }
+    template <int K> static XE_DEVICE A largest(const uint4 (&v)[K]) {
+        A m = bits_float(v[0].x);
+#pragma unroll
+        for (int j = 0; j < K; ++j) {
+            A x[SIZE];
+            unpack(v[j], x);
+            m = max_acc(m, max_acc(max_acc(x[0], x[1]), max_acc(x[2], x[3])));
+        }
+        return m;
+    }
+};
+
+template <> struct Vector<double> {
+    static constexpr int SIZE = 2;
+    typedef double A;
+    union Bits { uint4 v; double x[2]; };
+    static XE_DEVICE uint4 nothing() { return make_uint4(0, 0xfff00000u, 0, 0xfff00000u); }
+    static XE_DEVICE void unpack(uint4 v, A (&x)[SIZE]) { Bits b; b.v = v; x[0] = b.x[0], x[1] = b.x[1]; }
+    static XE_DEVICE uint4 pack(const A (&x)[SIZE]) { Bits b; b.x[0] = x[0], b.x[1] = x[1]; return b.v; }
+    template <int K> static XE_DEVICE A largest(const uint4 (&v)[K]) {
+        A m = -infinity<A>();
+#pragma unroll
+        for (int j = 0; j < K; ++j) {
+            A x[SIZE];
+            unpack(v[j], x);
+            m = max_acc(m, max_acc(x[0], x[1]));
+        }
+        return m;
+    }
+};
+
+// How a stretch of memory is cut for 16-byte accesses.
+template <class T> struct Cut {
+    int head, vectors, tail;  // elements, vectors, elements
+    XE_DEVICE Cut(const T* x, int count) {
+        const int before = static_cast<int>((16 - (reinterpret_cast<u64>(x) & 15)) & 15) / static_cast<int>(sizeof(T));
+        head = before < count ? before : count;
+        vectors = (count - head) / Vector<T>::SIZE;
+        tail = count - head - vectors * Vector<T>::SIZE;
+    }
+};

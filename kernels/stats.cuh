@@ -1,0 +1,106 @@
+// The mathematics of a row, once for every kernel.
+//
+// With m the largest logit of some classes:  max = m,  rest = Σ e^{x_k - m} without the (first) m itself,
+// gap = Σ a_k (m - x_k),  mass = Σ a_k.  Sums of non-negative terms, which is where confident rows keep their
+// accuracy: loss = gap + mass·log1p(rest), and 1 - p = rest / (1 + rest) at the maximum. Stats of disjoint classes
+// merge; 1 + rest is the sum of exponentials, so that rest = -1 is a part without classes.
+//
+// NaN and +inf: a maximum ignores NaN, which then comes through rest; rows whose maximum is not finite are NaN.
+
+#pragma once
+#include "problem.cuh"
+
+template <class A> struct Stats {
+    A max = -infinity<A>(), rest = -1, gap = 0, mass = 0;
+};
+
+// One thread's classes, added up against their maximum.
+template <int VARIANT, class A> struct Sum {
+    A max, sum = 0, at_max = 0, gap = 0, mass = 0;  // sum leaves out the logits that are max; at_max counts them
+    XE_DEVICE explicit Sum(A max) : max(max) {}
+    XE_DEVICE void add(A x) {
+        const A e = exp_acc(x - max);
+        if (x == max) at_max += 1;
+        else sum += e;
+    }
+    XE_DEVICE void add(A x, A a) {
+        add(x);
+        const A below = x == max ? 0 : max - x;  // inf - inf is 0
+        gap += a == 0 ? 0 : a * below;           // 0·inf counts 0
+        mass += a;
+    }
+    XE_DEVICE Stats<A> stats() const { return {max, sum + (at_max - 1), gap, mass}; }
+};
+
+template <int VARIANT, class A> XE_DEVICE Stats<A> merge(const Stats<A>& one, const Stats<A>& two) {
+    const bool first = one.max >= two.max;
+    const Stats<A>&high = first ? one : two, &low = first ? two : one;
+    const A drop = high.max == low.max ? 0 : high.max - low.max;
+    Stats<A> both;
+    both.max = high.max;
+    both.rest = high.rest + (1 + low.rest) * exp_acc(-drop);
+    if (VARIANT != PLAIN) {
+        both.gap = high.gap + low.gap + (low.mass == 0 ? 0 : low.mass * drop);
+        both.mass = high.mass + low.mass;
+    }
+    return both;
+}
+
+// Over aligned groups of WIDTH lanes, all parts at once; every lane gets the same bits.
+template <int WIDTH, int VARIANT, class A> XE_DEVICE Stats<A> merge_lanes(Stats<A> part) {
+    const A max = lanes_max<WIDTH>(part.max);
+    const A drop = part.max == max ? 0 : max - part.max;
+    const int lane = threadIdx.x % 32, group = lane / WIDTH * WIDTH;
+    const u32 holds_max = ballot(part.max == max) >> group;
+    const bool first = ((holds_max & (0u - holds_max)) << group) == 1u << lane;
+    part.rest = lanes_sum<WIDTH>(first ? part.rest : (1 + part.rest) * exp_acc(-drop));
+    if (VARIANT != PLAIN) {
+        part.gap = lanes_sum<WIDTH>(part.gap + (part.mass == 0 ? 0 : part.mass * drop));
+        part.mass = lanes_sum<WIDTH>(part.mass);
+    }
+    part.max = max;
+    return part;
+}
+
+// A whole row that has been reduced: its loss, and its gradient class by class.
+template <class T, int VARIANT> struct Answer {
+    typedef typename Acc<T>::type A;
+    Stats<A> stats;
+    A tail, coef, p_max, scale;
+
+    XE_DEVICE Answer(const Problem<T>& p, const Row<T, VARIANT>& row, const Stats<A>& s) : stats(s) {
+        if (VARIANT == PLAIN || !row.has_target) stats.mass = 1;
+        const bool finite = isfinite(stats.max);
+        tail = finite ? log1p_acc(stats.rest) : not_a_number<A>();
+        p_max = finite ? 1 / (1 + stats.rest) : not_a_number<A>();
+        coef = stats.mass;
+        if (VARIANT != PLAIN) coef += 2 * static_cast<A>(p.z_loss) * (stats.max + tail);
+        scale = row.scale;
+    }
+
+    // The loss of the row; `gap` and `mass` apart, because PLAIN knows them in one thread only.
+    XE_DEVICE A loss(const Problem<T>& p, const Row<T, VARIANT>& row) const {
+        A value = stats.gap + stats.mass * tail;
+        if (VARIANT != PLAIN) {
+            const A lse = stats.max + tail;
+            value += static_cast<A>(p.z_loss) * (lse * lse);
+        }
+        return row.factor == 0 ? 0 : row.factor * value;
+    }
+
+    // scale·[coef·p - a] for any class; where p > 1/2, 1 - p is taken from rest, which has not cancelled.
+    XE_DEVICE A grad(A x, A a) const {
+        if (x == stats.max && stats.rest < 1) return scale * ((coef - a) - coef * (stats.rest * p_max));
+        return scale * (coef * (exp_acc(x - stats.max) * p_max) - a);
+    }
+    // The same where a = 0, and coef = 1 as in PLAIN.
+    XE_DEVICE A grad(A x) const { return exp_acc(x - stats.max) * (p_max * scale); }
+};
+
+// Softcap: x' = cap·tanh(x/cap), and dx'/dx = 1 - tanh². The product is rounded before anything is subtracted from it,
+// so that a logit that is the maximum in one pass is so in the next.
+template <class A> struct Capped { A x, slope; };
+template <class A> XE_DEVICE Capped<A> capped(A x, double softcap) {
+    const A cap = static_cast<A>(softcap), t = tanh_acc(x / cap);
+    return {multiply_rounded(cap, t), (1 - t) * (1 + t)};
+}

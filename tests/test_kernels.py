@@ -1,0 +1,578 @@
+"""The CUDA kernels, run from their source by the emulation in simt/ through the public functions, against the oracle.
+
+Every family of kernels × dtype × variant × job; every order in which threads may run; the checker that sees races,
+bounds and unwritten memory. Then the same with bugs planted in the source, each of which must be caught.
+"""
+
+import itertools
+import mmap
+import shutil
+
+import emulated
+import ml_dtypes
+import numpy as np
+import pytest
+import simt
+from close import assert_confident, assert_grad, assert_loss
+from oracle import oracle
+from simt.build import ORDERS
+
+from xent_array import (
+    cross_entropy,
+    cross_entropy_grad,
+    cross_entropy_value_and_grad,
+    row_stats,
+)
+from xent_array._engines import ENGINES, cuda
+from xent_array._rows import Rows
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulation needs g++")
+
+SPARSE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)  # named from Python 3.13 on
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float64": np.float64}
+
+# How rows come to be worked on: (rows, bytes of a row, chip, layout, what the plan must say). Bytes are made odd by an
+# element, so that there are heads and tails. "apart" logits start at an element that is not on 16 bytes, in rows with
+# room between them; "columns" have the classes along axis 1.
+FAMILIES = {
+    "T": (301, 28, 90, "flat", {"family": "T"}),
+    "T widest": (260, 128, 90, "flat", {"family": "T"}),
+    "P few classes": (300, 40, 90, "apart", {"family": "P"}),
+    "P cached": (80, 90, 90, "columns", {"family": "P"}),
+    "P": (66, 2510, 90, "columns", {"family": "P", "shared": 0}),
+    "W 8 lanes": (19, 240, 90, "apart", {"family": "W", "lanes": 8}),
+    "W 16 lanes": (9, 500, 90, "apart", {"family": "W", "lanes": 16}),
+    "W 32 lanes": (5, 1000, 90, "apart", {"family": "W", "lanes": 32}),
+    "B": (3, 6000, 90, "apart", {"family": "B", "cluster": 1}),
+    "B 2 blocks": (2, 40_000, 90, "apart", {"family": "B", "cluster": 2}),
+    "B 8 blocks": (1, 140_000, 90, "flat", {"cluster": 8}),
+    "B of an older chip": (2, 15_000, 75, "flat", {"family": "B", "cluster": 1}),
+    "O": (2, 150_000, 80, "apart", {"family": "O", "cluster": 1}),
+    "O 8 blocks": (1, 1_100_000, 90, "apart", {"family": "O", "cluster": 8}),
+}  # fmt: skip
+LARGE = {"B 8 blocks", "O", "O 8 blocks"}  # run without the checker, except in float32
+
+
+def problem(family, dtype, variant, seed=0):
+    """(logits, target, options, chip, plan) of a problem that this family takes."""
+    rows, size, chip, layout, wanted = FAMILIES[family]
+    rng = np.random.default_rng([seed, *family.encode(), *dtype.encode(), *variant.encode()])
+    dtype_ = np.dtype(DTYPES[dtype])
+    classes = size // dtype_.itemsize - (family != "T widest" and dtype_.itemsize < 8)
+    if layout == "columns":
+        logits = (rng.standard_normal((2, classes, rows // 2)) * 3).astype(dtype_)
+    elif layout == "apart":
+        room = (rng.standard_normal(1 + rows * (classes + 3)) * 3).astype(dtype_)
+        logits = room[1:].reshape(rows, classes + 3)[:, :classes]
+    else:
+        logits = (rng.standard_normal((rows, classes)) * 3).astype(dtype_)
+    axis = 1
+    row_shape = logits.shape[:1] + logits.shape[2:]
+    target = rng.integers(classes, size=row_shape)
+    options = {"axis": axis, "reduction": str(rng.choice(["mean", "sum"])), "validate": False}
+    first = (0,) * len(row_shape)
+    if variant == "PLAIN":
+        target[rng.random(row_shape) < 0.1] = -100
+        target[first] = rng.choice([0, classes - 1])  # in a head or a tail
+    else:
+        options |= {"label_smoothing": 0.1, "z_loss": 1e-3, "weight": rng.random(classes) * 2}
+        options["sample_weight"] = rng.random(row_shape) * (rng.random(row_shape) > 0.1)
+        options["sample_weight"][first] = 1.5
+        if rng.random() < 0.5:
+            target = rng.random(logits.shape).astype(dtype_ if rng.random() < 0.5 else np.float32)
+            whole = target.sum(axis=axis, keepdims=True, dtype=np.float64)
+            target = (target / whole).astype(target.dtype)
+    if variant == "CAPPED":
+        options["softcap"] = 5.0
+    layout = {"columns": "columns", "apart": "rows", "flat": "flat"}[layout]
+    chosen = cuda.plan(rows, classes, dtype, chip, layout=layout, variant=variant)
+    return logits, target, options, chip, chosen, wanted
+
+
+def truth_of(logits, target, options, **more):
+    with np.errstate(all="ignore"):
+        return oracle(logits, target, **{k: v for k, v in options.items() if k != "validate"}, **more)
+
+
+def check(engine, logits, target, options):
+    """Every job on one problem."""
+    truth = truth_of(logits, target, options)
+    loss, grad = cross_entropy_value_and_grad(logits, target, engine=engine, **options)
+    assert_loss(loss, truth)
+    assert_grad(grad, truth)
+    assert_loss(cross_entropy(logits, target, engine=engine, **options), truth)
+    stats = row_stats(logits, target, engine=engine, **{k: v for k, v in options.items() if k != "reduction"})
+    assert_grad(cross_entropy_grad(logits, target, engine=engine, stats=stats, **options), truth)
+    buffer = logits.copy("K")
+    in_place = buffer.base.reshape(-1)[: buffer.size].reshape(buffer.shape) if buffer.base is not None else buffer
+    in_place[...] = logits
+    _, same = cross_entropy_value_and_grad(in_place, target, engine=engine, out=in_place, **options)
+    assert same is in_place
+    assert_grad(same, truth)
+    return loss, grad
+
+
+CASES = list(itertools.product(FAMILIES, DTYPES, cuda.VARIANTS))
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """Everything that the cases need, compiled side by side."""
+    wanted = []
+    for family, dtype, variant in CASES:
+        *_, chosen, _ = problem(family, dtype, variant)
+        mode = "plain" if family in LARGE and dtype != "float32" else "check"
+        wanted += [(chosen.kernel(job), mode) for job in cuda.JOBS[:4]] + [(cuda.sums_kernel(dtype), mode)]
+    simt.prepare([(kernel.text, (kernel.name,), mode) for kernel, mode in dict.fromkeys(wanted)])
+
+
+@pytest.mark.parametrize(("family", "dtype", "variant"), CASES)
+def test_every_job(family, dtype, variant, compiled):
+    logits, target, options, chip, chosen, wanted = problem(family, dtype, variant)
+    if not (dtype == "float64" or variant != "PLAIN"):  # which hold less of a row
+        assert {name: getattr(chosen, name) for name in wanted} == wanted
+    number = CASES.index((family, dtype, variant))
+    mode = "plain" if family in LARGE and dtype != "float32" else "check"
+    engine = emulated.engine(mode=mode, order=ORDERS[number % 4], seed=number, chip=chip)
+    check(engine, logits, target, options)
+    assert chosen.kernel("LOSS_AND_GRAD").name in engine.launcher.launches
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_row_is_the_same_in_every_order_and_place(family):
+    """Bitwise, where rows start on 16 bytes: alone, in any batch, at any place in it, however threads are scheduled."""
+    _, size, chip, layout, _ = FAMILIES[family]
+    rng = np.random.default_rng(1)
+    classes = size // 16 * 4
+    logits = rng.standard_normal((7, classes), dtype=np.float32) * 3
+    target = rng.integers(classes, size=7)
+    place = [3, 0, 6, 1, 5, 2, 4]
+    seen = []
+    for order, rows in itertools.product(ORDERS, [list(range(7)), place, [4]]):
+        x = logits[rows]
+        if layout == "columns":
+            x = np.ascontiguousarray(np.broadcast_to(x.T[None, :, :, None], (1, classes, len(rows), 8)))
+            target_ = np.repeat(target[rows][None, :, None], 8, axis=2)
+        else:
+            target_ = target[rows]
+        engine = emulated.engine(order=order, seed=len(seen), chip=chip)
+        loss, grad = cross_entropy_value_and_grad(x, target_, engine=engine, reduction="none", axis=1, validate=False)
+        if layout == "columns":
+            loss, grad = loss[0, :, 0], grad[0, :, :, 0].T
+        seen.append((loss[rows.index(4)].tobytes(), grad[rows.index(4)].tobytes()))
+    assert len(set(seen)) == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", ["T", "P cached", "W 8 lanes", "B", "B 2 blocks", "O"])
+def test_confident_rows(family, dtype):
+    logits, target, options, chip, *_ = problem(family, dtype, "PLAIN")
+    target = np.where(target < 0, 0, target)
+    logits = logits / logits.dtype.type(16)  # so that all are about as far from the maximum as the runner-up
+    np.put_along_axis(logits, np.expand_dims(target, 1), np.asarray(30, logits.dtype), 1)
+    options = {"axis": 1, "reduction": "none", "validate": False}
+    loss, grad = cross_entropy_value_and_grad(logits, target, engine=emulated.engine(chip=chip), **options)
+    assert_confident(loss, grad, truth_of(logits, target, options), exact=False)
+
+
+LABELS = [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)]
+
+
+@pytest.mark.parametrize("dtype", LABELS)
+def test_labels_of_every_integer_dtype_are_read_as_they_are(dtype):
+    rng = np.random.default_rng(2)
+    logits = rng.standard_normal((40, 100), dtype=np.float32)
+    target = rng.integers(100, size=(40, 2)).astype(dtype)[:, 0]  # every second label: a stride
+    target[0] = np.iinfo(dtype).max  # no class
+    target[1] = np.iinfo(dtype).min if dtype[0] == "i" else 7  # no class, or ignored
+    options = {"reduction": "none", "validate": False, "ignore_index": 7}
+    loss, grad = cross_entropy_value_and_grad(logits, target, engine=emulated.engine(mode="check"), **options)
+    truth = truth_of(logits, target, options)
+    assert np.isnan(loss[0])
+    assert_loss(loss, truth)
+    assert_grad(grad, truth)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_softmax_and_its_logarithm(dtype, monkeypatch):
+    from xent_array import log_softmax, logsumexp, softmax
+
+    for name in list(ENGINES):
+        monkeypatch.delitem(ENGINES, name)
+    monkeypatch.setitem(ENGINES, "cuda", emulated.engine(mode="check"))
+    for family in ("T", "P cached", "W 32 lanes", "B"):
+        logits, *_ = problem(family, dtype, "PLAIN")
+        wide = logits.astype(np.float64)
+        lse = np.log(np.exp(wide).sum(axis=1, keepdims=True))
+        step = {"float16": 1e-3, "bfloat16": 1e-2, "float32": 3e-6, "float64": 1e-14}[dtype]
+        np.testing.assert_allclose(softmax(logits, axis=1).astype(np.float64), np.exp(wide - lse), rtol=step, atol=1e-7)
+        np.testing.assert_allclose(log_softmax(logits, axis=1).astype(np.float64), wide - lse, rtol=step, atol=step)
+        np.testing.assert_allclose(logsumexp(logits, axis=1), lse[:, 0], rtol=1e-5)
+    assert len(ENGINES["cuda"].launcher.launches) == 12
+
+
+def test_launches(compiled):
+    """One for losses per row, three for a mean that must count its rows, and none for no rows."""
+    rng = np.random.default_rng(3)
+    x, y = rng.standard_normal((9, 100), dtype=np.float32), rng.integers(100, size=9)
+
+    def launched(**options):
+        engine = emulated.engine()
+        cross_entropy_value_and_grad(x, y, engine=engine, **{"validate": False, **options})
+        both = len(engine.launcher.launches)
+        cross_entropy(x, y, engine=engine, **{"validate": False, **options})
+        return both, len(engine.launcher.launches) - both
+
+    assert launched(reduction="none") == (1, 1)
+    assert launched(reduction="none", sample_weight=np.ones(9), weight=np.ones(100)) == (1, 1)
+    assert launched(reduction="sum") == (2, 2)
+    assert launched() == (3, 2)
+    assert launched(validate=True) == (2, 2)  # no label is ignored, and no bad one to leave out
+    engine = emulated.engine()
+    loss, grad = cross_entropy_value_and_grad(x[:0], y[:0], engine=engine, reduction="none", validate=False)
+    assert (loss.shape, grad.shape, engine.launcher.launches) == ((0,), (0, 100), [])
+    assert np.isnan(cross_entropy(x[:0], y[:0], engine=engine, validate=False))
+    assert cross_entropy(x[:0], y[:0], engine=engine, reduction="sum", validate=False) == 0
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_sums_over_many_rows(order):
+    """More rows than one block sums: partial sums and a ticket, and the same bits in every order."""
+    rng = np.random.default_rng(4)
+    n = cuda.SUM_ALONE + 1000
+    x, y = rng.standard_normal((n, 3), dtype=np.float32), rng.integers(-1, 3, size=n)
+    options = {"ignore_index": -1, "weight": np.array([0.5, 1, 2]), "sample_weight": rng.random(n), "validate": False}
+    engine = emulated.engine(order=order, seed=1)
+    loss, grad = cross_entropy_value_and_grad(x, y, engine=engine, grad_output=3.0, **options)
+    truth = truth_of(x, y, options, grad_output=3.0)
+    assert_loss(loss, truth)
+    assert_grad(grad, truth)
+    again, _ = cross_entropy_value_and_grad(x, y, engine=emulated.engine(), grad_output=3.0, **options)
+    assert loss.tobytes() == again.tobytes()
+
+
+@pytest.mark.parametrize(("classes", "layout"), [(300, "rows"), (2100, "rows"), (10, "rows"), (40, "columns")])
+def test_rows_more_than_2_31_elements_apart(classes, layout):
+    """A sparse mapping: only the pages of two rows are ever touched."""
+    apart = (1 << 31) + 4
+    memory = mmap.mmap(-1, 4 * (apart + 65536), flags=SPARSE)
+    flat = np.frombuffer(memory, np.float32)
+    rng = np.random.default_rng(5)
+    if layout == "rows":
+        x = np.lib.stride_tricks.as_strided(flat, (2, classes), (4 * apart, 4))
+        y = rng.integers(classes, size=2)
+    else:
+        x = np.lib.stride_tricks.as_strided(flat, (2, classes, 9), (4 * apart, 36, 4))
+        y = rng.integers(classes, size=(2, 9))
+    x[...] = rng.standard_normal(x.shape, dtype=np.float32)
+    options = {"axis": 1, "reduction": "none", "validate": False}
+    truth = truth_of(x, y, options)
+    loss, grad = cross_entropy_value_and_grad(x, y, engine=emulated.engine(), out=x, **options)
+    assert_loss(loss, truth)
+    assert_grad(grad.copy(), truth)
+
+
+def test_what_it_declines():
+    rows = Rows(np, np.zeros((2, 3, 1), np.float32), np.dtype("float32"))
+    assert "takes CuPy arrays, and these are of numpy" in ENGINES["cuda"].declines(rows)
+    assert emulated.engine().declines(rows) is None
+    assert "7.5" in emulated.engine(chip=70).declines(rows)
+    wide = np.broadcast_to(np.float32(0), (1, 1 << 31, 1))
+    assert "2^31" in emulated.engine().declines(rows._replace(logits=wide))
+
+
+# Planted bugs: (file, what the source says, what it should never say, family, variant). Each must be caught.
+BUGS = {
+    # rows.cu, rows in lanes
+    "W: a row past the last": (
+        "rows.cu",
+        "const bool exists = mine < p.rows;",
+        "const bool exists = true;",
+        "W 8 lanes",
+        "PLAIN",
+    ),
+    "W: a lane leaves before the shuffles": (
+        "rows.cu",
+        "    const bool needed = exists &&",
+        "    if (!exists) return;\n    const bool needed = exists &&",
+        "W 8 lanes",
+        "PLAIN",
+    ),
+    "W: one vector too many": (
+        "rows.cu",
+        "return first + j * STEP < cut.vectors",
+        "return first + j * STEP <= cut.vectors",
+        "W 8 lanes",
+        "PLAIN",
+    ),
+    "W: one element of the tail too many": (
+        "numbers.cuh",
+        "tail = count - head - vectors * Vector<T>::SIZE;",
+        "tail = count - head - vectors * Vector<T>::SIZE + 1;",
+        "W 16 lanes",
+        "PLAIN",
+    ),
+    "W: the tail is forgotten": (
+        "rows.cu",
+        "edge[1] = lane < cut.tail ?",
+        "edge[1] = lane < 0 ?",
+        "W 16 lanes",
+        "PLAIN",
+    ),
+    "W: the head is not looked at": (
+        "numbers.cuh",
+        "head = before < count ? before : count;",
+        "head = 0 * before;",
+        "W 32 lanes",
+        "PLAIN",
+    ),
+    "W: rows of a warp are mixed": (
+        "rows.cu",
+        "merge_lanes<LANES ? LANES : 32, VARIANT>(part)",
+        "merge_lanes<32, VARIANT>(part)",
+        "W 8 lanes",
+        "GENERAL",
+    ),
+    "W: everybody reads the label's logit": (
+        "rows.cu",
+        "if (lane == owner && needed) at_label",
+        "if (needed) at_label",
+        "W 8 lanes",
+        "PLAIN",
+    ),
+    # rows.cu, rows in blocks
+    "B: no barrier between writing parts and reading them": (
+        "rows.cu",
+        "sync_block();  // the part of every warp",
+        "// the part of every warp",
+        "B",
+        "PLAIN",
+    ),
+    "B: too little shared memory": (
+        "rows.cu",
+        "XE_SHARED(A, parts, 4 * 32)",
+        "XE_SHARED(A, parts, 3 * 32)",
+        "B",
+        "GENERAL",
+    ),
+    "B: parts of warps that are not there": ("rows.cu", "if (lane < warps) {", "if (lane <= warps) {", "B", "PLAIN"),
+    "B: the label's owner is another": (
+        "rows.cu",
+        "% (threads / STEP) * STEP + vector % STEP",
+        "% (threads / STEP) * STEP + (vector + 1) % STEP",
+        "B",
+        "PLAIN",
+    ),
+    "B: padding counts": ("rows.cu", "if (VARIANT != PLAIN && !has(j)) continue;", "", "B", "CAPPED"),
+    # rows.cu, rows in clusters
+    "B 2: a message before the mailbox is open": (
+        "rows.cu",
+        "cluster_wait();  // the mailboxes",
+        "// the mailboxes",
+        "B 2 blocks",
+        "PLAIN",
+    ),
+    "B 2: nobody waits for the messages": ("rows.cu", "mbar_wait(arrived, 0);", "", "B 2 blocks", "PLAIN"),
+    "B 2: the mailbox expects too little": (
+        "rows.cu",
+        "mbar_expect(arrived, CLUSTER * PARTS * 16)",
+        "mbar_expect(arrived, PARTS * 16)",
+        "B 2 blocks",
+        "PLAIN",
+    ),
+    "B 2: all messages in one place": (
+        "rows.cu",
+        "st_async16(inbox + rank * PARTS + i,",
+        "st_async16(inbox + i,",
+        "B 2 blocks",
+        "PLAIN",
+    ),
+    "B 2: each block takes the first half": (
+        "rows.cu",
+        "mailbox.rank * blockDim.x + threadIdx.x",
+        "threadIdx.x",
+        "B 2 blocks",
+        "PLAIN",
+    ),
+    # rows.cu, rows in streams
+    "O: the edges count in every piece": (
+        "rows.cu",
+        "held.stats(p, row, held.first == first)",
+        "held.stats(p, row, true)",
+        "O edges",
+        "PLAIN",
+    ),
+    "O: pieces are not merged": (
+        "rows.cu",
+        "stats = merge<VARIANT>(stats, held.stats(",
+        "stats = (held.stats(",
+        "O",
+        "PLAIN",
+    ),
+    "O: the first piece has no gradient": (
+        "rows.cu",
+        "held.first >= first; held.first -= stride",
+        "held.first > first; held.first -= stride",
+        "O",
+        "PLAIN",
+    ),
+    "O: pieces overlap": ("rows.cu", "stride = threads * K;", "stride = threads * K - 32;", "O", "GENERAL"),
+    # stats.cuh
+    "the maximum is in rest": ("stats.cuh", "sum + (at_max - 1)", "sum + at_max", "W 8 lanes", "PLAIN"),
+    "every lane is the first": (
+        "stats.cuh",
+        "lanes_sum<WIDTH>(first ? part.rest :",
+        "lanes_sum<WIDTH>(part.max == max ? part.rest :",
+        "T ties",
+        "PLAIN",
+    ),
+    "rest is not rescaled": ("stats.cuh", "(1 + low.rest) * exp_acc(-drop)", "(1 + low.rest)", "P", "PLAIN"),
+    "0 times infinity": ("stats.cuh", "gap += a == 0 ? 0 : a * below;", "gap += a * below;", "W masked", "GENERAL"),
+    # problem.cuh
+    "a bad label is believed": (
+        "problem.cuh",
+        "if (0 <= named && named < p.classes)",
+        "if (true)",
+        "W bad label",
+        "PLAIN",
+    ),
+    "row offsets of 32 bits": (
+        "problem.cuh",
+        "x = p.logits + o * p.logits_outer",
+        "x = p.logits + int(o * p.logits_outer)",
+        "W far",
+        "PLAIN",
+    ),
+    # tiny.cu
+    "T: rows are read before they are there": (
+        "tiny.cu",
+        "sync_block();  // the stretch",
+        "// the stretch",
+        "T",
+        "PLAIN",
+    ),
+    "T: a gradient leaves before it is there": (
+        "tiny.cu",
+        "sync_block();  // the gradient",
+        "// the gradient",
+        "T",
+        "PLAIN",
+    ),
+    "T: a row past the last": ("tiny.cu", "if (thread < here) {", "if (true) {", "T", "PLAIN"),
+    "T: the tail is forgotten": (
+        "tiny.cu",
+        "for (int e = count - to.tail + thread; e < count;",
+        "for (int e = count; e < count;",
+        "T",
+        "PLAIN",
+    ),
+    "T: the next block's stretch": (
+        "tiny.cu",
+        "T* const g = p.grad + first * classes;",
+        "T* const g = p.grad + (first + 1) * classes;",
+        "T",
+        "PLAIN",
+    ),
+    # columns.cu
+    "P: a row past the last": (
+        "columns.cu",
+        "if (r >= p.rows) return;",
+        "if (r > p.rows) return;",
+        "P cached",
+        "PLAIN",
+    ),
+    "P: one cache for all": (
+        "columns.cu",
+        "T* const mine = cache + threadIdx.x;",
+        "T* const mine = cache;",
+        "P cached",
+        "PLAIN",
+    ),
+    "P: the cache is not filled": ("columns.cu", "if (row.needs_logits(JOB)) {", "if (false) {", "P cached", "PLAIN"),
+    "P: a class past the last": (
+        "thread.cuh",
+        "            if (k + u >= classes) continue;\n            A y;",
+        "            A y;",
+        "P",
+        "PLAIN",
+    ),
+    # sums.cu
+    "D: no barrier between writing sums and reading them": (
+        "sums.cu",
+        "sync_block();  // every warp's sums",
+        "// every warp's sums",
+        "D",
+        "PLAIN",
+    ),
+    "D: no fence before the ticket": ("sums.cu", "fence_gpu();  // the partials,", "// the partials,", "D", "PLAIN"),
+    "D: the last but one block sums": ("sums.cu", "== gridDim.x - 1", "== gridDim.x - 2", "D", "PLAIN"),
+    "D: a row past the last": ("sums.cu", "r < rows; r += step", "r <= rows; r += step", "D", "PLAIN"),
+    "D: bad labels count": ("sums.cu", " && 0 <= label && label < classes;", ";", "D", "PLAIN"),
+}
+
+
+def buggy(family, variant):
+    """A problem that shows the bugs of a family."""
+    if family == "D":
+        rng = np.random.default_rng(6)
+        n = cuda.SUM_ALONE + 77
+        options = {"ignore_index": -1, "weight": rng.random(3), "validate": False}
+        return rng.standard_normal((n, 3), dtype=np.float32), rng.integers(-2, 3, size=n), options, 90
+    if family == "T ties":
+        return np.zeros((4, 200), np.float32), np.arange(4), {"reduction": "none", "validate": False}, 90
+    if family == "W masked":
+        x = np.zeros((4, 60), np.float32)
+        x[:, ::2] = -np.inf
+        return x, np.array([1, 3, 5, 7]), {"weight": np.ones(60), "validate": False}, 90
+    if family == "W bad label":
+        return (
+            np.zeros((4, 60), np.float32),
+            np.array([1, 1 << 40, -7, 60]),
+            {"reduction": "none", "validate": False},
+            90,
+        )
+    if family == "W far":
+        apart = (1 << 31) + 4
+        memory = mmap.mmap(-1, 4 * (apart + 65536), flags=SPARSE)
+        x = np.lib.stride_tricks.as_strided(np.frombuffer(memory, np.float32), (2, 300), (4 * apart, 4))
+        x[...] = 1
+        return x, np.array([1, 2]), {"reduction": "none", "validate": False}, 90
+    logits, target, options, chip, *_ = problem(family.removesuffix(" edges"), "float32", variant)
+    if family == "O edges":
+        logits[:, 0] = 12
+    return logits, target, options, chip
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_planted_bug_is_caught(bug):
+    file, old, new, family, variant = BUGS[bug]
+    logits, target, options, chip = buggy(family, variant)
+    mode = "plain" if family == "W far" else "check"
+    truth = truth_of(logits, target, options)
+    caught = []
+    for order, seed in (("fifo", 0), ("priority", 1), ("priority", 2), ("lifo", 0)):
+        engine = emulated.engine(mode=mode, order=order, seed=seed, chip=chip, patches=[(old, new)])
+        out = logits.copy() if family != "W 8 lanes" else logits
+        try:
+            buffer = out.copy("K") if family != "W far" else None
+            loss, grad = cross_entropy_value_and_grad(logits, target, engine=engine, out=buffer, **options)
+            assert_loss(loss, truth)
+            assert_grad(grad, truth)
+            if buffer is not None:
+                cross_entropy_value_and_grad(buffer_of(logits, buffer), target, engine=engine, out=buffer, **options)
+        except (simt.SimtError, AssertionError) as error:
+            caught.append(error)
+            break
+    assert caught, f"{bug}: nobody noticed"
+    assert file
+
+
+def buffer_of(logits, buffer):
+    """`buffer` with the logits in it: the next gradient is made in place."""
+    buffer[...] = logits
+    return buffer
+
+
+def test_every_family_has_its_bugs():
+    count = {family: sum(name.startswith((f"{family}:", f"{family} 2:")) for name in BUGS) for family in "TPWBOD"}
+    assert min(count.values()) >= 3, count

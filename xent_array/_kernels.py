@@ -1,0 +1,99 @@
+"""The CUDA sources: found, put together as one text per kernel, compiled by CuPy when they are first launched.
+
+A text is a file of kernels/ with its local includes in place, and one line at the end that names the one kernel that
+is wanted: plain `extern "C"` names and no options, which every CuPy keeps in its cache on disk.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+_INCLUDE = re.compile(r'^#include "(.+)"$')
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One kernel: the file it is made from, its name, and the line that instantiates it."""
+
+    file: str
+    name: str
+    line: str
+
+    @property
+    def text(self) -> str:
+        return f"{source(self.file)}\n{self.line}\n"
+
+
+def kernel(file: str, macro: str, words: str, *parameters: object) -> Kernel:
+    """The kernel that `macro` of `file` makes with these parameters; `words` are the start of its name."""
+    given = [str(p).lower() if isinstance(p, bool) else str(p) for p in parameters]
+    name = "_".join(("xent", words, *given)).lower()
+    return Kernel(file, name, f"{macro}({', '.join((name, *given))})")
+
+
+@cache
+def folder() -> Path:
+    """kernels/: inside an installed package, beside it in a checkout."""
+    here = Path(__file__).parent
+    for candidate in (here / "kernels", here.parent / "kernels"):
+        if (candidate / "device.cuh").exists():
+            return candidate
+    raise FileNotFoundError(f"the CUDA sources of xent_array are missing: neither in {here} nor beside it")
+
+
+@cache
+def source(file: str) -> str:
+    """A file with the local files it includes in place of the lines that do so, each once.
+
+    CuPy's cache does not know what an included file says, so nothing is left to include.
+    """
+    return "\n".join(_lines(file, set()))
+
+
+def _lines(file: str, seen: set[str]) -> Iterator[str]:
+    seen.add(file)
+    for line in (folder() / file).read_text(encoding="utf-8").splitlines():
+        found = _INCLUDE.match(line)
+        if found is None:
+            if line != "#pragma once":
+                yield line
+        elif found[1] not in seen:
+            yield from _lines(found[1], seen)
+
+
+@cache
+def compiled(kernel: Kernel, device: int) -> Any:
+    """The kernel as CuPy launches it on a device; compiled, or taken from CuPy's cache, at the first call."""
+    import cupy  # type: ignore[import-not-found,import-untyped,unused-ignore]
+
+    raw = cupy.RawKernel(kernel.text, kernel.name)
+    try:
+        raw.compile()
+    except cupy.cuda.compiler.CompileException:
+        raise
+    except Exception as error:
+        raise RuntimeError(f"{_advice(cupy)} CuPy says: {error}") from error
+    return raw
+
+
+def _advice(cupy: Any) -> str:
+    """What to install where a kernel cannot even be given to the compiler."""
+    major = cupy.cuda.runtime.runtimeGetVersion() // 1000
+    wheels = "nvidia-cuda-nvrtc nvidia-cuda-runtime"
+    if major < 13:
+        wheels = f"nvidia-cuda-nvrtc-cu{major} nvidia-cuda-runtime-cu{major}"
+    driver = cupy.cuda.runtime.driverGetVersion() // 1000
+    if 0 < driver < major:
+        return (
+            f"this CuPy is for CUDA {major}, and the driver supports CUDA {driver} at most:"
+            f" update the driver, or install cupy-cuda{driver}x instead."
+        )
+    return (
+        "CuPy cannot compile CUDA kernels here: it needs NVRTC and the CUDA headers"
+        f" (pip install {wheels}, or xent_array[cuda{major}])."
+    )
