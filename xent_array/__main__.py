@@ -82,7 +82,7 @@ def _libraries() -> list[tuple[str, Any, str | None]]:
     """(name, namespace, why it cannot be used here) of the libraries whose arrays are tried."""
     if importlib.util.find_spec("cupy") is None:
         return [("NumPy", np, None), ("CuPy", None, "CuPy is not installed")]
-    import cupy  # type: ignore[import-not-found,import-untyped,unused-ignore]
+    import cupy
 
     missing = None if cupy.is_available() else "CuPy finds no CUDA device, or no driver"
     return [("NumPy", np, None), ("CuPy", cupy, missing)]

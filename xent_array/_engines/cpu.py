@@ -415,10 +415,12 @@ class _Tile:
             _store(g, out)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=4)  # of at most BLOCK numbers each
 def _starts(count: int, classes: int) -> Array:
     """Where each row of a block starts."""
-    return np.arange(0, count * classes, classes)
+    starts = np.arange(0, count * classes, classes)
+    starts.flags.writeable = False  # it is shared
+    return starts
 
 
 def _all_finite(values: Array) -> bool:
@@ -456,7 +458,7 @@ def _store(values: Array, out: Array) -> None:
 def _rounded_to_half(values: Array) -> Array:
     """Numbers below the smallest normal float16, to the multiple of 2**-24 that they round to.
 
-    NumPy's cast takes 40 ns for each such number that it has to round; gradients of a large batch are made of them.
+    NumPy's cast is very slow at each such number that it has to round, and gradients of a large batch are made of them.
     """
     tiny = np.abs(values) < 2.0**-14
     if not tiny.any():
@@ -511,7 +513,7 @@ def _spread(work: Callable[[], None], helpers: int) -> None:
     global _pool
     futures = []
     if helpers > 0:
-        from concurrent.futures import ThreadPoolExecutor  # 7 ms that small problems need not pay
+        from concurrent.futures import ThreadPoolExecutor  # slow to import, and small problems need none
 
         with _pool_lock:
             if _pool is None or _pool._max_workers < helpers:
