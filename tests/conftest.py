@@ -30,7 +30,7 @@ class Backend:
             self.dtypes = self.dtypes[2:]
         # JAX compiles each operation anew for each shape and dtype: few of both keep the tests fast.
         self.usual_dtypes = ("float32",) if name == "jax" else self.dtypes
-        self.engines = ("cpu", "generic") if name.startswith("numpy") else ("generic",)
+        self.engines = ("cpu", "numpy", "generic") if name.startswith("numpy") else ("generic",)
         if name == "cupy":
             self.engines = ("cuda", "generic")
         if name == "emulated":  # the CUDA engine on NumPy arrays

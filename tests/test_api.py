@@ -33,7 +33,7 @@ def test_out_of_any_strides_that_are_apart(strides):
 
 @pytest.mark.parametrize("role", ["weight", "sample_weight", "grad_output"])
 @pytest.mark.parametrize("value", [1e300, 1e-300])
-@pytest.mark.parametrize("engine", ["cpu", "generic"])
+@pytest.mark.parametrize("engine", ["cpu", "numpy", "generic"])
 def test_numbers_beyond_the_arithmetic_do_not_warn(role, value, engine):
     given = {role: np.full(5 if role == "weight" else 6, value)}
     with np.errstate(all="raise"):

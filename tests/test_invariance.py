@@ -1,4 +1,7 @@
-"""What must not matter on the cpu engine: the batch around a row, its place, threads, forks; and what it may cost."""
+"""What must not matter on the cpu engine, and what it may cost, with compiled loops and without.
+
+The batch around a row, its place, threads, forks.
+"""
 
 import itertools
 import os
@@ -17,7 +20,7 @@ from close import assert_confident, assert_grad, assert_loss
 from oracle import oracle
 
 from xent_array import cross_entropy, cross_entropy_grad, cross_entropy_value_and_grad, log_softmax, row_stats
-from xent_array._engines import cpu
+from xent_array._engines import ENGINES, cpu
 
 C = 37
 ROWS = 240
@@ -40,6 +43,15 @@ each_option = pytest.mark.parametrize(
     ids=lambda options: "-".join(options) or "plain",
 )
 each_dtype = pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+
+
+@pytest.fixture(params=["compiled", "numpy"])
+def body(request, monkeypatch):
+    """Each body of the cpu engine takes NumPy arrays in turn."""
+    if request.param == "numpy":
+        monkeypatch.setitem(ENGINES, "cpu", cpu.numpy_engine)
+    elif isinstance(cpu.compiled_body(), str):
+        pytest.skip(cpu.compiled_body())
 
 
 @pytest.fixture
@@ -70,7 +82,7 @@ def each_row(losses, grads):
 @each_option
 @each_target
 @pytest.mark.parametrize("blocks", ["one block", "small blocks"])
-def test_alone_and_in_any_batch(request, target, options, dtype, blocks):
+def test_alone_and_in_any_batch(request, body, target, options, dtype, blocks):
     logits = LOGITS.astype(dtype)
     alone = [rows_of(logits, target, [k], **options)[0] for k in range(ROWS)]
     if blocks == "small blocks":
@@ -84,7 +96,7 @@ def test_alone_and_in_any_batch(request, target, options, dtype, blocks):
 
 @each_option
 @each_target
-def test_beside_rows_that_are_broken_or_ignored(target, options):
+def test_beside_rows_that_are_broken_or_ignored(body, target, options):
     before = rows_of(LOGITS, target, **options)
     logits = LOGITS.copy()
     logits[10, 3], logits[20, 4], logits[30] = np.nan, np.inf, -np.inf
@@ -102,7 +114,7 @@ def test_beside_rows_that_are_broken_or_ignored(target, options):
 @each_option
 @each_target
 @pytest.mark.parametrize("axis", [1, 2])
-def test_class_axis_in_the_middle(small_blocks, target, options, axis):
+def test_class_axis_in_the_middle(small_blocks, body, target, options, axis):
     """(outer, C, inner), in parts along either of the two: the rows are those of the last axis, bit for bit."""
     wanted = rows_of(LOGITS, target, **options)
     for outer in (1, 3, 24, 80, ROWS):
@@ -121,7 +133,7 @@ def test_class_axis_in_the_middle(small_blocks, target, options, axis):
 
 @each_option
 @each_target
-def test_number_of_threads(small_blocks, monkeypatch, target, options):
+def test_number_of_threads(small_blocks, body, monkeypatch, target, options):
     results = {}
     for count in ("1", "2", "3", "8"):
         monkeypatch.setenv("XENT_ARRAY_NUM_THREADS", count)
@@ -133,7 +145,7 @@ def test_number_of_threads(small_blocks, monkeypatch, target, options):
 
 
 @each_target
-def test_eight_threads_at_once(request, small_blocks, monkeypatch, target):
+def test_eight_threads_at_once(request, small_blocks, body, monkeypatch, target):
     monkeypatch.setenv("XENT_ARRAY_NUM_THREADS", "3")
     wanted = rows_of(LOGITS, target, **EVERYTHING)
     switching = sys.getswitchinterval()
@@ -222,7 +234,7 @@ def test_rows_in_tiles(small_blocks, monkeypatch, target, options, dtype, tile):
     )
 
 
-def test_row_longer_than_a_tile():
+def test_row_longer_than_a_tile(body):
     rng = np.random.default_rng(0)
     classes = 2 * cpu.TILE + 12_345
     x = (3 * rng.normal(size=(2, classes))).astype(np.float32)
@@ -266,7 +278,7 @@ def test_random_confident_rows(backend):
         assert_confident(backend.numpy(loss), backend.numpy(grad), truth, exact=False)
 
 
-@pytest.mark.parametrize("engine", ["cpu", "generic"])
+@pytest.mark.parametrize("engine", ["cpu", "numpy", "generic"])
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize(
     "options", [{}, {"z_loss": 1e-9}, {"label_smoothing": 0.5}], ids=lambda v: "-".join(v) or "plain"
@@ -332,7 +344,7 @@ def test_memory(job, measured):
 
 
 @each_target
-def test_no_temporary_of_the_size_of_the_logits(target):
+def test_no_temporary_of_the_size_of_the_logits(body, target):
     """Nor the gradient of 16-bit or strided logits, into a buffer that is strided too."""
     x = np.repeat(np.tile(LOGITS, (1, 30)), 20, axis=0)  # 21 MiB in float32
     rows = len(x)
@@ -348,7 +360,7 @@ def test_no_temporary_of_the_size_of_the_logits(target):
 
 
 @each_target
-def test_error_settings_and_warnings(small_blocks, monkeypatch, target):
+def test_error_settings_and_warnings(small_blocks, body, monkeypatch, target):
     """Also those of the threads of the pool, which have settings of their own."""
     monkeypatch.setenv("XENT_ARRAY_NUM_THREADS", "3")
     logits = LOGITS * np.float32(1e4)
@@ -367,7 +379,7 @@ def test_error_settings_and_warnings(small_blocks, monkeypatch, target):
 
 @pytest.mark.parametrize("exception", [KeyboardInterrupt, MemoryError])
 @pytest.mark.parametrize("place", ["caller", "pool"])
-def test_exception_in_a_block(small_blocks, monkeypatch, exception, place):
+def test_exception_in_a_block(small_blocks, body, monkeypatch, exception, place):
     """It reaches the caller, no thread goes on writing after that, and the next call works."""
     monkeypatch.setenv("XENT_ARRAY_NUM_THREADS", "4")
     wanted = rows_of(LOGITS, LABELS)

@@ -23,7 +23,7 @@ def small(monkeypatch):
 def test_as_a_command_it_prints_the_worked_example_per_engine():
     done = subprocess.run([sys.executable, "-m", "xent_array"], capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    for engine in ("cpu", "generic"):
+    for engine in ("cpu", "numpy", "generic"):
         report = done.stdout.partition(f"engine '{engine}' on NumPy arrays: right\n")[2].split("\n\n")[0]
         assert "softmax   [[0.659, 0.242, 0.099], [0.073, 0.487, 0.440]]" in report
         assert "H         [1.417, 2.620]    mean 2.019" in report
@@ -45,14 +45,14 @@ def test_json_says_why_an_engine_is_not_available(small, capsys):
 
 
 def test_a_wrong_engine_is_found_and_is_an_exit_code(small, monkeypatch, capsys):
-    right = cpu.loss_and_grad
+    right = cpu.engine.loss_and_grad
 
     def wrong(rows, out=None):
         loss, grad = right(rows, out)
         grad[0] += rows.acc.type(1e-5)
         return loss, grad
 
-    monkeypatch.setattr(cpu, "loss_and_grad", wrong)
+    monkeypatch.setattr(cpu.engine, "loss_and_grad", wrong)
     assert program.main([]) == 1
     assert "engine 'cpu' on NumPy arrays: WRONG by 1.0e-05" in capsys.readouterr().out
 

@@ -600,7 +600,7 @@ def unaligned(x):
     return raw.view(x.dtype).reshape(x.shape)
 
 
-@pytest.mark.parametrize("engine", ["cpu", "generic"])
+@pytest.mark.parametrize("engine", ["cpu", "numpy", "generic"])
 @pytest.mark.parametrize(
     "lay",
     [np.asfortranarray, unaligned, lambda x: x.astype(x.dtype.newbyteorder(">")), lambda x: x.astype(">f8")],

@@ -39,7 +39,12 @@ class Engine(Protocol):
     def grad(self, rows: Rows, stats: RowStats, out: Array | None = None) -> Array: ...
 
 
-ENGINES: dict[str, Engine] = {"cpu": cpu, "cuda": cuda.engine, "generic": generic}  # in the order they are tried
+ENGINES: dict[str, Engine] = {  # in the order they are tried
+    "cpu": cpu.engine,
+    "numpy": cpu.numpy_engine,
+    "cuda": cuda.engine,
+    "generic": generic,
+}
 
 
 def pick(rows: Rows, engine: str | Engine | None) -> Engine:

@@ -1,9 +1,11 @@
 """NumPy arrays: blocks of rows that stay in cache, over threads.
 
-The driver cuts the rows into blocks and lets the calling thread and threads of a pool take one after another.
-`_block` does all that is asked of one block while it is in cache: its logits are read once, its gradient is
-written once, and what lies between lives in a scratch of the size of a block. 16-bit, strided and byte-swapped
-logits are widened into that scratch, never as a whole.
+The driver cuts the rows into blocks and lets the calling thread and threads of a pool take one after another. A body
+does all that is asked of one block while it is in cache: its logits are read once, its gradient is written once, and
+what lies between lives in a scratch of the size of a block. 16-bit, strided and byte-swapped logits are widened into
+that scratch, never as a whole. There are two bodies: NumPy code, `_block`; and loops compiled by Numba, where that is
+installed (`_compiled.py`). Which one takes a row follows from C, its options and what is installed, never from the
+batch.
 
 Every operation on a row depends on its own C numbers only, so its loss and gradient are the same to the last bit
 in any batch and under any number of threads.
@@ -11,12 +13,14 @@ in any batch and under any number of threads.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from functools import lru_cache
+from functools import cache, lru_cache
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,60 +28,110 @@ import numpy as np
 from .. import _rows
 from .._rows import Array, Rows, RowStats
 
-name = "cpu"
-
 BLOCK = 1 << 18  # logits in a block, at most: its scratch is 1 MiB in float32
 TILE = 1 << 20  # a row of more classes is read in tiles of this many, so that scratch stays bounded
-ALONE = 1 << 16  # fewer logits than this are not worth waking a thread for
+ALONE = 1 << 16  # less work than this many logits is not worth waking a thread for
+ROW = 24  # what a row costs beside its logits, in logits
 
 Part = tuple[slice, slice]  # of the outer and of the inner axis
 _WHOLE: Part = (slice(None), slice(None))
 
 
-def declines(rows: Rows) -> str | None:
-    return None if rows.xp is np else f"takes NumPy arrays, and these are of {rows.xp.__name__}"
+class Cpu:
+    """The engine, with the loops that Numba compiles where it is installed, or without."""
+
+    def __init__(self, name: str, *, compile: bool) -> None:
+        self.name, self.compile = name, compile
+
+    def declines(self, rows: Rows) -> str | None:
+        return None if rows.xp is np else f"takes NumPy arrays, and these are of {rows.xp.__name__}"
+
+    def reads_labels_free(self, rows: Rows) -> bool:
+        return True
+
+    def stats(self, rows: Rows) -> RowStats:
+        filled = RowStats(*(np.empty(rows.shape, rows.acc) for _ in RowStats._fields))
+        self._drive(rows, _Want(stats=filled))
+        return filled
+
+    def loss(self, rows: Rows) -> Array:
+        return self._loss(rows, None)
+
+    def grad(self, rows: Rows, stats: RowStats, out: Array | None = None) -> Array:
+        out = _gradient(rows) if out is None else out
+        self._drive(rows, _Want(given=stats, grad=out, divisor=_divisor(rows) if rows.reduction == "mean" else None))
+        return out
+
+    def loss_and_grad(self, rows: Rows, out: Array | None = None) -> tuple[Array, Array]:
+        out = _gradient(rows) if out is None else out
+        return self._loss(rows, out), out
+
+    def softmax(self, rows: Rows, log: bool) -> Array:
+        out = _gradient(rows)
+        self._drive(rows, _Want(log=out) if log else _Want(grad=out))
+        return out
+
+    def _loss(self, rows: Rows, out: Array | None) -> Array:
+        """The loss, and the gradient into `out` where there is one."""
+        divisor = _divisor(rows) if rows.reduction == "mean" else None
+        losses = np.empty(rows.logits.shape[::2], rows.acc)
+        self._drive(rows, _Want(loss=losses, grad=out, divisor=divisor))
+        if rows.reduction == "none":
+            return losses
+        total = float(np.add.reduce(losses.reshape(-1), dtype=np.float64))
+        return rows.acc.type(total if divisor is None else _rows.divide(np, total, divisor))
+
+    def _drive(self, rows: Rows, want: _Want) -> None:
+        outer, classes, inner = rows.logits.shape
+        count = outer * inner
+        body, block = self._body(rows, want)
+        work = count * (classes + ROW)
+        if work <= ALONE:
+            if count:
+                body(rows, want, _WHOLE, _Scratch(count * min(classes, TILE), rows.acc))
+            return
+        team = min(threads(), -(-work // ALONE))
+        # Small enough for cache, large enough that Python is idle, and some for every thread.
+        blocks = max(team if work <= 4 * team * ALONE else 4 * team, -(-work // block))
+        in_block = -(-count // blocks)
+        scratch_size = in_block * min(classes, TILE)
+        parts = _Shared(_parts(rows.shape, in_block))
+
+        def work_off() -> None:
+            scratch = _Scratch(scratch_size, rows.acc)
+            try:
+                with np.errstate(all="ignore"):  # NumPy's settings are each thread's own
+                    for part in parts:
+                        body(_sliced(rows, part), want, part, scratch)
+            except BaseException:
+                parts.end()
+                raise
+
+        _spread(work_off, team - 1)
+
+    def _body(self, rows: Rows, want: _Want) -> tuple[Callable[[Rows, _Want, Part, _Scratch], None], int]:
+        """What does a block of these rows, and how much work a block may be."""
+        if self.compile and rows.classes <= TILE:
+            compiled = compiled_body()
+            if isinstance(compiled, ModuleType):
+                return compiled.block, BLOCK if compiled.converts(rows, want) else 4 * BLOCK
+        return _plain_block if _is_plain(rows, want) else _block, BLOCK
 
 
-def reads_labels_free(rows: Rows) -> bool:
-    return True
+engine = Cpu("cpu", compile=True)
+numpy_engine = Cpu("numpy", compile=False)
 
 
-def stats(rows: Rows) -> RowStats:
-    filled = RowStats(*(np.empty(rows.shape, rows.acc) for _ in RowStats._fields))
-    _drive(rows, _Want(stats=filled))
-    return filled
-
-
-def loss(rows: Rows) -> Array:
-    return _loss(rows, None)
-
-
-def grad(rows: Rows, stats: RowStats, out: Array | None = None) -> Array:
-    out = _gradient(rows) if out is None else out
-    _drive(rows, _Want(given=stats, grad=out, divisor=_divisor(rows) if rows.reduction == "mean" else None))
-    return out
-
-
-def loss_and_grad(rows: Rows, out: Array | None = None) -> tuple[Array, Array]:
-    out = _gradient(rows) if out is None else out
-    return _loss(rows, out), out
-
-
-def softmax(rows: Rows, log: bool) -> Array:
-    out = _gradient(rows)
-    _drive(rows, _Want(log=out) if log else _Want(grad=out))
-    return out
-
-
-def _loss(rows: Rows, out: Array | None) -> Array:
-    """The loss, and the gradient into `out` where there is one."""
-    divisor = _divisor(rows) if rows.reduction == "mean" else None
-    losses = np.empty(rows.logits.shape[::2], rows.acc)
-    _drive(rows, _Want(loss=losses, grad=out, divisor=divisor))
-    if rows.reduction == "none":
-        return losses
-    total = float(np.add.reduce(losses.reshape(-1), dtype=np.float64))
-    return rows.acc.type(total if divisor is None else _rows.divide(np, total, divisor))
+@cache
+def compiled_body() -> ModuleType | str:
+    """The loops that Numba compiles, or why there are none."""
+    if importlib.util.find_spec("numba") is None:
+        return "Numba is not installed"
+    try:
+        from . import _compiled
+    except ImportError as error:  # a Numba that this NumPy or this Python is too new for says so here
+        return f"Numba cannot be imported: {error}"
+    return _compiled
 
 
 def _gradient(rows: Rows) -> Array:
@@ -108,33 +162,6 @@ class _Want(NamedTuple):
     grad: Array | None = None
     log: Array | None = None
     divisor: float | None = None
-
-
-def _drive(rows: Rows, want: _Want) -> None:
-    outer, classes, inner = rows.logits.shape
-    count, size = outer * inner, rows.logits.size
-    body = _plain_block if _is_plain(rows, want) else _block
-    if size <= ALONE:
-        if count:
-            body(rows, want, _WHOLE, _Scratch(count * min(classes, TILE), rows.acc))
-        return
-    team = min(threads(), -(-size // ALONE))
-    # Small enough for cache, large enough that Python is idle, and some for every thread.
-    in_block = max(1, min(BLOCK, max(ALONE, size // (4 * team))) // classes)
-    scratch_size = min(in_block, count) * min(classes, TILE)
-    parts = _Shared(_parts(rows.shape, in_block))
-
-    def work() -> None:
-        scratch = _Scratch(scratch_size, rows.acc)
-        try:
-            with np.errstate(all="ignore"):  # NumPy's settings are each thread's own
-                for part in parts:
-                    body(_sliced(rows, part), want, part, scratch)
-        except BaseException:
-            parts.end()
-            raise
-
-    _spread(work, team - 1)
 
 
 def _parts(shape: tuple[int, int], count: int) -> Iterator[Part]:
@@ -171,10 +198,14 @@ class _Scratch:
         self.buffers: dict[str, Array] = {}
 
     def __call__(self, use: str, shape: tuple[int, int]) -> Array:
+        return self.row(use, self.size)[: shape[0] * shape[1]].reshape(shape)
+
+    def row(self, use: str, size: int, dtype: Any = None) -> Array:
+        """A buffer of that many numbers, which must be the same each time it is asked for."""
         buffer = self.buffers.get(use)
         if buffer is None:
-            buffer = self.buffers[use] = np.empty(self.size, self.dtype)
-        return buffer[: shape[0] * shape[1]].reshape(shape)
+            buffer = self.buffers[use] = np.empty(size, self.dtype if dtype is None else dtype)
+        return buffer
 
 
 # One block

@@ -1,0 +1,208 @@
+"""The body of the cpu engine that Numba compiles.
+
+What is to be said of a block before its logits are read is said in NumPy; then comes one call of `_loops`.
+Imported where Numba is installed, when a block is first asked for. Arrays are handed over as they lie: their first row,
+and the steps from row to row and from class to class.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from .. import _rows
+from .._rows import Array, Rows, RowStats
+from . import _loops
+from ._vectors import LANES, PARTIAL
+from .cpu import Part, _dense, _distribution, _Scratch, _store, _Want
+
+FEW = 48  # rows of up to so many classes share vector instructions
+BESIDE = 8  # and so do rows whose classes lie apart, where at least so many rows lie side by side
+TURNED = 1 << 18  # logits that are turned at once, of up to 256 rows, and of 32 at least
+LONGEST = 1 << 16  # classes that may be turned
+SIDE_BY_SIDE = 112  # rows of few classes that are turned at once: no power of two, which would fall on few cache lines
+
+_ONE = {np.dtype(kind): np.ones(1, kind) for kind in (np.float32, np.float64)}
+_NONE = {np.dtype(kind): np.empty(0, kind) for kind in (np.float32, np.float64, np.intp)}
+_PLACES = {np.dtype(np.float32): np.int32, np.dtype(np.float64): np.int64}
+
+
+def block(rows: Rows, want: _Want, part: Part, scratch: _Scratch) -> None:
+    """All that is asked of one block."""
+    acc = rows.acc
+    count = rows.shape[0] * rows.shape[1]
+    one, none = _ONE[acc], _NONE[acc]
+    known = _rows.labels(rows) if rows.has_labels and not rows.all_labels_count else None
+    factor = _rows.row_factor(rows, known)
+    label, on_label = _labels(rows, known)
+    job, loss, scale, made = 0, none, one, None
+    stats: Any = (none,) * 4
+    if want.loss is not None:
+        job |= _loops.LOSS
+        loss = np.empty(count, acc)
+    if want.stats is not None:
+        job |= _loops.STATS
+        stats = [np.empty(count, acc) for _ in RowStats._fields]
+    if want.given is not None:
+        job |= _loops.KNOWN
+        stats = [_flat(values[part], acc) for values in want.given]
+    if want.grad is not None:
+        job |= _loops.GRAD
+        made = want.grad[part[0], :, part[1]]
+        scale = _flat(_rows.row_scale(rows, factor, want.divisor), acc)
+    if want.log is not None:
+        job |= _loops.LOG
+        made = want.log[part[0], :, part[1]]
+    target = label, on_label, rows.z_loss, one if factor is None else _flat(factor, acc), scale, job, *stats, loss
+    if job & _loops.LOG or not _in_lanes(rows, made, target, scratch):
+        _in_rows(rows, made, target, scratch)
+    if want.loss is not None:
+        want.loss[part] = loss.reshape(rows.shape)
+    if want.stats is not None:
+        for whole, values in zip(want.stats, stats, strict=True):
+            whole[part] = values.reshape(rows.shape)
+
+
+def converts(rows: Rows, want: _Want) -> bool:
+    """Whether the block, or a gradient of its size, is put into scratch first."""
+    if rows.target is not None and not rows.has_labels:
+        return True
+    grad = want.grad if want.log is None else want.log
+    if rows.shape[1] == 1:
+        return _steps(rows.logits, rows.acc, False) is None or (
+            grad is not None and _steps(grad, rows.acc, False) is None
+        )
+    return want.log is not None or _turned(rows, grad) is None
+
+
+def _turned(rows: Rows, grad: Array | None) -> tuple[bool, Any, Any] | None:
+    """Whether rows lie side by side, and the steps of logits and gradient; None if `lanes` does not take them."""
+    acc, (_, classes, inner) = rows.acc, rows.logits.shape
+    if rows.label_smoothing or rows.softcap is not None or not (rows.target is None or rows.has_labels):
+        return None
+    if not (classes <= FEW if inner == 1 else inner >= BESIDE and classes <= LONGEST):
+        return None
+    x = _steps(rows.logits, acc, inner > 1)
+    out = x if grad is None else _steps(grad, acc, inner > 1)
+    return None if x is None or out is None else (inner > 1, x, out)
+
+
+def _in_lanes(rows: Rows, grad: Array | None, target: tuple[Any, ...], scratch: _Scratch) -> bool:
+    """The block by `_loops.lanes`; False if that does not take it."""
+    found = _turned(rows, grad)
+    if found is None:
+        return False
+    beside, x, out = found
+    acc, (outer, classes, inner) = rows.acc, rows.logits.shape
+    if not beside:
+        outer, inner = 1, outer
+    width = max(32, min(256, TURNED // classes // LANES * LANES)) if beside else SIDE_BY_SIDE
+    numbers = scratch.row("lanes", classes * (width + 1) + PARTIAL * LANES + 5 * width)
+    wide = scratch.row("wide", 3 * width, np.float64)
+    places = scratch.row("places", width, _PLACES[acc])
+    label, on_label, z_loss, *rest = target
+    _loops.lanes(
+        _first(rows.logits, beside), outer, inner, *x[:2], classes, x[2], rows.grad_dtype == np.float16,
+        label, on_label, z_loss, *rest,
+        _NONE[acc] if grad is None else _first(grad, beside), *out, width, numbers, wide, places,
+    )  # fmt: skip
+    return True
+
+
+def _in_rows(rows: Rows, grad: Array | None, target: tuple[Any, ...], scratch: _Scratch) -> None:
+    """The block by `_loops.rows`."""
+    acc, (outer, classes, inner) = rows.acc, rows.logits.shape
+    none, count = _NONE[acc], outer * inner
+    each = a = none
+    a_step = 0
+    if rows.label_smoothing and rows.has_labels:
+        each = np.array([rows.label_smoothing / classes], acc)
+        if rows.weight is not None:
+            each = each * rows.weight
+    elif rows.target is not None and not rows.has_labels:
+        a = _distribution(rows, rows.target, slice(0, classes), scratch("a", (count, classes)))
+        a_step = a.strides[0] // a.itemsize
+        a = _open(a[0])
+    x = _steps(rows.logits, acc, False) if inner == 1 else None
+    if x is None:
+        logits, x_step = _open(_dense(rows.logits, acc, scratch("x", (count, classes)))[0]), classes
+    else:
+        logits, x_step = _first(rows.logits, False), x[1]
+    out, out_step, made = none, 0, None
+    if grad is not None:
+        steps = _steps(grad, acc, False) if inner == 1 else None
+        if steps is None:
+            made = scratch("made", (count, classes))
+            out, out_step = made[0], classes
+        else:
+            out, out_step = _first(grad, False), steps[1]
+    label, on_label, z_loss, factor, scale, *rest = target
+    work = scratch.row("rows", 3 * classes + _loops.CHUNK + 2 * PARTIAL)
+    _loops.rows(
+        logits, x_step, count, classes, rows.grad_dtype == np.float16, label, on_label, each, a, a_step,
+        rows.softcap or 0.0, z_loss, factor, scale, *rest, out, out_step, work,
+    )  # fmt: skip
+    if made is not None:
+        _store(made, grad)
+
+
+def _labels(rows: Rows, known: _rows.Labels | None) -> tuple[Array, Array]:
+    """The class of each row, -1 where it has none; the target on it, one for each row or one for all."""
+    if not rows.has_labels:
+        return _NONE[np.dtype(np.intp)], _ONE[rows.acc]
+    index = rows.target if known is None else known.index
+    label = _flat(index, np.intp)
+    on_label = _ONE[rows.acc]
+    if rows.label_smoothing:
+        on_label = np.array([1 - rows.label_smoothing], rows.acc)
+    if rows.weight is not None:
+        on_label = on_label * rows.weight.take(label)
+    if known is not None and known.valid is not None:
+        label = np.where(known.valid.reshape(-1), label, -1)
+    return label, on_label
+
+
+def _flat(values: Any, dtype: Any) -> Array:
+    """Numbers per row as one contiguous array that says it may be written."""
+    return _open(np.ascontiguousarray(values, dtype).reshape(-1))
+
+
+def _steps(array: Array, acc: Any, beside: bool) -> tuple[int, int, int] | None:
+    """Elements from outer to outer, inner to inner and class to class, of logits or gradient that need no conversion.
+
+    Where `beside`, rows lie side by side; else classes do, and the rows are the outer axis. None if they do not.
+    """
+    dtype, size = array.dtype, array.itemsize
+    if dtype != acc and not (size == 2 and dtype.isnative):
+        return None
+    outer, by_class, inner = array.strides
+    if outer % size or by_class % size or not array.flags.aligned:
+        return None
+    if beside:
+        return (outer // size, 1, by_class // size) if inner == size else None
+    return (0, outer // size, 1) if by_class == size or array.shape[1] == 1 else None
+
+
+def _first(array: Array, beside: bool) -> Array:
+    """The memory that starts with the first row, or with the first class of rows side by side."""
+    return _open(array[0, 0, :] if beside else array[0, :, 0])
+
+
+def _open(array: Array) -> Array:
+    """The same memory, as words if it holds 16-bit numbers, and said to be writable.
+
+    Numba would compile anew for what is not. What the caller passed to be read is not written.
+    """
+    if array.itemsize == 2:
+        array = array.view(np.uint16)
+    if array.flags.writeable and array.flags.c_contiguous:
+        return array
+    return np.asarray(_Open(array))
+
+
+class _Open:
+    def __init__(self, array: Array) -> None:
+        self.array = array
+        told = array.__array_interface__
+        self.__array_interface__ = told | {"data": (told["data"][0], False), "strides": None}
