@@ -12,7 +12,9 @@ import time
 import tracemalloc
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -172,8 +174,8 @@ import numpy as np
 from xent_array import cross_entropy_value_and_grad
 from xent_array._engines import cpu
 
-x = np.random.default_rng(0).normal(size=(140, 1000)).astype("f4")  # a few blocks: forks often meet a held lock
-labels = np.arange(140)
+x = np.random.default_rng(0).normal(size=(420, 1000)).astype("f4")  # a few blocks: forks often meet a held lock
+labels = np.arange(420)
 
 def answer():
     loss, grad = cross_entropy_value_and_grad(x, labels, z_loss=0.1)
@@ -207,6 +209,62 @@ print(codes)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 def test_forked_children():
     assert run(FORK, XENT_ARRAY_NUM_THREADS="3").strip() == str([0] * 30)
+
+
+# -- small batches, which are answered at once -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 3), (7, 2, 48), (100, 48), (100, 49), (3, 1000)])
+def test_at_once_or_not(shape, dtype, reduction):
+    """The same bits as by way of every check; and where it is not for them, that way is taken."""
+    rng = np.random.default_rng(0)
+    x = (5 * rng.normal(size=shape)).astype(dtype)
+    labels = rng.integers(shape[-1], size=shape[:-1])
+    if shape[0] > 1:
+        x[0], x[1, ..., 0] = -np.inf, np.nan
+    for upstream in (None, 1024.0):
+        given = {"reduction": reduction, "grad_output": upstream if reduction != "none" else None}
+        loss, grad = cross_entropy_value_and_grad(x, labels, **given)
+        slow, slow_grad = cross_entropy_value_and_grad(x, labels, engine="cpu", **given)
+        assert (np.asarray(loss).tobytes(), grad.tobytes()) == (np.asarray(slow).tobytes(), slow_grad.tobytes())
+        assert (type(loss), loss.dtype, np.shape(loss)) == (type(slow), slow.dtype, np.shape(slow))
+        assert np.asarray(cross_entropy(x, labels, reduction=reduction)).tobytes() == np.asarray(slow).tobytes()
+    ignored = np.where(np.arange(labels.size).reshape(labels.shape) % 2 == 0, -100, labels)
+    for y in (ignored, labels.astype(np.uint8 if shape[-1] < 256 else np.int32), labels.astype(">i8")):
+        one, two = (cross_entropy(x, y, reduction=reduction, engine=engine) for engine in (None, "cpu"))
+        assert np.asarray(one).tobytes() == np.asarray(two).tobytes()
+    labels[-1] = shape[-1]
+    with pytest.raises(IndexError, match=f"is {shape[-1]}, which is no class"):
+        cross_entropy(x, labels)
+
+
+def test_what_is_asked_at_once():
+    """Only what has no option at all, of the first engine, and no answer is made up for mistakes."""
+    x, labels = np.zeros((4, 3)), np.zeros(4, int)
+    asked = []
+    spy = SimpleNamespace(at_once=lambda *given: asked.append(given), declines=cpu.engine.declines)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(ENGINES, "cpu", spy)
+        for options in ({"axis": 1}, {"weight": np.ones(3)}, {"sample_weight": np.ones(4)}, {"ignore_index": 0},
+                        {"label_smoothing": 0.1}, {"z_loss": 0.1}, {"softcap": 1.0}, {"validate": True},
+                        {"engine": "numpy"}):  # fmt: skip
+            with suppress(AttributeError):
+                cross_entropy(x, labels, **options)
+            assert not asked, options
+        with suppress(AttributeError):
+            cross_entropy(x, labels)
+        assert len(asked) == 1
+    for logits, target, error in [
+        (np.zeros(()), np.zeros((), int), ValueError), (np.zeros((2, 0)), np.zeros(2, int), ValueError),
+        (x, labels[:3], ValueError), (x.astype(complex), labels, TypeError), (x, labels + 0.5, TypeError),
+        (np.ma.array(x), labels, TypeError),
+    ]:  # fmt: skip
+        with pytest.raises(error):
+            cross_entropy(logits, target)
+    with pytest.raises(ValueError, match="reduction"):
+        cross_entropy(x, labels, reduction="average")
 
 
 # -- long rows ---------------------------------------------------------------------------------------------------
@@ -407,4 +465,4 @@ def test_exception_in_a_block(small_blocks, body, monkeypatch, exception, place)
 def test_number_of_threads_that_is_none(monkeypatch, count):
     monkeypatch.setenv("XENT_ARRAY_NUM_THREADS", count)
     with pytest.raises(ValueError, match="XENT_ARRAY_NUM_THREADS"):
-        cross_entropy(np.zeros((1000, 100)), np.zeros(1000, int))
+        cross_entropy(np.zeros((3000, 100)), np.zeros(3000, int))

@@ -13,6 +13,7 @@ It may also have these of its own; where it does not, the functions below compos
     loss(rows)                     the reduced loss, or one per row
     loss_and_grad(rows, out)       both, for the price of one read and one write
     softmax(rows, log)             softmax or log-softmax of every row
+    at_once(logits, target, ...)   the answer to the plainest question, see the function below; None if it is not that
 
 Rows are canonical and checked: an engine never sees an axis or a user's mistake. A label that is no class has no
 target (a = 0) and a row factor of NaN; `_rows` says what the factor, the divisor and the scale of a row are.
@@ -21,7 +22,7 @@ A row whose scale is 0 has gradient exactly 0.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from .. import _rows
 from .._rows import Array, Rows, RowStats
@@ -74,6 +75,21 @@ def named(engine: str | Engine) -> Engine:
     if not hasattr(engine, "declines"):
         raise TypeError(f"engine must be {known}, or an object like those; got {type(engine).__name__}")
     return engine
+
+
+def at_once(
+    logits: Any, target: Any, reduction: str, upstream: float | None, wants_grad: bool
+) -> tuple[Array, Array | None] | None:
+    """Loss and gradient without a look at options, because there are none: for small batches, where looking costs most.
+
+    The first engine is asked with what the user passed as logits and target, classes along the last axis. None where it
+    does not know at once that all is well: then the way through every check is gone.
+    """
+    own = getattr(ENGINES["cpu"], "at_once", None)
+    answer: tuple[Array, Array | None] | None = (
+        None if own is None else own(logits, target, reduction, upstream, wants_grad)
+    )
+    return answer
 
 
 def loss(engine: Engine, rows: Rows) -> Array:

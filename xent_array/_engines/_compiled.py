@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from .. import _rows
-from .._rows import Array, Rows, RowStats
-from . import _loops
+from .._rows import Array, Rows
+from . import _loops, cpu
 from ._vectors import LANES, PARTIAL
-from .cpu import Part, _dense, _distribution, _Scratch, _store, _Want
+from .cpu import QUICK, ROW, Part, _dense, _distribution, _Scratch, _store, _sum, _Want
 
 FEW = 48  # rows of up to so many classes share vector instructions
 BESIDE = 8  # and so do rows whose classes lie apart, where at least so many rows lie side by side
@@ -25,7 +25,73 @@ SIDE_BY_SIDE = 112  # rows of few classes that are turned at once: no power of t
 
 _ONE = {np.dtype(kind): np.ones(1, kind) for kind in (np.float32, np.float64)}
 _NONE = {np.dtype(kind): np.empty(0, kind) for kind in (np.float32, np.float64, np.intp)}
+_NO_STATS = {np.dtype(kind): np.empty((4, 0), kind) for kind in (np.float32, np.float64)}
 _PLACES = {np.dtype(np.float32): np.int32, np.dtype(np.float64): np.int64}
+
+
+_INDEX = np.dtype(np.intp)
+_REDUCTIONS = ("mean", "sum", "none")
+
+
+def at_once(
+    logits: Any, target: Any, reduction: str, upstream: float | None, wants_grad: bool
+) -> tuple[Array, Array | None] | None:
+    """Loss and gradient of a small batch under labels, without options, from the arrays as the user passed them.
+
+    None where they are anything else; the way through every check then finds what it is. The numbers are those of
+    `block`, from the same loops.
+    """
+    if logits.__class__ is not np.ndarray or target.__class__ is not np.ndarray or reduction not in _REDUCTIONS:
+        return None
+    acc, shape = logits.dtype, logits.shape
+    count = target.size
+    if acc not in _ONE or target.dtype is not _INDEX or count == 0 or not shape or target.shape != shape[:-1]:
+        return None
+    classes = shape[-1]
+    if classes == 0 or count * (classes + ROW) > cpu.ALONE * QUICK or not (logits.flags.carray and target.flags.carray):
+        return None
+    one = scale = _ONE[acc]
+    loss, grad = np.empty(count, acc), None
+    job = _loops.LOSS | _loops.CHECK
+    out = none = _NONE[acc]
+    if wants_grad:
+        job |= _loops.GRAD
+        grad = np.empty(shape, acc)
+        out = grad.reshape(-1)
+        factor = 1.0 if upstream is None else upstream
+        if not -1e30 < factor < 1e30:
+            return None
+        if reduction == "mean":
+            factor /= count
+        if factor != 1:
+            scale = np.array([factor], acc)
+    if classes <= FEW:
+        done = _loops.lanes(
+            logits.reshape(-1), 1, count, 0, classes, classes, 1, False, target.reshape(-1), one, 0.0, one, scale,
+            job, _NO_STATS[acc], loss, out, 0, classes, 1, SIDE_BY_SIDE, *_lanes_room(classes, SIDE_BY_SIDE, acc),
+        )  # fmt: skip
+    else:
+        done = _loops.rows(
+            logits.reshape(-1), classes, count, classes, False, target.reshape(-1), one, none, none, 0, 0.0, 0.0, one,
+            scale, job, _NO_STATS[acc], loss, out, classes, np.empty(_rows_room(classes), acc),
+        )  # fmt: skip
+    if not done:
+        return None
+    if reduction == "none":
+        return loss.reshape(target.shape), grad
+    total = _sum(loss)
+    if not total < 1e30:
+        return None
+    return acc.type(total / count if reduction == "mean" else total), grad
+
+
+def _rows_room(classes: int) -> int:
+    return 3 * classes + _loops.CHUNK + 2 * PARTIAL
+
+
+def _lanes_room(classes: int, width: int, acc: Any) -> tuple[Array, Array, Array]:
+    numbers = np.empty(classes * (width + 1) + PARTIAL * LANES + 5 * width, acc)
+    return numbers, np.empty(3 * width), np.empty(width, _PLACES[acc])
 
 
 def block(rows: Rows, want: _Want, part: Part, scratch: _Scratch) -> None:
@@ -37,16 +103,16 @@ def block(rows: Rows, want: _Want, part: Part, scratch: _Scratch) -> None:
     factor = _rows.row_factor(rows, known)
     label, on_label = _labels(rows, known)
     job, loss, scale, made = 0, none, one, None
-    stats: Any = (none,) * 4
+    stats = _NO_STATS[acc]
     if want.loss is not None:
         job |= _loops.LOSS
         loss = np.empty(count, acc)
     if want.stats is not None:
         job |= _loops.STATS
-        stats = [np.empty(count, acc) for _ in RowStats._fields]
+        stats = np.empty((4, count), acc)
     if want.given is not None:
         job |= _loops.KNOWN
-        stats = [_flat(values[part], acc) for values in want.given]
+        stats = np.stack([np.ascontiguousarray(values[part], acc).reshape(-1) for values in want.given])
     if want.grad is not None:
         job |= _loops.GRAD
         made = want.grad[part[0], :, part[1]]
@@ -54,7 +120,7 @@ def block(rows: Rows, want: _Want, part: Part, scratch: _Scratch) -> None:
     if want.log is not None:
         job |= _loops.LOG
         made = want.log[part[0], :, part[1]]
-    target = label, on_label, rows.z_loss, one if factor is None else _flat(factor, acc), scale, job, *stats, loss
+    target = label, on_label, rows.z_loss, one if factor is None else _flat(factor, acc), scale, job, stats, loss
     if job & _loops.LOG or not _in_lanes(rows, made, target, scratch):
         _in_rows(rows, made, target, scratch)
     if want.loss is not None:
@@ -98,14 +164,12 @@ def _in_lanes(rows: Rows, grad: Array | None, target: tuple[Any, ...], scratch: 
     if not beside:
         outer, inner = 1, outer
     width = max(32, min(256, TURNED // classes // LANES * LANES)) if beside else SIDE_BY_SIDE
-    numbers = scratch.row("lanes", classes * (width + 1) + PARTIAL * LANES + 5 * width)
-    wide = scratch.row("wide", 3 * width, np.float64)
-    places = scratch.row("places", width, _PLACES[acc])
+    room = scratch.keep("lanes", lambda: _lanes_room(classes, width, acc))
     label, on_label, z_loss, *rest = target
     _loops.lanes(
         _first(rows.logits, beside), outer, inner, *x[:2], classes, x[2], rows.grad_dtype == np.float16,
         label, on_label, z_loss, *rest,
-        _NONE[acc] if grad is None else _first(grad, beside), *out, width, numbers, wide, places,
+        _NONE[acc] if grad is None else _first(grad, beside), *out, width, *room,
     )  # fmt: skip
     return True
 
@@ -138,7 +202,7 @@ def _in_rows(rows: Rows, grad: Array | None, target: tuple[Any, ...], scratch: _
         else:
             out, out_step = _first(grad, False), steps[1]
     label, on_label, z_loss, factor, scale, *rest = target
-    work = scratch.row("rows", 3 * classes + _loops.CHUNK + 2 * PARTIAL)
+    work = scratch.keep("rows", lambda: np.empty(_rows_room(classes), acc))
     _loops.rows(
         logits, x_step, count, classes, rows.grad_dtype == np.float16, label, on_label, each, a, a_step,
         rows.softcap or 0.0, z_loss, factor, scale, *rest, out, out_step, work,

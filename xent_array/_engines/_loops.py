@@ -3,7 +3,7 @@
 Imported when first needed, and only where Numba is installed. `rows` takes rows that lie dense, one after another;
 `lanes` takes many rows at once, each in a lane of the vector instructions: rows of few classes, and rows whose classes
 lie apart while the rows lie side by side. Both make, in cache, everything that is asked of a row, and both by the same
-arithmetic in the same order: a sum takes 512 numbers at a time into 64 partial sums, folds these in halves, and adds
+arithmetic in the same order: a sum takes 512 numbers at a time into 32 partial sums, folds these in halves, and adds
 the result up in float64.
 """
 
@@ -21,7 +21,7 @@ from ._vectors import LANES, PARTIAL
 
 CHUNK = 512
 
-STATS, LOSS, GRAD, LOG, KNOWN = 1, 2, 4, 8, 16  # the bits of a job; KNOWN: the stats are given
+STATS, LOSS, GRAD, LOG, KNOWN, CHECK = 1, 2, 4, 8, 16, 32  # the bits of a job; see `rows`
 
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "_nrt": False, "no_cfunc_wrapper": True}
 # What only compiled code calls: without the way in from Python, which takes as long to make as the rest.
@@ -73,7 +73,15 @@ def _at_the_top(coef, a, r, p):
     return (coef - a) - coef * (r * p) if a != 0 and (r < 1 or a == coef) else coef * p - a
 
 
-# One row, dense. `partial` and `spare` have room for 64 numbers each.
+@inner
+def _are_classes(label, classes):
+    wrong = 0
+    for i in range(label.shape[0]):
+        wrong |= label[i] < 0 or label[i] >= classes
+    return wrong == 0
+
+
+# One row, dense. `partial` and `spare` have room for 32 numbers each.
 
 
 @inner
@@ -83,10 +91,19 @@ def _fill(values, number):
 
 
 @inner
+def _copy(values, to):
+    for k in range(values.shape[0]):
+        to[k] = values[k]
+
+
+@inner
 def _put_aside(x, start, count, spare, number):
-    """Fewer than 64 numbers as a group of 64."""
-    for k in range(PARTIAL):
-        spare[k] = x[start + k] if k < count else number
+    """Up to 32 numbers as a group of 32."""
+    if count == PARTIAL:
+        v.copy_group(x, start, spare, 0)
+    else:
+        _fill(spare, number)
+        _copy(v.part(x, start, count), v.part(spare, 0, count))
 
 
 @inner
@@ -153,8 +170,10 @@ def _aside(x, start, count, m, at, e, partial, spare):
     if start <= at < start + count:
         spare[at - start] = -np.inf
     v.exp_groups(spare, spare, 0, 1, m, partial)
-    for k in range(count):
-        e[start + k] = spare[k]
+    if count == PARTIAL:
+        v.copy_group(spare, 0, e, start)
+    else:
+        _copy(v.part(spare, 0, count), v.part(e, start, count))
 
 
 @inner
@@ -283,15 +302,17 @@ def _narrow(values, is_half, out):
 @compiled
 def rows(
     x, x_step, count, classes, is_half, label, part, each, a, a_step, cap, z, factor, scale,
-    job, largest, rests, gaps, masses, loss, out, out_step, work,
+    job, stats, loss, out, out_step, work,
 ):  # fmt: skip
     """`count` rows, of which row i starts at x[i·x_step].
 
     label: the class of each row, -1 for none; part: the target on it. each: what every class has, of length 1 or C,
     or 0. a: distributions, weighted and smoothed, row i at a[i·a_step]; of length 0 where there are labels or no
-    target. part, factor and scale have one number per row, or one. The stats are filled if job & STATS, read if
-    job & KNOWN.
+    target. part, factor and scale have one number per row, or one. stats (4, rows) are filled if job & STATS, read if
+    job & KNOWN. If job & CHECK and some label is no class, nothing is done, and the answer is False.
     """
+    if job & CHECK and not _are_classes(label, classes):
+        return False
     kind = work.dtype.type
     wide, e = v.part(work, 0, classes), v.part(work, classes, classes)
     slope = v.part(work, 2 * classes, classes)
@@ -310,7 +331,7 @@ def rows(
         at = _top(row, partial, spare)
         m = row[at]
         if job & KNOWN:
-            m, r, gap, mass = largest[i], rests[i], gaps[i], masses[i]
+            m, r, gap, mass = stats[0, i], stats[1, i], stats[2, i], stats[3, i]
             if row[at] != m:
                 at = -1
             if job & GRAD:
@@ -333,7 +354,7 @@ def rows(
                 m = kind(_without_softmax(row, 1))
                 r = m - m if m != m else kind(0)
             if job & STATS:
-                largest[i], rests[i], gaps[i], masses[i] = m, r, gap, mass
+                stats[0, i], stats[1, i], stats[2, i], stats[3, i] = m, r, gap, mass
         wide_r = float(r) if np.isfinite(m) else np.nan
         tail, p = v.log1p(wide_r), 1 / (1 + wide_r)
         if job & LOSS:
@@ -367,6 +388,7 @@ def rows(
                 if cap > 0:
                     _multiply(g, slope)
             _write(g, is_half, out, i * out_step)
+    return True
 
 
 # Many rows at once: the numbers of a class lie side by side, one for each row; `step` further those of the next
@@ -383,9 +405,7 @@ def _gather(x, start, inner_step, class_step, is_half, tile, step, classes, coun
     else:
         for k in range(count):
             _read(x, start + k * inner_step, is_half, spare)
-            logits = v.row(x, start + k * inner_step, spare)
-            for c in range(classes):
-                tile[np.uintp(c * step + k)] = logits[c]
+            v.turn(v.row(x, start + k * inner_step, spare), tile, k, step)
 
 
 @inner
@@ -398,15 +418,8 @@ def _scatter(tile, step, classes, is_half, out, start, inner_step, class_step, c
     else:
         for k in range(count):
             grad = v.row(out, start + k * inner_step, spare)
-            for c in range(classes):
-                grad[c] = tile[np.uintp(c * step + k)]
+            v.turn_back(tile, k, step, grad)
             _write(grad, is_half, out, start + k * inner_step)
-
-
-@inner
-def _copy(values, to):
-    for k in range(values.shape[0]):
-        to[k] = values[k]
 
 
 @inner
@@ -491,7 +504,7 @@ def _specials(tile, step, classes, count, label, on_label, at, mass, m, r, tail,
 @compiled
 def lanes(
     x, outer, inner, outer_step, inner_step, classes, class_step, is_half, label, part, z, factor, scale,
-    job, largest, rests, gaps, masses, loss, out, out_outer_step, out_inner_step, out_class_step,
+    job, stats, loss, out, out_outer_step, out_inner_step, out_class_step,
     width, work, work64, places,
 ):  # fmt: skip
     """`outer`·`inner` rows, `width` of them at a time, under labels or no target; see `rows` for the rest.
@@ -499,6 +512,8 @@ def lanes(
     The element (o, c, i) of (outer, C, inner) is x[o·outer_step + c·class_step + i·inner_step]; `width` is a multiple
     of 16.
     """
+    if job & CHECK and not _are_classes(label, classes):
+        return False
     kind = work.dtype.type
     numbers = classes * width + PARTIAL * LANES
     partial, spare = v.part(work, classes * width, PARTIAL * LANES), v.part(work, numbers + 5 * width, classes)
@@ -540,29 +555,30 @@ def lanes(
             if job & KNOWN:
                 for k in range(count):
                     i = first + k
-                    if m[k] != largest[i]:
+                    if m[k] != stats[0, i]:
                         at[k] = -1
-                    m[k], gap[k], mass[k] = largest[i], gaps[i], masses[i]
+                    m[k], gap[k], mass[k] = stats[0, i], stats[2, i], stats[3, i]
             elif job & STATS:
-                _copy(v.part(m, 0, count), v.part(largest, first, count))
+                for k in range(count):
+                    stats[0, first + k] = m[k]
             if _any_broken(m, count):
                 for k in range(count):
                     if m[k] - m[k] != 0:
                         if job & STATS:
-                            largest[first + k] = _without_softmax(v.part(tile, k, classes * step - k), step)
+                            stats[0, first + k] = _without_softmax(v.part(tile, k, classes * step - k), step)
                         m[k] = np.nan
             _rests(tile, step, classes, m, at, partial, r)
             for k in range(count):
                 r[k] = kind(r[k]) if m[k] == m[k] else np.nan
                 if job & KNOWN and m[k] == m[k]:
-                    r[k] = rests[first + k]
+                    r[k] = stats[1, first + k]
             if job & STATS:
                 for k in range(count):
                     i = first + k
-                    rests[i], gaps[i], masses[i] = r[k], gap[k], mass[k]
+                    stats[1, i], stats[2, i], stats[3, i] = r[k], gap[k], mass[k]
                     if r[k] != r[k]:
-                        largest[i] = largest[i] if m[k] != m[k] else np.nan
-                        rests[i] = 0 if largest[i] == largest[i] else np.nan
+                        stats[0, i] = stats[0, i] if m[k] != m[k] else np.nan
+                        stats[1, i] = 0 if stats[0, i] == stats[0, i] else np.nan
             _tails(r, tail, p)
             if job & LOSS:
                 _losses(gap, mass, m, tail, z, f, v.part(loss, first, count))
@@ -583,3 +599,4 @@ def lanes(
                     count,
                     spare,
                 )
+    return True

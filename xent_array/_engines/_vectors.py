@@ -20,7 +20,7 @@ from numba.extending import intrinsic
 from numba.np.arrayobj import populate_array
 
 LANES = 16  # rows that share a vector
-PARTIAL = 64  # partial sums of a row
+PARTIAL = 32  # partial sums of a row
 
 _INDEX, _WORD = ir.IntType(64), ir.IntType(32)
 
@@ -236,11 +236,11 @@ def _larger(one: Value, two: Value) -> Value:
     return one.where(two.below(one), two)
 
 
-# 64 numbers of a row at a time, as a few vectors: more at once need more registers than there are
+# 32 numbers of a row at a time, as a few vectors: more at once need more registers than there are
 
 
 class _Group:
-    """The vectors of 64 numbers of an array."""
+    """The vectors of 32 numbers of an array."""
 
     def __init__(self, context: Any, builder: Any, type_: Any, array: Any) -> None:
         self.builder = builder
@@ -272,7 +272,7 @@ class _Held:
 
 
 def _on_groups(work: Callable[[Value, Value], Value]) -> Any:
-    """A loop over groups of 64 numbers: ``partial = work(numbers, partial)``."""
+    """A loop over groups of 32 numbers: ``partial = work(numbers, partial)``."""
 
     @intrinsic
     def on_groups(_context: Any, x: Any, start: Any, groups: Any, partial: Any) -> Any:
@@ -296,7 +296,7 @@ raise_groups = _on_groups(_larger)  # NaN is passed over
 
 @intrinsic
 def exp_groups(_context: Any, x: Any, e: Any, start: Any, groups: Any, largest: Any, partial: Any) -> Any:
-    """Groups of exp(x - largest) into `e`, at the same place; added to the 64 partial sums."""
+    """Groups of exp(x - largest) into `e`, at the same place; added to the 32 partial sums."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         numbers, to, kept = (
@@ -306,9 +306,11 @@ def exp_groups(_context: Any, x: Any, e: Any, start: Any, groups: Any, largest: 
         held = _Held(kept.load(_INDEX(0)))
         with cgutils.for_range(builder, arguments[3]) as loop:
             here = builder.add(arguments[2], builder.mul(loop.index, _INDEX(PARTIAL)))
-            values = [_exp(value - m) for value in numbers.load(here)]
-            to.store(values, here)
-            held.set([total + value for total, value in zip(held.get(), values, strict=True)])
+            for k, slot in zip(numbers.places, held.slots, strict=True):  # one after another: registers are few
+                place = builder.add(here, _INDEX(k))
+                value = _exp(numbers.memory.load(place) - m)
+                to.memory.store(value, place)
+                builder.store((Value(builder, builder.load(slot)) + value).value, slot)
         kept.store(held.get(), _INDEX(0))
         return context.get_dummy_value()
 
@@ -316,7 +318,7 @@ def exp_groups(_context: Any, x: Any, e: Any, start: Any, groups: Any, largest: 
 
 
 def _in_halves(combine: Callable[[Value, Value], Value]) -> Any:
-    """One number of 64, the upper half combined with the lower again and again."""
+    """One number of 32, the upper half combined with the lower again and again."""
 
     @intrinsic
     def in_halves(_context: Any, partial: Any) -> Any:
@@ -347,7 +349,7 @@ largest_in_halves = _in_halves(lambda low, high: _larger(high, low))
 
 @intrinsic
 def first_of_group(_context: Any, x: Any, start: Any, value: Any) -> Any:
-    """Where `value` is, the first time, among the 64 numbers from `start`; 64 if it is not."""
+    """Where `value` is, the first time, among the 32 numbers from `start`; 32 if it is not."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         group = _Group(context, builder, x, arguments[0])
@@ -358,6 +360,18 @@ def first_of_group(_context: Any, x: Any, start: Any, value: Any) -> Any:
         return builder.cttz(found, ir.IntType(1)(0))
 
     return types.int64(x, types.int64, value), build
+
+
+@intrinsic
+def copy_group(_context: Any, x: Any, start: Any, to: Any, to_start: Any) -> Any:
+    """32 numbers of `x` from `start` into `to` from `to_start`."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        group, into = (_Group(context, builder, type_, arguments[k]) for k, type_ in ((0, x), (2, to)))
+        into.store(group.load(arguments[1]), arguments[3])
+        return context.get_dummy_value()
+
+    return types.void(x, types.int64, to, types.int64), build
 
 
 @intrinsic
@@ -373,6 +387,35 @@ def scale_groups(_context: Any, e: Any, out: Any, groups: Any, by: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(e, out, types.int64, by), build
+
+
+def _turned(is_back: bool) -> Callable[..., Any]:
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        line, tile, start, step = arguments if not is_back else (arguments[3], *arguments[:3])
+        types_ = signature.args if not is_back else (signature.args[3], *signature.args[:3])
+        along, across = (
+            context.make_array(type_)(context, builder, array)
+            for type_, array in ((types_[0], line), (types_[1], tile))
+        )
+        with cgutils.for_range(builder, builder.extract_value(along.shape, 0)) as loop:
+            one = builder.gep(along.data, [loop.index])
+            two = builder.gep(across.data, [builder.add(start, builder.mul(loop.index, step))])
+            builder.store(builder.load(two if is_back else one), one if is_back else two)
+        return context.get_dummy_value()
+
+    return build
+
+
+@intrinsic
+def turn(_context: Any, line: Any, tile: Any, start: Any, step: Any) -> Any:
+    """The numbers of `line` to every `step`-th of `tile`, from `start`."""
+    return types.void(line, tile, types.int64, types.int64), _turned(is_back=False)
+
+
+@intrinsic
+def turn_back(_context: Any, tile: Any, start: Any, step: Any, line: Any) -> Any:
+    """Every `step`-th number of `tile`, from `start`, to `line`."""
+    return types.void(tile, types.int64, types.int64, line), _turned(is_back=True)
 
 
 # 16 rows at a time, the numbers of a class side by side
@@ -404,7 +447,7 @@ def tops_of_lanes(_context: Any, tile: Any, start: Any, step: Any, classes: Any,
 
 @intrinsic
 def exp_of_lanes(_context: Any, tile: Any, start: Any, step: Any, classes: Any, m: Any, lane: Any, partial: Any) -> Any:
-    """exp(x - m) in place of x, for 16 rows; added to partial sums 0 … 63 in turn, 16 numbers each."""
+    """exp(x - m) in place of x, for 16 rows; added to the partial sums in turn, 16 numbers each."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         memory = _Memory(context, builder, tile, arguments[0], LANES)

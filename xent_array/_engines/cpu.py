@@ -32,6 +32,7 @@ BLOCK = 1 << 18  # logits in a block, at most: its scratch is 1 MiB in float32
 TILE = 1 << 20  # a row of more classes is read in tiles of this many, so that scratch stays bounded
 ALONE = 1 << 16  # less work than this many logits is not worth waking a thread for
 ROW = 24  # what a row costs beside its logits, in logits
+QUICK = 3  # how much faster compiled loops are than NumPy
 
 Part = tuple[slice, slice]  # of the outer and of the inner axis
 _WHOLE: Part = (slice(None), slice(None))
@@ -48,6 +49,15 @@ class Cpu:
 
     def reads_labels_free(self, rows: Rows) -> bool:
         return True
+
+    def at_once(
+        self, logits: Any, target: Any, reduction: str, upstream: float | None, wants_grad: bool
+    ) -> tuple[Array, Array | None] | None:
+        compiled = compiled_body() if self.compile else ""
+        if isinstance(compiled, str):
+            return None
+        answer: tuple[Array, Array | None] | None = compiled.at_once(logits, target, reduction, upstream, wants_grad)
+        return answer
 
     def stats(self, rows: Rows) -> RowStats:
         filled = RowStats(*(np.empty(rows.shape, rows.acc) for _ in RowStats._fields))
@@ -78,21 +88,21 @@ class Cpu:
         self._drive(rows, _Want(loss=losses, grad=out, divisor=divisor))
         if rows.reduction == "none":
             return losses
-        total = float(np.add.reduce(losses.reshape(-1), dtype=np.float64))
+        total = _sum(losses.reshape(-1))
         return rows.acc.type(total if divisor is None else _rows.divide(np, total, divisor))
 
     def _drive(self, rows: Rows, want: _Want) -> None:
         outer, classes, inner = rows.logits.shape
         count = outer * inner
-        body, block = self._body(rows, want)
+        body, block, alone = self._body(rows, want)
         work = count * (classes + ROW)
-        if work <= ALONE:
+        if work <= alone:
             if count:
                 body(rows, want, _WHOLE, _Scratch(count * min(classes, TILE), rows.acc))
             return
-        team = min(threads(), -(-work // ALONE))
+        team = min(threads(), -(-work // alone))
         # Small enough for cache, large enough that Python is idle, and some for every thread.
-        blocks = max(team if work <= 4 * team * ALONE else 4 * team, -(-work // block))
+        blocks = max(team if work <= 4 * team * alone else 2 * team, -(-work // block))
         in_block = -(-count // blocks)
         scratch_size = in_block * min(classes, TILE)
         parts = _Shared(_parts(rows.shape, in_block))
@@ -109,13 +119,13 @@ class Cpu:
 
         _spread(work_off, team - 1)
 
-    def _body(self, rows: Rows, want: _Want) -> tuple[Callable[[Rows, _Want, Part, _Scratch], None], int]:
-        """What does a block of these rows, and how much work a block may be."""
+    def _body(self, rows: Rows, want: _Want) -> tuple[Callable[[Rows, _Want, Part, _Scratch], None], int, int]:
+        """What does a block of these rows, how much work a block may be, and how much is not worth another thread."""
         if self.compile and rows.classes <= TILE:
             compiled = compiled_body()
             if isinstance(compiled, ModuleType):
-                return compiled.block, BLOCK if compiled.converts(rows, want) else 4 * BLOCK
-        return _plain_block if _is_plain(rows, want) else _block, BLOCK
+                return compiled.block, BLOCK if compiled.converts(rows, want) else 4 * BLOCK, QUICK * ALONE
+        return _plain_block if _is_plain(rows, want) else _block, BLOCK, ALONE
 
 
 engine = Cpu("cpu", compile=True)
@@ -132,6 +142,13 @@ def compiled_body() -> ModuleType | str:
     except ImportError as error:  # a Numba that this NumPy or this Python is too new for says so here
         return f"Numba cannot be imported: {error}"
     return _compiled
+
+
+def _sum(losses: Array) -> float:
+    """In float64."""
+    if losses.size <= 4096:
+        return float(np.add.reduce(losses.astype(np.float64, copy=False)))  # sooner than the next line
+    return float(np.add.reduce(losses, dtype=np.float64))
 
 
 def _gradient(rows: Rows) -> Array:
@@ -195,17 +212,17 @@ class _Scratch:
 
     def __init__(self, size: int, dtype: Any) -> None:
         self.size, self.dtype = size, dtype
-        self.buffers: dict[str, Array] = {}
+        self.buffers: dict[str, Any] = {}
 
     def __call__(self, use: str, shape: tuple[int, int]) -> Array:
-        return self.row(use, self.size)[: shape[0] * shape[1]].reshape(shape)
+        buffer = self.keep(use, lambda: np.empty(self.size, self.dtype))
+        return buffer[: shape[0] * shape[1]].reshape(shape)
 
-    def row(self, use: str, size: int, dtype: Any = None) -> Array:
-        """A buffer of that many numbers, which must be the same each time it is asked for."""
-        buffer = self.buffers.get(use)
-        if buffer is None:
-            buffer = self.buffers[use] = np.empty(size, self.dtype if dtype is None else dtype)
-        return buffer
+    def keep(self, use: str, make: Callable[[], Any]) -> Any:
+        """What `make` returned the first time."""
+        if use not in self.buffers:
+            self.buffers[use] = make()
+        return self.buffers[use]
 
 
 # One block
