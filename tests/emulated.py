@@ -1,6 +1,7 @@
 """The CUDA engine on NumPy arrays: its plans, arguments and kernels as on a GPU, run by the emulation in simt/."""
 
 import contextlib
+import os
 
 import numpy as np
 import simt
@@ -12,7 +13,8 @@ class Emulator:
     """Stands where CuPy stands. `chip` is what it says it is; `patches` plants bugs in the text of a file."""
 
     def __init__(self, mode="plain", order="fifo", seed=0, chip=90, flush=False, patches=()):
-        self.mode, self.order, self.seed, self.flush, self.patches = mode, order, seed, flush, patches
+        self.mode, self.order, self.seed = os.environ.get("SIMT_MODE", mode), order, seed
+        self.flush, self.patches = flush, patches
         self.compute = chip
         self.launches = []
 

@@ -6,7 +6,10 @@ bounds and unwritten memory. Then the same with bugs planted in the source, each
 
 import itertools
 import mmap
+import os
 import shutil
+import subprocess
+import sys
 
 import emulated
 import ml_dtypes
@@ -118,10 +121,13 @@ CASES = list(itertools.product(FAMILIES, DTYPES, cuda.VARIANTS))
 @pytest.fixture(scope="module")
 def compiled():
     """Everything that the cases need, compiled side by side."""
+    asan = os.environ.get("SIMT_MODE") == "asan"
     wanted = []
     for family, dtype, variant in CASES:
+        if asan and (dtype != "float32" or variant == "GENERAL"):
+            continue
         *_, chosen, _ = problem(family, dtype, variant)
-        mode = "plain" if family in LARGE and dtype != "float32" else "check"
+        mode = "asan" if asan else "plain" if family in LARGE and dtype != "float32" else "check"
         wanted += [(chosen.kernel(job), mode) for job in cuda.JOBS[:4]] + [(cuda.sums_kernel(dtype), mode)]
     simt.prepare([(kernel.text, (kernel.name,), mode) for kernel, mode in dict.fromkeys(wanted)])
 
@@ -136,6 +142,16 @@ def test_every_job(family, dtype, variant, compiled):
     engine = emulated.engine(mode=mode, order=ORDERS[number % 4], seed=number, chip=chip)
     check(engine, logits, target, options)
     assert chosen.kernel("LOSS_AND_GRAD").name in engine.launcher.launches
+
+
+def test_under_asan_and_ubsan():
+    """The same cases once more in a process that has AddressSanitizer, in float32, with no option and with all."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    command += ["-k", "test_every_job and float32 and not GENERAL"]
+    environment = {**simt.build.asan_environment(), "SIMT_MODE": "asan"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert f"{len(FAMILIES) * 2} passed" in done.stdout
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -149,7 +149,8 @@ def plan(rows: int, classes: int, dtype: str, chip: int = 90, *, layout: str = "
 
     size = classes * itemsize
     if layout == "flat" and size <= TINY:
-        return spread("T", 0, 1, TINY_THREADS, (TINY_THREADS, 4), shared=_tile(TINY_THREADS * classes, itemsize))
+        cache = _tile(TINY_THREADS * classes, itemsize)
+        return spread("T", 0, 1, TINY_THREADS, (TINY_THREADS, 2 if itemsize == 8 else 4), shared=cache)
     if layout == "columns" or size <= TINY:
         cache = COLUMN_THREADS * size
         return spread("P", 0, 1, COLUMN_THREADS, (COLUMN_THREADS, 4), shared=cache if cache <= CACHE else 0)
@@ -254,7 +255,7 @@ class Cupy:
     def launch(
         self, kernel: Kernel, blocks: int, threads: int, arguments: tuple[Any, ...], shared: int = 0, cluster: int = 1
     ) -> None:  # the cluster is compiled into the kernel
-        import cupy  # type: ignore[import-not-found,import-untyped,unused-ignore]
+        import cupy
 
         function = _kernels.compiled(kernel, cupy.cuda.runtime.getDevice())
         if shared > 48 << 10 and function.max_dynamic_shared_size_bytes < shared:
