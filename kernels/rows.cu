@@ -251,13 +251,7 @@ XE_DEVICE void xent_rows(const Problem<T>& p) {
     }
     const Answer<T, VARIANT> answer(p, row, stats);
 
-    if (exists && lane == owner) {
-        if ((JOB == LOSS || JOB == LOSS_AND_GRAD) && p.loss) p.loss[r] = answer.loss(p, row);
-        if (JOB == STATS) {
-            p.max[r] = stats.max, p.rest[r] = stats.rest, p.gap[r] = stats.gap;
-            p.mass[r] = VARIANT == PLAIN && row.has_target && row.label < 0 ? 0 : answer.stats.mass;
-        }
-    }
+    if (exists && lane == owner) answer.template put<JOB>(p, row, r);
     if (!WRITES || !exists) return;
     if (STREAM && READS_STATS) {
         do {

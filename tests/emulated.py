@@ -5,6 +5,7 @@ import os
 
 import numpy as np
 import simt
+import tally
 
 from xent_array._engines.cuda import Cuda
 
@@ -36,6 +37,8 @@ class Emulator:
             if old in text:
                 text = simt.patch(text, old, new)
         self.launches.append(kernel.name)
+        tally.KERNELS.add(kernel.name)
+        tally.COUNTS["launches"] += 1
         simt.compile(text, [kernel.name], self.mode).launch(
             kernel.name, blocks, threads, arguments,
             shared_bytes=shared, cluster=cluster, order=self.order, seed=self.seed, flush=self.flush,

@@ -1,20 +1,21 @@
 """The kernels as NVRTC compiles them, on a machine without a GPU: all of them are held against a table, many anew."""
 
+import itertools
 import json
 import re
 import sys
-import zlib
 from types import SimpleNamespace
 
 import kernel_resources
 import pytest
+import tally
 from simt import nvrtc
 
 from xent_array import _kernels
 from xent_array._engines import cuda
 
-VERSION, ROWS = nvrtc.read(kernel_resources.TABLE)
-NARROW = ("_float_", "_f16_", "_bf16_")  # dtypes whose arithmetic is float32
+ABOUT, ROWS = nvrtc.read(kernel_resources.TABLE)
+ITEMS = list(kernel_resources.work())
 
 
 def parameters(row):
@@ -23,17 +24,40 @@ def parameters(row):
     return int(found[1]), int(found[2]), int(found[3]), found[4] == "true"
 
 
-def test_the_table_has_every_kernel():
-    in_table = {(row["kernel"], row["chip"]) for row in ROWS}
-    wanted = {(re.search(r"\((\w+),", text.splitlines()[-1])[1], chip) for _, text, chip in kernel_resources.work()}
-    assert in_table == wanted
+def test_the_table_has_every_kernel_and_is_of_this_code():
+    tally.COUNTS["table"] = len(ROWS)
+    assert {(row["file"], row["kernel"], row["chip"]) for row in ROWS} == {(i.file, i.kernel, i.chip) for i in ITEMS}
+    assert len(ROWS) == len(ITEMS)
+    assert ABOUT["digest"] == kernel_resources.digest(), "python tests/kernel_resources.py --write"
+
+
+def test_the_matrix_is_whole():
+    """Every family × dtype × job without options on seven chips; with options, on two, but for logarithms."""
+    families, dtypes = "TPWBO", ("f16", "bf16", "float", "double")
+    have = {(i.family, i.dtype, i.job, i.variant, i.chip) for i in ITEMS if i.family != "D"}
+    chips = [f"sm_{chip}" for chip in kernel_resources.PLAIN_CHIPS]
+    wanted = set(itertools.product(families, dtypes, cuda.JOBS, ["PLAIN"], chips))
+    wanted |= set(itertools.product(families, dtypes, cuda.JOBS[:-1], ["GENERAL", "CAPPED"], ["sm_80", "sm_90"]))
+    assert have == wanted
+    assert {(i.dtype, i.chip) for i in ITEMS if i.family == "D"} == set(itertools.product(["float", "double"], chips))
+
+
+def test_what_is_compiled_anew_meets_every_part_of_the_matrix():
+    chosen = kernel_resources.some(ITEMS)
+    for parts in ("family dtype job variant", "family dtype chip", "job variant chip"):
+        met, all_ = ({tuple(getattr(i, part) for part in parts.split()) for i in of} for of in (chosen, ITEMS))
+        assert met == all_, parts
+
+
+def assert_no_spills(rows):
+    for row in rows:
+        if row["chip"] == "sm_90" and "_double" not in row["kernel"]:
+            assert (row["spill_stores"], row["spill_loads"]) == (0, 0), row
 
 
 def test_nothing_spills_where_it_matters():
-    for row in ROWS:
-        if row["chip"] == "sm_90" and any(dtype in row["kernel"] for dtype in NARROW):
-            assert (row["spill_stores"], row["spill_loads"]) == (0, 0), row
-        assert row["spill_stores"] <= 32, row
+    assert_no_spills(ROWS)
+    assert max(row["spill_stores"] for row in ROWS) <= 32
 
 
 def test_rows_are_read_and_written_in_16_bytes():
@@ -58,23 +82,16 @@ def test_tiny_rows_are_copied_in_16_bytes():
             assert (row["stores128"] > 0) == writes, row
 
 
-def compiled_here():
-    """What the tests compile anew: on every chip what most use, and a part of the rest, by the hash of its name."""
-    for file, text, chip in kernel_resources.work():
-        usual = "LOSS_AND_GRAD, PLAIN" in text and (
-            "float," in text.splitlines()[-1] or "bf16," in text.splitlines()[-1]
-        )
-        if usual or zlib.crc32(text.splitlines()[-1].encode()) % 8 == 0:
-            yield file, text, chip
-
-
 @pytest.mark.skipif(nvrtc.missing() is not None, reason=f"kernels cannot be compiled here: {nvrtc.missing()}")
 def test_kernels_compile_as_the_table_says():
-    work = list(compiled_here())
-    rows = nvrtc.table(work)
-    assert len(rows) == len(work) > 200
-    if nvrtc.version() != VERSION:
-        pytest.skip(f"{len(rows)} kernels compile; the table is by NVRTC {VERSION}, this is {nvrtc.version()}")
+    chosen = kernel_resources.some(ITEMS)
+    rows = kernel_resources.compiled(chosen)
+    tally.COUNTS["compiled"] += len(rows)
+    assert {(row["kernel"], row["chip"]) for row in rows} == {(i.kernel, i.chip) for i in chosen}
+    assert_no_spills(rows)
+    if nvrtc.version() != ABOUT["nvrtc"]:
+        version = ABOUT["nvrtc"]
+        pytest.skip(f"{len(rows)} kernels compile; the table is by NVRTC {version}, this is {nvrtc.version()}")
     names = {(row["file"], row["kernel"], row["chip"]) for row in rows}
     committed = [row for row in ROWS if (row["file"], row["kernel"], row["chip"]) in names]
     assert nvrtc.differences(committed, rows) == []
