@@ -52,7 +52,7 @@ def _tests() -> list[Piece]:
     """The test suite: file by file what runs on the GPU, then everything else."""
     pytest = ("python", "-m", "pytest", "-q", "-p", "no:cacheprovider")
     files = sorted(ROOT.glob("tests/test_*.py"))
-    needs = re.compile(r"def \w+\([^)]*\b(backend|cupy|launch)\b")
+    needs = re.compile(r"def test_\w+\([^)]*\b(backend|cupy|launch)\b")
     on_gpu = [file for file in files if needs.search(file.read_text(encoding="utf-8"))]
     first = ("test_wrappers.py", "test_gpu.py")
     on_gpu.sort(key=lambda file: (file.name not in first, first.index(file.name) if file.name in first else 0))

@@ -44,7 +44,7 @@ def test_the_matrix_is_whole():
 
 def test_what_is_compiled_anew_meets_every_part_of_the_matrix():
     chosen = kernel_resources.some(ITEMS)
-    for parts in ("family dtype job variant", "family dtype chip", "job variant chip"):
+    for parts in kernel_resources.MET:
         met, all_ = ({tuple(getattr(i, part) for part in parts.split()) for i in of} for of in (chosen, ITEMS))
         assert met == all_, parts
 
@@ -113,6 +113,7 @@ def test_a_text_is_complete_and_names_one_kernel():
         (13020, 12080, "install cupy-cuda12x instead"),
         (13020, 0, "no NVIDIA driver"),
     ],
+    ids=["CUDA 13", "CUDA 12", "an older driver", "no driver"],
 )
 def test_where_nothing_compiles_it_is_said_what_to_install(monkeypatch, runtime, driver, advice):
     def fails():

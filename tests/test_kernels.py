@@ -156,7 +156,7 @@ def test_under_asan_and_ubsan():
     environment = {**simt.build.asan_environment(), "SIMT_MODE": "asan"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    tally.COUNTS["sanitized"] += int(re.search(r"(\d+) passed", done.stdout)[1])
+    tally.COUNTS["sanitized"] += int(re.search(r"(\d+) passed.* in [\d.]+s", done.stdout)[1])
     assert f"{len(FAMILIES) * 2} passed" in done.stdout
 
 
