@@ -1,10 +1,10 @@
 """What every kernel takes of every chip: registers, spills, shared memory, 128-bit accesses, by NVRTC's own account.
 
     python tests/kernel_resources.py            compare with kernel_resources.json; exits 1 where they differ
-    python tests/kernel_resources.py --write    make kernel_resources.json again
+    python tests/kernel_resources.py --write    make kernel_resources.json again; of the same code, what it lacks
 
-Needs what simt.nvrtc needs, ten minutes of two cores, and no GPU. The figures depend on the version of NVRTC, which the
-table names, and on the code of kernels/, whose digest it holds.
+Needs what simt.nvrtc needs, a quarter of an hour of two cores, and no GPU. The figures depend on the version of NVRTC,
+which the table names, and on the code of kernels/, whose digest it holds.
 """
 
 from __future__ import annotations

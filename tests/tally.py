@@ -11,7 +11,7 @@ def lines() -> list[str]:
         "table" in COUNTS
     )
     if KERNELS:
-        cases = f"{COUNTS['cases']} cases of every job against the oracle, {COUNTS['sanitized']} of them under ASan too"
+        cases = f"{COUNTS['cases']} cases of every job, {COUNTS['sanitized']} under ASan"
         said.append(f"{len(KERNELS)} run under emulation, in {COUNTS['launches']} launches: {cases}")
     if COUNTS["planted"]:
         said.append(f"{COUNTS['caught']} of {COUNTS['planted']} planted bugs caught")
