@@ -8,7 +8,7 @@
 
 // What a launch does. Chosen when it is compiled, as are the variants:
 enum Job {
-    STATS,          // reads the logits, writes max, rest, gap, mass
+    STATS,          // reads the logits, writes max, rest, gap, mass, and the loss of each row where that is wanted
     LOSS,           // reads the logits, writes the loss of each row
     GRAD,           // reads the logits, max, rest and mass, writes the gradient
     LOSS_AND_GRAD,  // reads the logits once, writes both (without a target: the softmax)
@@ -69,6 +69,7 @@ template <class T, int VARIANT> struct Row {
     A factor;          // multiplies the loss: the sample weight, 0 for an ignored row, NaN under a bad label
     A scale;           // multiplies the gradient: factor and upstream; exactly 0 where factor is
     bool has_target;
+    bool bad;          // the label is no class, and not ignored
     // GENERAL. The target is a_k = w_k (keep·q_k + each).
     i64 kind, target_class;
     const void* q;     // of the distribution, element k at k·target_class
@@ -81,16 +82,18 @@ template <class T, int VARIANT> struct Row {
         g = p.grad + o * p.grad_outer + i * p.grad_inner;
         kind = p.kind;
         has_target = kind != NONE;
-        label = -1;
+        label = -1, bad = false;
         factor = VARIANT != PLAIN && p.sample_weight ? p.sample_weight[r] : 1;
         scale = p.upstream ? p.upstream[r * p.upstream_step] : static_cast<A>(p.scale);
         const i64 at = o * p.target_outer + i * p.target_inner;
         const bool is_label = INT8 <= kind && kind <= UINT64;
         if (is_label) {
             const i64 named = label_at(p.target, at, kind);
-            if (p.ignores && named == p.ignore_index) factor = 0;
+            const bool ignored = p.ignores && named == p.ignore_index;
+            if (ignored) factor = 0;
             if (0 <= named && named < p.classes) label = static_cast<int>(named);
             else if (factor != 0) factor = not_a_number<A>();
+            bad = label < 0 && !ignored;
         }
         scale = factor == 0 ? 0 : factor * scale;
         if (VARIANT == PLAIN) return;

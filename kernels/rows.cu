@@ -193,6 +193,8 @@ XE_DEVICE void xent_rows(const Problem<T>& p) {
     typedef typename Acc<T>::type A;
     constexpr bool READS_STATS = JOB == GRAD, WRITES = JOB == GRAD || JOB == LOSS_AND_GRAD || JOB == LOG_SOFTMAX;
     constexpr int STEP = LANES ? LANES : 32;
+    // From cache: for LOG_SOFTMAX the compiler would hold on to what it unpacked, and there is no room for that.
+    constexpr bool AGAIN = JOB == LOG_SOFTMAX && !LANES;
     XE_SHARED(uint4, inbox, CLUSTER > 1 ? CLUSTER * (sizeof(A) / 4) : 1);
     XE_SHARED(u64, arrived, 1);
     Mailbox<A, CLUSTER> mailbox(inbox, arrived);
@@ -232,7 +234,7 @@ XE_DEVICE void xent_rows(const Problem<T>& p) {
         stats.max = p.max[r], stats.rest = p.rest[r];
         if (VARIANT != PLAIN) stats.mass = p.mass[r];
     } else if (!STREAM) {
-        held.template load<false>(row.x, needed);
+        held.template load<AGAIN>(row.x, needed);
         stats = held.stats(p, row, true);
     } else {
         do {
@@ -249,15 +251,14 @@ XE_DEVICE void xent_rows(const Problem<T>& p) {
     }
     const Answer<T, VARIANT> answer(p, row, stats);
 
-    if (exists && lane == owner) {
-        if ((JOB == LOSS || JOB == LOSS_AND_GRAD) && p.loss) p.loss[r] = answer.loss(p, row);
-        if (JOB == STATS) {
-            p.max[r] = stats.max, p.rest[r] = stats.rest, p.gap[r] = stats.gap;
-            p.mass[r] = VARIANT == PLAIN && row.has_target && row.label < 0 ? 0 : answer.stats.mass;
-        }
-    }
+    if (exists && lane == owner) answer.template put<JOB>(p, row, r);
     if (!WRITES || !exists) return;
-    if (STREAM) {
+    if (STREAM && READS_STATS) {
+        do {
+            held.template load<false>(row.x, needed);
+            held.template store<JOB>(p, row, answer, held.first == first);
+        } while ((held.first += stride) < cut.vectors);
+    } else if (STREAM) {
         // Backwards, because what was read last is still in cache.
         const int tiles = first < cut.vectors ? (cut.vectors - first + stride - 1) / stride : 1;
         for (held.first = first + (tiles - 1) * stride; held.first >= first; held.first -= stride) {
@@ -265,7 +266,7 @@ XE_DEVICE void xent_rows(const Problem<T>& p) {
             held.template store<JOB>(p, row, answer, held.first == first);
         }
     } else {
-        if (READS_STATS) held.template load<false>(row.x, needed);
+        if (READS_STATS || AGAIN) held.template load<false>(row.x, needed);
         held.template store<JOB>(p, row, answer, true);
     }
     if (VARIANT == PLAIN && JOB != LOG_SOFTMAX && row.label >= 0 && lane == owner && row.scale != 0) {

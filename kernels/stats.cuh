@@ -88,6 +88,15 @@ template <class T, int VARIANT> struct Answer {
         return row.factor == 0 ? 0 : row.factor * value;
     }
 
+    // The numbers per row of a job, by one thread. The gap under a bad label says so.
+    template <int JOB> XE_DEVICE void put(const Problem<T>& p, const Row<T, VARIANT>& row, i64 r) const {
+        if ((JOB == STATS || JOB == LOSS || JOB == LOSS_AND_GRAD) && p.loss) p.loss[r] = loss(p, row);
+        if (JOB != STATS) return;
+        p.max[r] = stats.max, p.rest[r] = stats.rest;
+        p.gap[r] = row.bad ? not_a_number<A>() : stats.gap;
+        p.mass[r] = VARIANT == PLAIN && row.has_target && row.label < 0 ? 0 : stats.mass;
+    }
+
     // scale·[coef·p - a] for any class; where p > 1/2, 1 - p is taken from rest, which has not cancelled.
     XE_DEVICE A grad(A x, A a) const {
         if (x == stats.max && stats.rest < 1) return scale * ((coef - a) - coef * (stats.rest * p_max));

@@ -8,7 +8,8 @@
  *   D  XE_SUMS(name, A)   counts rows (where `counts`), adds losses (where `loss` is given), or both at once
  *
  * Launch   512 threads; 1 block for few rows, else 128: constants, so that the order of the sum follows from N alone.
- *          `partials` (2 doubles per block) and `ticket` (0) are wanted where there is more than one block.
+ *          Where there is more than one block, `partials` has 2 doubles for each and a 0 after them, the ticket; it
+ *          is 0 again at the end, so that the second launch of a call can use it too.
  * Moves    per row: the label, the weights, the loss. Little beside C logits.
  * Numbers  float64 throughout, in a fixed order: bitwise the same from run to run. 0 / 0 is NaN.
  * Aliasing none.
@@ -36,7 +37,7 @@ XE_DEVICE Sums sum_threads(Sums s) {
 #define XE_SUM_PARAMETERS(A)                                                                                      \
     const void *target, i64 kind, i64 target_outer, i64 target_inner, i64 rows, i64 classes, i64 inner, i64 ignores, \
         i64 ignore_index, const A *weight, const A *sample_weight, const A *losses, i64 counts, double divisor,    \
-        const double *divisor_at, double upstream, const A *upstream_at, double *partials, u32 *ticket,            \
+        const double *divisor_at, double upstream, const A *upstream_at, double *partials,                         \
         double *divisor_to, A *scale_to, A *loss_to
 
 template <class A> XE_DEVICE void xent_sums(XE_SUM_PARAMETERS(A)) {
@@ -55,6 +56,7 @@ template <class A> XE_DEVICE void xent_sums(XE_SUM_PARAMETERS(A)) {
     }
     s = sum_threads(s);
     if (gridDim.x > 1) {
+        u32* const ticket = reinterpret_cast<u32*>(partials + 2 * gridDim.x);
         bool last = false;
         if (threadIdx.x == 0) {
             partials[2 * blockIdx.x] = s.count, partials[2 * blockIdx.x + 1] = s.loss;
@@ -68,6 +70,7 @@ template <class A> XE_DEVICE void xent_sums(XE_SUM_PARAMETERS(A)) {
             s.count += ld_l2(partials + 2 * b), s.loss += ld_l2(partials + 2 * b + 1);
         }
         s = sum_threads(s);
+        if (threadIdx.x == 0) *ticket = 0;
     }
     if (threadIdx.x != 0) return;
     const double by = counts ? s.count : divisor_at ? *divisor_at : divisor;
@@ -81,5 +84,5 @@ template <class A> XE_DEVICE void xent_sums(XE_SUM_PARAMETERS(A)) {
     extern "C" __global__ void __launch_bounds__(512) name(XE_SUM_PARAMETERS(A)) {                           \
         xent_sums<A>(target, kind, target_outer, target_inner, rows, classes, inner, ignores, ignore_index,  \
                      weight, sample_weight, losses, counts, divisor, divisor_at, upstream, upstream_at,      \
-                     partials, ticket, divisor_to, scale_to, loss_to);                                      \
+                     partials, divisor_to, scale_to, loss_to);                                              \
     }

@@ -44,11 +44,7 @@ XE_DEVICE void xent_thread(const Problem<T>& p, i64 r, const Row<T, VARIANT>& ro
     }
     const Answer<T, VARIANT> answer(p, row, stats);
 
-    if ((JOB == LOSS || JOB == LOSS_AND_GRAD) && p.loss) p.loss[r] = answer.loss(p, row);
-    if (JOB == STATS) {
-        p.max[r] = stats.max, p.rest[r] = stats.rest, p.gap[r] = stats.gap;
-        p.mass[r] = VARIANT == PLAIN && row.has_target && row.label < 0 ? 0 : answer.stats.mass;
-    }
+    answer.template put<JOB>(p, row, r);
     if (JOB == STATS || JOB == LOSS) return;
     const bool silent = JOB != LOG_SOFTMAX && row.scale == 0;
 #pragma unroll 1

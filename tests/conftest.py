@@ -8,6 +8,7 @@ import hypothesis
 import ml_dtypes
 import numpy as np
 import pytest
+import tally
 
 BACKENDS = ("numpy", "numpy-readonly", "array-api-strict", "torch", "jax", "cupy", "emulated")
 
@@ -105,6 +106,19 @@ def backend(request):
     return found
 
 
+@pytest.fixture(scope="session")
+def cupy(request):
+    """CuPy on a GPU that works, for tests of that alone."""
+    found = _backend("cupy")
+    if isinstance(found, str):
+        if "cupy" in request.config.getoption("--require"):
+            pytest.fail(f"--require cupy: {found}")
+        pytest.skip(found)
+    import cupy
+
+    return cupy
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--require",
@@ -143,3 +157,7 @@ def pytest_terminal_summary(terminalreporter):
         line = f"{name}: {len(reports['passed'])} passed, {failed} failed, {len(reports['skipped'])} skipped"
         reasons = Counter(map(_reason, reports["skipped"]))
         terminalreporter.write_line("; ".join([line, *(f"{n} × {reason}" for reason, n in reasons.items())]))
+    if lines := tally.lines():
+        terminalreporter.section("CUDA kernels")
+        for line in lines:
+            terminalreporter.write_line(line)

@@ -119,7 +119,7 @@ def oracle(
         before = np.where((bad | broken)[..., None], np.nan, before)
         row = np.where(bad | broken, np.nan, row)
 
-        silent = (scale == 0)[..., None]
+        silent = ((scale == 0) & (inert | ~bad))[..., None]  # a bad label is loud whatever multiplies it
         rows = np.where(inert, 0, s * row)
         total = rows.sum() / denominator
         grad = np.where(silent, 0, scale[..., None] * (D * before))

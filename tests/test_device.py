@@ -118,8 +118,8 @@ extern "C" __global__ void __launch_bounds__(1024, 2) spills(const double* x, do
 def test_the_table_tells_what_changed(tmp_path):
     rows = nvrtc.table([("one", kernels(WRAPPERS[:1]), "sm_80"), ("two", kernels(WRAPPERS[1:2]), "sm_90")])
     assert [(row["file"], row["kernel"], row["loads128"]) for row in rows] == [("one", "k0", 1), ("two", "k0", 1)]
-    nvrtc.write(tmp_path / "table.json", "13.5", rows)
-    assert nvrtc.read(tmp_path / "table.json") == ("13.5", rows)
+    nvrtc.write(tmp_path / "table.json", {"nvrtc": "13.5"}, rows)
+    assert nvrtc.read(tmp_path / "table.json") == ({"nvrtc": "13.5"}, rows)
     assert nvrtc.differences(rows, rows) == []
     other = [{**rows[0], "registers": 99}]
     assert nvrtc.differences(rows, other) == [

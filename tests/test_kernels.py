@@ -6,18 +6,25 @@ bounds and unwritten memory. Then the same with bugs planted in the source, each
 
 import itertools
 import mmap
+import os
+import re
 import shutil
+import subprocess
+import sys
 
 import emulated
 import ml_dtypes
 import numpy as np
 import pytest
 import simt
+import tally
 from close import assert_confident, assert_grad, assert_loss
 from oracle import oracle
 from simt.build import ORDERS
 
 from xent_array import (
+    CrossEntropyLoss,
+    _problem,
     cross_entropy,
     cross_entropy_grad,
     cross_entropy_value_and_grad,
@@ -118,10 +125,13 @@ CASES = list(itertools.product(FAMILIES, DTYPES, cuda.VARIANTS))
 @pytest.fixture(scope="module")
 def compiled():
     """Everything that the cases need, compiled side by side."""
+    asan = os.environ.get("SIMT_MODE") == "asan"
     wanted = []
     for family, dtype, variant in CASES:
+        if asan and (dtype != "float32" or variant == "GENERAL"):
+            continue
         *_, chosen, _ = problem(family, dtype, variant)
-        mode = "plain" if family in LARGE and dtype != "float32" else "check"
+        mode = "asan" if asan else "plain" if family in LARGE and dtype != "float32" else "check"
         wanted += [(chosen.kernel(job), mode) for job in cuda.JOBS[:4]] + [(cuda.sums_kernel(dtype), mode)]
     simt.prepare([(kernel.text, (kernel.name,), mode) for kernel, mode in dict.fromkeys(wanted)])
 
@@ -135,7 +145,19 @@ def test_every_job(family, dtype, variant, compiled):
     mode = "plain" if family in LARGE and dtype != "float32" else "check"
     engine = emulated.engine(mode=mode, order=ORDERS[number % 4], seed=number, chip=chip)
     check(engine, logits, target, options)
+    tally.COUNTS["cases"] += 1
     assert chosen.kernel("LOSS_AND_GRAD").name in engine.launcher.launches
+
+
+def test_under_asan_and_ubsan():
+    """The same cases once more in a process that has AddressSanitizer, in float32, with no option and with all."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    command += ["-k", "test_every_job and float32 and not GENERAL"]
+    environment = {**simt.build.asan_environment(), "SIMT_MODE": "asan"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    tally.COUNTS["sanitized"] += int(re.search(r"(\d+) passed.* in [\d.]+s", done.stdout)[1])
+    assert f"{len(FAMILIES) * 2} passed" in done.stdout
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -233,6 +255,55 @@ def test_launches(compiled):
     assert (loss.shape, grad.shape, engine.launcher.launches) == ((0,), (0, 100), [])
     assert np.isnan(cross_entropy(x[:0], y[:0], engine=engine, validate=False))
     assert cross_entropy(x[:0], y[:0], engine=engine, reduction="sum", validate=False) == 0
+
+
+class Watched:
+    """A namespace that notes which of its functions are asked for."""
+
+    def __init__(self, xp):
+        self.xp, self.asked, self.__name__ = xp, [], xp.__name__
+
+    def __getattr__(self, name):
+        found = getattr(self.xp, name)
+        if callable(found) and not isinstance(found, type):
+            self.asked.append(name)
+        return found
+
+
+CALLS = {  # (what is called with (logits, target, gradient, engine and options), launches for "none", "sum", "mean")
+    "cross_entropy": (lambda x, y, out, o: cross_entropy(x, y, **o), 1, 2, 2),
+    "cross_entropy_value_and_grad": (lambda x, y, out, o: cross_entropy_value_and_grad(x, y, out=out, **o), 1, 2, 3),
+    "cross_entropy_grad": (lambda x, y, out, o: cross_entropy_grad(x, y, out=out, **o), 1, 2, 3),
+    "forward": (lambda x, y, out, o: CrossEntropyLoss(**o).forward(x, y), 1, 2, 2),
+    "row_stats": (lambda x, y, out, o: row_stats(x, y, **{k: v for k, v in o.items() if k != "reduction"}), 1, 1, 1),
+}
+
+
+@pytest.mark.parametrize("rows", [60, cuda.SUM_ALONE + 8])
+@pytest.mark.parametrize("axis", [-1, 1])
+@pytest.mark.parametrize("call", CALLS)
+def test_a_call_is_few_launches_and_nothing_else(call, axis, rows, monkeypatch):
+    """Nothing is asked of the array library that could launch, copy or wait: views, empty arrays, and one ticket."""
+    watched = Watched(np)
+    monkeypatch.setattr(_problem, "namespace", lambda array: watched)
+    rng = np.random.default_rng(7)
+    shape, row_shape = ((rows, 6), (rows,)) if axis == -1 else ((rows // 20, 6, 20), (rows // 20, 20))
+    x, y = rng.standard_normal(shape, dtype=np.float32), rng.integers(-1, 6, row_shape)
+    weights = {"weight": rng.random(6, dtype=np.float32), "sample_weight": rng.random(row_shape, dtype=np.float32)}
+    function, *wanted = CALLS[call]
+    for options in ({}, weights, weights | {"label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 9.0}):
+        for reduction, launches in zip(("none", "sum", "mean"), wanted, strict=True):
+            engine = emulated.engine()
+            monkeypatch.setattr(engine.launcher, "declines", lambda rows: None)
+            watched.asked.clear()
+            given = {"axis": axis, "reduction": reduction, "engine": engine, "ignore_index": -1, **options}
+            function(x, y, np.empty_like(x), given)
+            assert len(engine.launcher.launches) == launches
+            many = rows > cuda.SUM_ALONE and launches > 1
+            assert watched.asked.count("zeros") == many
+            assert set(watched.asked) <= {"reshape", "permute_dims", "finfo", "astype", "zeros"}
+            # what has the right dtype already is not converted
+            assert watched.asked.count("astype") <= len(options)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -505,6 +576,7 @@ BUGS = {
         "PLAIN",
     ),
     "D: no fence before the ticket": ("sums.cu", "fence_gpu();  // the partials,", "// the partials,", "D", "PLAIN"),
+    "D: the ticket is not 0 again for the next launch": ("sums.cu", "*ticket = 0;", ";", "D no bad label", "PLAIN"),
     "D: the last but one block sums": ("sums.cu", "== gridDim.x - 1", "== gridDim.x - 2", "D", "PLAIN"),
     "D: a row past the last": ("sums.cu", "r < rows; r += step", "r <= rows; r += step", "D", "PLAIN"),
     "D: bad labels count": ("sums.cu", " && 0 <= label && label < classes;", ";", "D", "PLAIN"),
@@ -513,11 +585,16 @@ BUGS = {
 
 def buggy(family, variant):
     """A problem that shows the bugs of a family."""
-    if family == "D":
+    if family in ("D", "D no bad label"):
         rng = np.random.default_rng(6)
         n = cuda.SUM_ALONE + 77
         options = {"ignore_index": -1, "weight": rng.random(3), "validate": False}
-        return rng.standard_normal((n, 3), dtype=np.float32), rng.integers(-2, 3, size=n), options, 90
+        return (
+            rng.standard_normal((n, 3), dtype=np.float32),
+            rng.integers(-2 if family == "D" else -1, 3, size=n),
+            options,
+            90,
+        )
     if family == "T ties":
         return np.zeros((4, 200), np.float32), np.arange(4), {"reduction": "none", "validate": False}, 90
     if family == "W masked":
@@ -546,6 +623,7 @@ def buggy(family, variant):
 @pytest.mark.parametrize("bug", BUGS)
 def test_planted_bug_is_caught(bug):
     file, old, new, family, variant = BUGS[bug]
+    tally.COUNTS["planted"] += 1
     logits, target, options, chip = buggy(family, variant)
     mode = "plain" if family == "W far" else "check"
     truth = truth_of(logits, target, options)
@@ -564,7 +642,8 @@ def test_planted_bug_is_caught(bug):
             caught.append(error)
             break
     assert caught, f"{bug}: nobody noticed"
-    assert file
+    tally.COUNTS["caught"] += 1
+    assert old in (cuda._kernels.folder() / file).read_text()
 
 
 def buffer_of(logits, buffer):

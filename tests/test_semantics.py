@@ -178,6 +178,19 @@ def test_bad_class_index(backend, bad):
     )
 
 
+def test_an_upstream_of_0_does_not_silence_a_bad_class_index_and_a_sample_weight_of_0_does(backend):
+    labels = backend.array(np.array([0, 5, -100, 1]))
+    for engine, s in itertools.product(backend.engines, ([1.0, 1, 1, 1], [1.0, 0, 1, 1])):
+        options = {"validate": False, "sample_weight": np.array(s), "grad_output": 0.0}
+        given = options | {"sample_weight": backend.array(options["sample_weight"], "float32"), "engine": engine}
+        grad = backend.numpy(cross_entropy_grad(backend.array(LOGITS, "float32"), labels, **given))
+        options.pop("validate")
+        truth = oracle(LOGITS.astype(np.float32), [0, 5, -100, 1], **options)
+        assert_grad(grad, truth)
+        assert np.isnan(grad[1]).all() == (s[1] != 0)
+        assert not grad[[0, 2, 3]].any()
+
+
 # For each dtype a value out of range; the last one is beyond int64, and would be class 1 in 32 bits.
 @pytest.mark.parametrize(
     ("dtype", "bad"),

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from . import _engines, _rows
+from . import _engines
 from ._engines import Engine
 from ._problem import IGNORE_INDEX, Output, Problem, check_options, problem_of, problem_without_target
 from ._rows import Array, RowStats
@@ -544,13 +544,8 @@ def row_stats(
     )
     rows, xp = problem.rows, problem.rows.xp
     with np.errstate(all="ignore"):
-        stats = problem.engine.stats(rows)
-        gap = stats.gap
-        if rows.has_labels and not rows.all_labels_count:
-            _, valid, ignored = _rows.labels(rows)
-            named = valid if ignored is None else valid | ignored
-            gap = xp.where(named, gap, xp.full_like(gap, xp.nan))
-        return RowStats(*(problem.view.from_rows(xp, part) for part in (stats.max, stats.rest, gap, stats.mass)))
+        stats = _engines.row_stats(problem.engine, rows)
+        return RowStats(*(problem.view.from_rows(xp, part) for part in stats))
 
 
 class CrossEntropyLoss:
@@ -633,9 +628,9 @@ class CrossEntropyLoss:
         self._saved = None
         problem = problem_of(A, Y, **self._options, detach=True)
         with np.errstate(all="ignore"):
-            stats = problem.engine.stats(problem.rows)
+            stats, loss = _engines.stats_and_loss(problem.engine, problem.rows)
             self._saved = problem, stats
-            return problem.loss(_rows.finish(problem.rows, stats))
+            return problem.loss(loss)
 
     __call__ = forward
 

@@ -69,7 +69,7 @@ def _lines(file: str, seen: set[str]) -> Iterator[str]:
 @cache
 def compiled(kernel: Kernel, device: int) -> Any:
     """The kernel as CuPy launches it on a device; compiled, or taken from CuPy's cache, at the first call."""
-    import cupy  # type: ignore[import-not-found,import-untyped,unused-ignore]
+    import cupy
 
     raw = cupy.RawKernel(kernel.text, kernel.name)
     try:
@@ -83,17 +83,16 @@ def compiled(kernel: Kernel, device: int) -> Any:
 
 def _advice(cupy: Any) -> str:
     """What to install where a kernel cannot even be given to the compiler."""
-    major = cupy.cuda.runtime.runtimeGetVersion() // 1000
-    wheels = "nvidia-cuda-nvrtc nvidia-cuda-runtime"
-    if major < 13:
-        wheels = f"nvidia-cuda-nvrtc-cu{major} nvidia-cuda-runtime-cu{major}"
-    driver = cupy.cuda.runtime.driverGetVersion() // 1000
-    if 0 < driver < major:
+    major, driver = (v() // 1000 for v in (cupy.cuda.runtime.runtimeGetVersion, cupy.cuda.runtime.driverGetVersion))
+    if driver == 0:
+        return "there is no NVIDIA driver here, or none that CuPy finds."
+    if driver < major:
         return (
-            f"this CuPy is for CUDA {major}, and the driver supports CUDA {driver} at most:"
+            f"this CuPy is for CUDA {major}, and the driver is for CUDA {driver}:"
             f" update the driver, or install cupy-cuda{driver}x instead."
         )
+    suffix = "" if major >= 13 else f"-cu{major}"
     return (
-        "CuPy cannot compile CUDA kernels here: it needs NVRTC and the CUDA headers"
-        f" (pip install {wheels}, or xent_array[cuda{major}])."
+        "CuPy cannot compile CUDA kernels here, for which it needs NVRTC and the CUDA headers:"
+        f" pip install nvidia-cuda-nvrtc{suffix} nvidia-cuda-runtime{suffix}, or xent_array[cuda{major}]."
     )

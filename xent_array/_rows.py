@@ -228,6 +228,15 @@ def terms(rows: Rows) -> tuple[Array | None, Array | float | None]:
     return factor, denominator(rows, known, factor, widest(rows)) if rows.reduction == "mean" else None
 
 
+def marked(rows: Rows, stats: RowStats) -> RowStats:
+    """The stats with a gap of NaN, and so a loss of NaN, in every row whose label is bad."""
+    if not rows.has_labels or rows.all_labels_count:
+        return stats
+    _, valid, ignored = labels(rows)
+    named = valid if ignored is None else valid | ignored
+    return stats._replace(gap=rows.xp.where(named, stats.gap, rows.xp.full_like(stats.gap, rows.xp.nan)))
+
+
 def finish(rows: Rows, stats: RowStats) -> Array:
     """The loss, from the stats of its rows."""
     factor, divisor = terms(rows)

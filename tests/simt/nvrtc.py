@@ -2,7 +2,7 @@
 
     rows = nvrtc.resources(source, "sm_90", file="rows.cu")   one Resources for each extern "C" kernel of the text
     nvrtc.table([(label, source, chip), ...], jobs=2)         the same for many, as plain dicts in a fixed order
-    nvrtc.write(file, version, rows), nvrtc.read(file)        one kernel a line of JSON, made for diffs
+    nvrtc.write(file, about, rows), nvrtc.read(file)          one kernel a line of JSON, made for diffs
     nvrtc.differences(old, new)                               what changed, in words
 
 `missing()` says what must be installed (cupy, the wheels nvidia-cuda-nvrtc and nvidia-cuda-runtime, and
@@ -21,7 +21,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 
@@ -38,6 +38,9 @@ class Resources:
     shared: int
     loads128: int
     stores128: int
+
+
+NUMBERS = [field.name for field in fields(Resources)][2:]
 
 
 def missing() -> str | None:
@@ -116,15 +119,26 @@ def table(work: Iterable[tuple[str, str, str]], jobs: int = 2) -> list[dict]:
         return [row for rows in answers for row in rows]
 
 
-def write(file: Path, nvrtc: str, rows: list[dict]) -> None:
-    lines = ",\n".join(json.dumps(row) for row in rows)
-    file.write_text(f'{{"nvrtc": "{nvrtc}", "kernels": [\n{lines}\n]}}\n')
+def write(file: Path, about: dict[str, str], rows: list[dict]) -> None:
+    """What is `about` the table, then a line for each kernel: its numbers, in the order of NUMBERS, chip by chip."""
+    kernels: dict[str, dict[str, list[int]]] = {}
+    for row in rows:
+        of_kernel = kernels.setdefault(f"{row['file']} {row['kernel']}", {})
+        of_kernel[row["chip"]] = [row[name] for name in NUMBERS]
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(of_chip)}" for name, of_chip in sorted(kernels.items()))
+    head = json.dumps({**about, "numbers": NUMBERS})[:-1]
+    file.write_text(f'{head}, "kernels": {{\n{lines}\n}}}}\n')
 
 
-def read(file: Path) -> tuple[str, list[dict]]:
-    """(version of NVRTC, rows)."""
-    table = json.loads(file.read_text())
-    return table["nvrtc"], table["kernels"]
+def read(file: Path) -> tuple[dict[str, str], list[dict]]:
+    """(what is about the table, rows)."""
+    about = json.loads(file.read_text())
+    numbers, kernels = about.pop("numbers"), about.pop("kernels")
+    rows = []
+    for key, of_chip in kernels.items():
+        name = dict(zip(("file", "kernel"), key.split(" "), strict=True))
+        rows += [{**name, "chip": chip, **dict(zip(numbers, row, strict=True))} for chip, row in of_chip.items()]
+    return about, rows
 
 
 def differences(old: list[dict], new: list[dict]) -> list[str]:

@@ -12,6 +12,8 @@ It may also have these of its own; where it does not, the functions below compos
 
     loss(rows)                     the reduced loss, or one per row
     loss_and_grad(rows, out)       both, for the price of one read and one write
+    stats_and_loss(rows)           the stats, and the loss as `loss` gives it
+    row_stats(rows)                the stats, with a gap of NaN under a bad label
     softmax(rows, log)             softmax or log-softmax of every row
     at_once(logits, target, ...)   the answer to the plainest question, see the function below; None if it is not that
 
@@ -104,6 +106,23 @@ def loss_and_grad(engine: Engine, rows: Rows, out: Array | None) -> tuple[Array,
         return loss, grad
     stats = engine.stats(rows)
     return _rows.finish(rows, stats), engine.grad(rows, stats, out)
+
+
+def stats_and_loss(engine: Engine, rows: Rows) -> tuple[RowStats, Array]:
+    own = getattr(engine, "stats_and_loss", None)
+    if own is not None:
+        stats, loss = own(rows)
+        return stats, loss
+    stats = engine.stats(rows)
+    return stats, _rows.finish(rows, stats)
+
+
+def row_stats(engine: Engine, rows: Rows) -> RowStats:
+    own = getattr(engine, "row_stats", None)
+    if own is not None:
+        marked: RowStats = own(rows)
+        return marked
+    return _rows.marked(rows, engine.stats(rows))
 
 
 def softmax(engine: Engine, rows: Rows, log: bool) -> Array:

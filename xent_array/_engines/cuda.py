@@ -2,7 +2,8 @@
 
 `plan` turns the shape of a problem into launch numbers: pure Python, and the only source of both what a kernel is
 compiled with and how it is launched. `Cuda` turns `Rows` into arguments and at most three launches: the divisor of a
-mean (it stays on the device), the rows, the sum of their losses. Nothing here waits for the device.
+mean (it stays on the device), the rows, the sum of their losses. Nothing here waits for the device. Beside them there
+are only copies of what the kernels do not read as it is, and one memset where more than SUM_ALONE rows are summed.
 
 Everything that touches CuPy goes through a `Launcher`, so that the tests can put an emulation in its place.
 """
@@ -149,7 +150,8 @@ def plan(rows: int, classes: int, dtype: str, chip: int = 90, *, layout: str = "
 
     size = classes * itemsize
     if layout == "flat" and size <= TINY:
-        return spread("T", 0, 1, TINY_THREADS, (TINY_THREADS, 4), shared=_tile(TINY_THREADS * classes, itemsize))
+        cache = _tile(TINY_THREADS * classes, itemsize)
+        return spread("T", 0, 1, TINY_THREADS, (TINY_THREADS, 2 if itemsize == 8 else 4), shared=cache)
     if layout == "columns" or size <= TINY:
         cache = COLUMN_THREADS * size
         return spread("P", 0, 1, COLUMN_THREADS, (COLUMN_THREADS, 4), shared=cache if cache <= CACHE else 0)
@@ -194,13 +196,18 @@ def _whole_warps(threads: int) -> int:
     return -(-threads // 32) * 32
 
 
+# Bytes of a row that between them meet every plan.
+SIZES = (64, *(limit for limit, _, _ in WARP_ROWS), *(m << k for k in range(12, 21) for m in (2, 3)))
+LAYOUTS = ("flat", "rows", "columns")
+
+
 def catalogue(chip: int, variant: str, jobs: tuple[str, ...] = JOBS) -> Iterator[Kernel]:
     """Every kernel that a plan can ask for on a chip, and the sums: what there is to compile."""
     seen: set[Kernel] = set()
     for dtype, (_, itemsize) in DTYPES.items():
         for job in jobs if variant == "PLAIN" else set(jobs) - {"LOG_SOFTMAX"}:
-            for size in (64, *(limit for limit, _, _ in WARP_ROWS), *(m << k for k in range(12, 21) for m in (2, 3))):
-                for layout in ("flat", "rows", "columns"):
+            for size in SIZES:
+                for layout in LAYOUTS:
                     seen.add(plan(1, size // itemsize, dtype, chip, layout=layout, variant=variant).kernel(job))
         if variant == "PLAIN":
             seen.add(sums_kernel(dtype))
@@ -254,7 +261,7 @@ class Cupy:
     def launch(
         self, kernel: Kernel, blocks: int, threads: int, arguments: tuple[Any, ...], shared: int = 0, cluster: int = 1
     ) -> None:  # the cluster is compiled into the kernel
-        import cupy  # type: ignore[import-not-found,import-untyped,unused-ignore]
+        import cupy
 
         function = _kernels.compiled(kernel, cupy.cuda.runtime.getDevice())
         if shared > 48 << 10 and function.max_dynamic_shared_size_bytes < shared:
@@ -277,6 +284,7 @@ class _Mean(NamedTuple):
     scale: float = 1.0
     scale_at: Array | None = None
     scale_step: int = 0
+    partials: Array | None = None  # of a sum before, for the next
 
 
 class Cuda:
@@ -302,9 +310,14 @@ class Cuda:
 
     def stats(self, rows: Rows) -> RowStats:
         with self.launcher.on(rows.logits):
-            filled = RowStats(*(self._empty(rows, rows.shape) for _ in RowStats._fields))
-            self._rows("STATS", rows, _Mean(), stats=filled)
-            return filled
+            return self._stats(rows, None)
+
+    row_stats = stats
+
+    def stats_and_loss(self, rows: Rows) -> tuple[RowStats, Array]:
+        with self.launcher.on(rows.logits):
+            losses = self._empty(rows, rows.shape)
+            return self._stats(rows, losses), self._reduced(rows, losses, None)
 
     def grad(self, rows: Rows, stats: RowStats, out: Array | None = None) -> Array:
         with self.launcher.on(rows.logits):
@@ -326,6 +339,11 @@ class Cuda:
     def softmax(self, rows: Rows, log: bool) -> Array:
         with self.launcher.on(rows.logits):
             return self._rows("LOG_SOFTMAX" if log else "LOSS_AND_GRAD", rows, _Mean())
+
+    def _stats(self, rows: Rows, losses: Array | None) -> RowStats:
+        filled = RowStats(*(self._empty(rows, rows.shape) for _ in RowStats._fields))
+        self._rows("STATS", rows, _Mean(), losses=losses, stats=filled)
+        return filled
 
     def _rows(
         self,
@@ -378,8 +396,8 @@ class Cuda:
             count = _known_divisor(rows)
             if count is None:
                 divisor, scale = self.launcher.empty(rows.xp, (), "float64"), self._empty(rows, ())
-                self._sum(rows, counts=True, upstream=upstream, divisor_to=divisor, scale_to=scale)
-                return _Mean(divisor_at=divisor, scale_at=scale)
+                partials = self._sum(rows, counts=True, upstream=upstream, divisor_to=divisor, scale_to=scale)
+                return _Mean(divisor_at=divisor, scale_at=scale, partials=partials)
             if isinstance(upstream, float):
                 return _Mean(divisor=count, scale=upstream / count if count else float("nan"))
             scale = self._empty(rows, ())
@@ -395,12 +413,15 @@ class Cuda:
             return losses
         total = self._empty(rows, ())
         divisor, counts, divisor_at = 1.0, False, None
+        partials = None if mean is None else mean.partials
         if rows.reduction == "mean":
             known = _known_divisor(rows)
             divisor_at = None if mean is None else mean.divisor_at
             counts = known is None and divisor_at is None
             divisor = 1.0 if known is None else known
-        self._sum(rows, losses=losses, counts=counts, divisor=divisor, divisor_at=divisor_at, loss_to=total)
+        self._sum(
+            rows, losses=losses, counts=counts, divisor=divisor, divisor_at=divisor_at, partials=partials, loss_to=total
+        )
         return total
 
     def _sum(
@@ -412,20 +433,18 @@ class Cuda:
         divisor: float = 1.0,
         divisor_at: Array | None = None,
         upstream: Array | float = 1.0,
+        partials: Array | None = None,
         divisor_to: Array | None = None,
         scale_to: Array | None = None,
         loss_to: Array | None = None,
-    ) -> None:
-        """One launch of sums.cu."""
+    ) -> Array | None:
+        """One launch of sums.cu; returns the room for partial sums, where it took any."""
         xp, (outer, inner) = rows.xp, rows.shape
         count = outer * inner if counts or losses is not None else 0
         kind, target = _target(rows) if rows.has_labels else (0, None)
-        partials = ticket = None
-        blocks = 1
-        if count > SUM_ALONE:
-            blocks = SUM_BLOCKS
-            partials = self.launcher.empty(xp, (2 * blocks,), "float64")
-            ticket = xp.zeros((1,), dtype="uint32")
+        blocks = SUM_BLOCKS if count > SUM_ALONE else 1
+        if blocks > 1 and partials is None:
+            partials = xp.zeros((2 * blocks + 1,), dtype="float64")
         given = isinstance(upstream, float)
         arguments = (
             target, kind, *_steps(target)[::2],
@@ -433,9 +452,10 @@ class Cuda:
             *_ignored(rows),
             _dense(xp, rows.weight), _dense(xp, rows.sample_weight), losses, int(counts),
             divisor, divisor_at, upstream if given else 1.0, None if given else upstream,
-            partials, ticket, divisor_to, scale_to, loss_to,
+            partials, divisor_to, scale_to, loss_to,
         )  # fmt: skip
         self.launcher.launch(sums_kernel(rows.logits.dtype.name), blocks, SUM_THREADS, arguments)
+        return partials
 
     def _gradient(self, rows: Rows, logits: Array) -> Array:
         """Room for the gradient, laid out like the logits so that what is read wide can be written wide."""

@@ -1,0 +1,266 @@
+"""Every launch that the plan can choose on a chip, at small sizes, each result against the float64 oracle.
+
+    python -m bench.launches                              on this machine's GPU
+    compute-sanitizer --tool memcheck --error-exitcode 1 python -m bench.launches --no-pool --part 1/6
+    python -m bench.launches --emulated --chip 90 --part 1/40      on the CPU, under the emulation of tests/simt
+
+A problem is one way of spreading rows over the device (a kernel for each job) on one kind of memory: rows that start
+off 16 bytes, rows with room between them, classes along axis 1, labels of every integer dtype, distributions, weights,
+a gradient in a new array, in the logits' place, or in a buffer that is aligned otherwise. All jobs are done on each.
+Exits 1 where a result is wrong, or a kernel that a problem is there for was not launched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # the checkout, whatever is installed; its oracle
+
+from close import assert_grad, assert_loss  # noqa: E402
+from oracle import oracle  # noqa: E402
+
+from xent_array import _problem, cross_entropy, cross_entropy_grad, cross_entropy_value_and_grad, row_stats  # noqa: E402
+from xent_array._engines import cuda  # noqa: E402
+
+OUTS = ("new", "in place", "aligned otherwise")
+TARGETS = (None, "float32", "float64", "of logits", "bool")  # None: labels
+MANY_ROWS = cuda.SUM_ALONE + 300  # more than one block sums
+
+
+class Launches(NamedTuple):
+    """One problem, and what it varies by its number."""
+
+    number: int
+    plan: cuda.Plan
+    layout: str
+
+    @property
+    def out(self) -> str:
+        return OUTS[self.number % 3]
+
+    @property
+    def labels(self) -> str:
+        return list(cuda.LABELS)[self.number % 8]
+
+    @property
+    def target(self) -> str | None:
+        return None if self.plan.variant == "PLAIN" else TARGETS[self.number % 5]
+
+    @property
+    def reduction(self) -> str:
+        return ("mean", "sum", "none")[self.number // 3 % 3]
+
+    @property
+    def name(self) -> str:
+        p = self.plan
+        return (
+            f"{p.rows}x{p.classes} {p.dtype} {p.variant} {self.layout} {self.target or self.labels} {self.reduction}"
+            f" out {self.out}: {p.family}"
+        )
+
+    def kernels(self) -> set[str]:
+        """What it is there for."""
+        jobs = [job for job in cuda.JOBS if job != "LOG_SOFTMAX" or self.plan.variant == "PLAIN"]
+        sums = {cuda.sums_kernel(self.plan.dtype).name} if self.reduction != "none" else set()
+        return {self.plan.kernel(job).name for job in jobs} | sums
+
+
+def problems(chip: int) -> list[Launches]:
+    """One for each way of spreading rows, and two whose rows are many."""
+    found: dict[tuple[str, str], tuple[cuda.Plan, str]] = {}
+    for variant in cuda.VARIANTS:
+        for dtype, (_, itemsize) in cuda.DTYPES.items():
+            for size in cuda.SIZES:
+                for layout in cuda.LAYOUTS:
+                    plan = _smaller(cuda.plan(1, size // itemsize, dtype, chip, layout=layout, variant=variant), layout)
+                    found.setdefault((plan.kernel("LOSS").name, layout), (plan, layout))
+            if variant != "CAPPED":
+                many = cuda.plan(MANY_ROWS, 3, dtype, chip, variant=variant)
+                found[f"many {dtype}", variant] = many, "flat"
+    return [Launches(number, *case) for number, case in enumerate(found.values())]
+
+
+def _smaller(plan: cuda.Plan, layout: str) -> cuda.Plan:
+    """Few rows, that do not fill the last block; and an odd number of classes, so that there are heads and tails."""
+
+    def like(rows: int, classes: int) -> cuda.Plan:
+        return cuda.plan(rows, classes, plan.dtype, plan.chip, layout=layout, variant=plan.variant)
+
+    rows = 2 if plan.rows_per_block == 1 else plan.rows_per_block + 2
+    fewer = like(rows, max(1, plan.classes - 1))
+    return fewer if fewer.kernel("LOSS") == plan.kernel("LOSS") else like(rows, plan.classes)
+
+
+def part_of(all_: list[Launches], part: str) -> list[Launches]:
+    """Part "i/n" of the problems, i from 1 to n: large and small ones in each."""
+    i, n = map(int, part.split("/"))
+    if not 1 <= i <= n:
+        raise ValueError(f"part must be like 1/6, got {part!r}")
+    return all_[i - 1 :: n]
+
+
+class Where(NamedTuple):
+    """NumPy and the emulation, or CuPy and a GPU."""
+
+    xp: Any
+    engine: cuda.Cuda
+    launched: list[str]
+    get: Any  # to NumPy
+
+
+def on_gpu(pool: bool) -> tuple[Where, int]:
+    import cupy
+
+    if not pool:
+        cupy.cuda.set_allocator(None)
+    launched: list[str] = []
+
+    class Noted(cuda.Cupy):
+        def launch(self, kernel: Any, *arguments: Any, **options: Any) -> None:
+            launched.append(kernel.name)
+            super().launch(kernel, *arguments, **options)
+
+    engine = cuda.Cuda(Noted())
+    return Where(cupy, engine, launched, lambda array: array.get()), engine.launcher.chip(cupy.empty(1))
+
+
+def emulation(chip: int, mode: str) -> Where:
+    import emulated
+
+    engine = emulated.engine(chip=chip, mode=mode)
+    return Where(np, engine, engine.launcher.launches, np.asarray)
+
+
+def arrays(case: Launches) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    """(logits with the class axis 1, target, options), in NumPy."""
+    plan, rng = case.plan, np.random.default_rng(case.number)
+    shape = (2, plan.classes, -(-plan.rows // 2)) if case.layout == "columns" else (plan.rows, plan.classes)
+    row_shape = shape[:1] + shape[2:]
+    dtype = np.dtype(ml_dtypes.bfloat16 if plan.dtype == "bfloat16" else plan.dtype)
+    logits = (rng.standard_normal(shape) * 3).astype(dtype)
+    options: dict[str, Any] = {"reduction": case.reduction}
+    if case.target is None:
+        target = rng.integers(min(plan.classes, 127), size=row_shape).astype(case.labels)
+        options["ignore_index"] = int(target.flat[-1])
+    else:
+        target = rng.random(shape)
+        target = target > 0.8 if case.target == "bool" else target / target.sum(1, keepdims=True)
+        target = target.astype(dtype if case.target == "of logits" else case.target)
+    if plan.variant != "PLAIN":
+        options |= {"label_smoothing": 0.1, "z_loss": 1e-3, "weight": rng.random(plan.classes)}
+        options["sample_weight"] = rng.random(row_shape) * (rng.random(row_shape) > 0.2)
+        options["sample_weight"].flat[0] = 1.5
+    if plan.variant == "CAPPED":
+        options["softcap"] = 5.0
+    return logits, target, options
+
+
+def placed(xp: Any, values: np.ndarray, layout: str, start: int) -> Any:
+    """The values in memory of their own: `start` elements into it, and with room between rows where these lie apart."""
+    apart = 3 if layout == "rows" else 0
+    shape = (*values.shape[:-1], values.shape[-1] + apart)
+    room = np.full(start + int(np.prod(shape)), 77, values.dtype)
+    room[start:].reshape(shape)[..., : values.shape[-1]] = values
+    return xp.asarray(room)[start:].reshape(shape)[..., : values.shape[-1]]
+
+
+def check(case: Launches, where: Where) -> None:
+    """All jobs of one problem."""
+    xp, get = where.xp, where.get
+    logits, target, options = arrays(case)
+    start = case.number % 2
+    with np.errstate(all="ignore"):
+        truth = oracle(logits, target, axis=1, grad_output=0.5, **options)
+    x = placed(xp, logits, case.layout, start)
+    y = placed(xp, target, "rows" if case.number % 4 == 0 else "flat", case.number % 3)
+    for name in ("weight", "sample_weight"):
+        if name in options:
+            options[name] = xp.asarray(options[name])
+    options |= {"axis": 1, "engine": where.engine, "validate": False}
+
+    assert_loss(get(cross_entropy(x, y, **options)), truth)
+    stats = row_stats(x, y, **{name: value for name, value in options.items() if name != "reduction"})
+    upstream = 0.5
+    if case.number % 2:
+        upstream = xp.full(logits.shape[:1] + logits.shape[2:] if case.reduction == "none" else (), 0.5, xp.float32)
+    options["grad_output"] = upstream
+    assert_grad(get(cross_entropy_grad(x, y, stats=stats, **options)), truth)
+    if case.plan.variant == "PLAIN":
+        wide = logits.astype(np.float64)
+        log = wide - np.log(np.exp(wide).sum(1, keepdims=True))
+        for logarithm, wanted in ((False, np.exp(log)), (True, log)):
+            problem = _problem.problem_without_target(x, 1)
+            found = get(problem.view.from_logits(xp, where.engine.softmax(problem.rows, logarithm)))
+            bar = {"float16": 2e-3, "bfloat16": 2e-2, "float32": 1e-5, "float64": 1e-13}[case.plan.dtype]
+            np.testing.assert_allclose(found.astype(np.float64), wanted, rtol=bar, atol=bar)
+    out = None
+    if case.out == "aligned otherwise":
+        out = placed(xp, np.zeros_like(logits), case.layout, 1 - start)
+    elif case.out == "in place":
+        out = x
+    loss, grad = cross_entropy_value_and_grad(x, y, out=out, **options)
+    if out is not None and grad is not out:
+        raise AssertionError("another array than out came back")
+    assert_loss(get(loss), truth)
+    assert_grad(get(grad), truth)
+
+
+def run(cases: list[Launches], where: Where) -> int:
+    """How many went wrong; each is said as it is met."""
+    wrong = 0
+    for case in cases:
+        before = len(where.launched)
+        try:
+            check(case, where)
+            missing = case.kernels() - set(where.launched[before:])
+            if missing:
+                raise AssertionError(f"not launched: {', '.join(sorted(missing))}")
+        except AssertionError as error:
+            wrong += 1
+            print(f"WRONG {case.name}\n{error}", flush=True)
+    return wrong
+
+
+def known(chip: int) -> Iterator[str]:
+    """The name of every kernel of the catalogue."""
+    for variant in cuda.VARIANTS:
+        for kernel in cuda.catalogue(chip, variant):
+            yield kernel.name
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.launches", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--part", default="1/1", metavar="I/N", help="only every Nth problem, from the Ith on")
+    parser.add_argument("--no-pool", action="store_true", help="memory from CUDA itself, whose bounds memcheck knows")
+    parser.add_argument("--emulated", action="store_true", help="under the emulation, without a GPU")
+    parser.add_argument("--mode", choices=("plain", "check"), default="check", help="of the emulation")
+    parser.add_argument("--chip", type=int, default=90, help="what the emulation says it is")
+    parser.add_argument("--list", action="store_true", help="print the problems and stop")
+    given = parser.parse_args(arguments)
+    chip = given.chip
+    if given.list:
+        print(*(case.name for case in part_of(problems(chip), given.part)), sep="\n")
+        return 0
+    if given.emulated:
+        where = emulation(chip, given.mode)
+    else:
+        where, chip = on_gpu(not given.no_pool)
+    cases = part_of(problems(chip), given.part)
+    wrong = run(cases, where)
+    print(
+        f"part {given.part} on sm_{chip}{' (emulated)' if given.emulated else ''}: {len(cases)} problems,"
+        f" {len(set(where.launched))} kernels, {len(where.launched)} launches, {wrong} wrong"
+    )
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
