@@ -60,12 +60,16 @@ class Cpu:
         return answer
 
     def stats(self, rows: Rows) -> RowStats:
-        filled = RowStats(*(np.empty(rows.shape, rows.acc) for _ in RowStats._fields))
+        filled = _stats(rows)
         self._drive(rows, _Want(stats=filled))
         return filled
 
+    def stats_and_loss(self, rows: Rows) -> tuple[RowStats, Array]:
+        filled = _stats(rows)
+        return filled, self._loss(rows, stats=filled)
+
     def loss(self, rows: Rows) -> Array:
-        return self._loss(rows, None)
+        return self._loss(rows)
 
     def grad(self, rows: Rows, stats: RowStats, out: Array | None = None) -> Array:
         out = _gradient(rows) if out is None else out
@@ -74,18 +78,18 @@ class Cpu:
 
     def loss_and_grad(self, rows: Rows, out: Array | None = None) -> tuple[Array, Array]:
         out = _gradient(rows) if out is None else out
-        return self._loss(rows, out), out
+        return self._loss(rows, out=out), out
 
     def softmax(self, rows: Rows, log: bool) -> Array:
         out = _gradient(rows)
         self._drive(rows, _Want(log=out) if log else _Want(grad=out))
         return out
 
-    def _loss(self, rows: Rows, out: Array | None) -> Array:
-        """The loss, and the gradient into `out` where there is one."""
+    def _loss(self, rows: Rows, *, stats: RowStats | None = None, out: Array | None = None) -> Array:
+        """The loss; the stats and the gradient into `stats` and `out` where they are given."""
         divisor = _divisor(rows) if rows.reduction == "mean" else None
         losses = np.empty(rows.logits.shape[::2], rows.acc)
-        self._drive(rows, _Want(loss=losses, grad=out, divisor=divisor))
+        self._drive(rows, _Want(loss=losses, stats=stats, grad=out, divisor=divisor))
         if rows.reduction == "none":
             return losses
         total = _sum(losses.reshape(-1))
@@ -149,6 +153,10 @@ def _sum(losses: Array) -> float:
     if losses.size <= 4096:
         return float(np.add.reduce(losses.astype(np.float64, copy=False)))  # sooner than the next line
     return float(np.add.reduce(losses, dtype=np.float64))
+
+
+def _stats(rows: Rows) -> RowStats:
+    return RowStats(*(np.empty(rows.shape, rows.acc) for _ in RowStats._fields))
 
 
 def _gradient(rows: Rows) -> Array:
@@ -235,7 +243,7 @@ def _is_plain(rows: Rows, want: _Want) -> bool:
         rows.all_labels_count
         and (rows.weight is None and rows.sample_weight is None and rows.softcap is None)
         and (rows.label_smoothing == 0 and rows.z_loss == 0)
-        and (want.loss is not None and want.given is None)
+        and (want.loss is not None and want.stats is None and want.given is None)
         and (inner == 1 and classes <= TILE)
         and (rows.upstream is None or isinstance(rows.upstream, float))
         and _is_dense(rows.logits, rows.acc)
