@@ -1,0 +1,72 @@
+"""python -m bench: this library against what else is installed here. See bench/README.md."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+
+from . import run, suite, timing
+
+
+def main(arguments: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["report"]:
+        from . import report
+
+        return report.main(arguments[1:])
+    if arguments[:1] == ["gpu"]:
+        from . import gpu
+
+        return gpu.main(arguments[1:])
+
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description="Check against the oracle, then time turn by turn. "
+        "`python -m bench report` draws what bench/results holds, `python -m bench gpu` is the job for a GPU machine.",
+    )
+    parser.add_argument("--backend", choices=("numpy", "cupy"), default="numpy", help="on CPU or on GPU arrays")
+    parser.add_argument("--quick", action="store_true", help="small cases and few rounds: at most a minute")
+    parser.add_argument("--cases", metavar="REGEX", default="", help="only the cases whose name this finds")
+    parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
+    parser.add_argument("--threads", type=int, metavar="N", help="for every library; by default all cores there are")
+    parser.add_argument(
+        "--seconds", type=float, metavar="S", help="of an operation, after which 3 turns do (default 3)"
+    )
+    parser.add_argument("--rounds", type=int, metavar="N", help="of turns (default 7)")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write one JSON line per row here")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the logits and the order of the turns")
+    parser.add_argument("--commit", metavar="HASH", help="what is measured, where git cannot tell")
+    given = parser.parse_args(arguments)
+
+    cases = [case for case in suite.cases(given.backend, given.quick) if re.search(given.cases, case.name)]
+    if not cases:
+        parser.error(f"no case matches {given.cases!r}; --list names them")
+    if given.list:
+        print(*(case.name for case in cases), sep="\n")
+        return 0
+    cores = len(os.sched_getaffinity(0))
+    if given.threads is not None and not 1 <= given.threads <= cores:
+        parser.error(f"--threads must be from 1 to {cores}, the cores this process may use")
+    return run.run(
+        cases,
+        run.Settings(
+            backend=given.backend,
+            threads=given.threads or cores,
+            rounds=given.rounds or (3 if given.quick else 7),
+            turn=timing.TURN / 5 if given.quick else timing.TURN,
+            seconds=3.0 if given.seconds is None else given.seconds,
+            memory=not given.quick,
+            out=given.out,
+            seed=given.seed,
+            commit=given.commit,
+            command=f"python -m bench {shlex.join(arguments)}".strip(),
+        ),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,304 @@
+"""This library and its peers behind one interface, each imported only where it is installed.
+
+A maker takes a `Problem` and gives what the library can do on it, by the name of the operation, as a `Call` that
+returns the loss, or (loss, gradient). Where the library has no way, the maker raises `Unsupported` with the reason.
+To add a peer, write its maker and name it in `PEERS`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+
+import xent_array
+from xent_array._engines import ENGINES
+from xent_array._problem import problem_without_target
+
+from .suite import COPY, COPY_BY_ONE, GRAD, IN_PLACE, LOSS, OURS, OUT, READ, Case
+from .timing import Call, reader
+
+Array = Any
+Calls = dict[str, Call]
+
+
+class Unsupported(Exception):
+    """The library has no way to do this problem."""
+
+
+@dataclass
+class Problem:
+    """A case with its arrays, of NumPy or CuPy (`xp`); nobody may write to the logits."""
+
+    case: Case
+    xp: Any
+    logits: Array
+    target: Array
+    threads: int
+
+    @cached_property
+    def spare(self) -> Array:
+        """As large as the logits, free for anyone to write from one run to the next."""
+        return self.logits.copy()
+
+    @property
+    def has_labels(self) -> bool:
+        return self.case.target == "labels"
+
+    @property
+    def rows(self) -> int:
+        return self.case.size // self.case.classes
+
+    def refresh(self) -> None:
+        self.xp.copyto(self.spare, self.logits)
+
+
+def ours(problem: Problem, engine: str | None = None) -> Calls:
+    """The default engine, in all forms, or another by its name."""
+    x, y, keywords = problem.logits, problem.target, {"axis": problem.case.axis, "engine": engine}
+    if engine == "generic" and problem.case.nbytes > 32 << 20:
+        raise Unsupported("is slow, and is timed up to 32 MiB of logits only")
+    loss, both = xent_array.cross_entropy, xent_array.cross_entropy_value_and_grad
+    calls = {LOSS: Call(lambda: loss(x, y, **keywords)), GRAD: Call(lambda: both(x, y, **keywords))}
+    if engine is None:
+        out = problem.spare
+        calls[OUT] = Call(lambda: both(x, y, out=out, **keywords))
+        calls[IN_PLACE] = Call(lambda: both(out, y, out=out, **keywords), prepare=problem.refresh)
+    return calls
+
+
+def copy(problem: Problem) -> Calls:
+    """The yardstick: the logits into an array that is there, by one and by all threads; on a GPU also a read."""
+    x, out = problem.logits, problem.spare
+    if problem.xp is not np:
+        return {COPY: Call(lambda: problem.xp.copyto(out, x)), READ: Call(reader(x))}
+    source, sink = x.reshape(-1).view(np.uint8), out.reshape(-1).view(np.uint8)
+    by_one = Call(lambda: np.copyto(sink, source))
+    if problem.threads == 1:
+        return {COPY: by_one}
+    cuts = np.linspace(0, x.nbytes, problem.threads + 1).astype(int) // 64 * 64
+    cuts[-1] = x.nbytes
+    slices = [(sink[a:b], source[a:b]) for a, b in itertools.pairwise(cuts)]
+    pool = ThreadPoolExecutor(problem.threads - 1)
+
+    def by_all() -> None:
+        helpers = [pool.submit(np.copyto, *part) for part in slices[1:]]  # which releases the GIL
+        np.copyto(*slices[0])
+        for helper in helpers:
+            helper.result()
+
+    return {COPY: Call(by_all), COPY_BY_ONE: by_one}
+
+
+def torch(problem: Problem, compiled: bool = False) -> Calls:
+    """cross_entropy and backward, with a new leaf for each call so that its gradient is allocated anew."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    if problem.case.axis % len(problem.case.shape) != 1:
+        raise Unsupported("takes classes along axis 1 only")
+    torch.set_num_threads(problem.threads)
+    x, y = tensor(problem.logits), tensor(problem.target)
+    function = torch.compile(cross_entropy, dynamic=False) if compiled else cross_entropy
+
+    def loss() -> Array:
+        with torch.no_grad():
+            return function(x, y)
+
+    def both() -> tuple[Array, Array]:
+        leaf = x.detach().requires_grad_()
+        loss = function(leaf, y)
+        loss.backward()
+        return loss, leaf.grad
+
+    return {LOSS: Call(loss), GRAD: Call(both)}
+
+
+def liger(problem: Problem) -> Calls:
+    """The Triton kernel of Liger, which writes the gradient over the logits in its forward pass."""
+    from liger_kernel.transformers.functional import liger_cross_entropy
+
+    if len(problem.case.shape) != 2 or not problem.has_labels:
+        raise Unsupported("takes labels and two dimensions only")
+    import torch
+
+    x, y = tensor(problem.spare), tensor(problem.target)
+
+    def both() -> tuple[Array, Array]:
+        leaf = x.detach().requires_grad_()
+        loss = liger_cross_entropy(leaf, y)
+        return loss, torch.autograd.grad(loss, leaf)[0]  # .backward() would copy a gradient that others hold too
+
+    return {GRAD: Call(both, prepare=problem.refresh)}
+
+
+def jax(problem: Problem) -> Calls:
+    """jit(value_and_grad) of the loss as optax writes it, in float32 for 16-bit logits; nothing donated."""
+    import jax
+    import jax.numpy as jnp
+
+    axis = problem.case.axis
+    jax.config.update("jax_enable_x64", problem.case.dtype == "float64")
+    x, y = jnp.asarray(problem.logits), jnp.asarray(problem.target)
+
+    def mean(x: Array, y: Array) -> Array:
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        if not problem.has_labels:
+            return -(y * jax.nn.log_softmax(x, axis)).sum(axis).mean()
+        label_logits = jnp.take_along_axis(x, jnp.expand_dims(y, axis), axis).squeeze(axis)
+        return (jax.nn.logsumexp(x, axis) - label_logits).mean()
+
+    loss, both = jax.jit(mean), jax.jit(jax.value_and_grad(mean))
+    return {
+        LOSS: Call(lambda: jax.block_until_ready(loss(x, y))),
+        GRAD: Call(lambda: jax.block_until_ready(both(x, y))),
+    }
+
+
+def sklearn(problem: Problem) -> Calls:
+    """The loss of its multinomial models: one loss per row, and the gradient of their sum."""
+    from sklearn._loss.loss import HalfMultinomialLoss
+
+    case, n_threads = problem.case, problem.threads
+    if len(case.shape) != 2 or not problem.has_labels or case.dtype not in ("float32", "float64"):
+        raise Unsupported("takes labels, two dimensions, and float32 or float64 only")
+    half = HalfMultinomialLoss(n_classes=case.classes)
+    x, y = problem.logits, problem.target.astype(case.dtype)
+    return {
+        LOSS: Call(lambda: half.loss(y, x, n_threads=n_threads), finish=lambda losses: losses.mean()),
+        GRAD: Call(
+            lambda: half.loss_gradient(y, x, n_threads=n_threads), finish=lambda r: (r[0].mean(), r[1] / problem.rows)
+        ),
+    }
+
+
+def log_softmax(problem: Problem, module: str) -> Calls:
+    """What one composes from the log_softmax of SciPy, or of cupyx on a GPU."""
+    _not_too_slow(problem)
+    function = importlib.import_module(module).log_softmax
+    axis, wide = problem.case.axis, _wide(problem)
+    loss_of, less_target = _composition(problem)
+
+    def loss() -> Array:
+        return loss_of(function(wide(), axis=axis))
+
+    def both() -> tuple[Array, Array]:
+        log_p = function(wide(), axis=axis)
+        return loss_of(log_p), less_target(problem.xp.exp(log_p))
+
+    return {LOSS: Call(loss), GRAD: Call(both)}
+
+
+def numpy(problem: Problem) -> Calls:
+    """Loss and gradient as most people write them."""
+    _not_too_slow(problem)
+    axis, wide = problem.case.axis, _wide(problem)
+    loss_of, less_target = _composition(problem)
+
+    def loss() -> Array:
+        x = wide()
+        x = x - x.max(axis=axis, keepdims=True)
+        return loss_of(x - np.log(np.exp(x).sum(axis=axis, keepdims=True)))
+
+    def both() -> tuple[Array, Array]:
+        x = wide()
+        e = np.exp(x - x.max(axis=axis, keepdims=True))
+        p = e / e.sum(axis=axis, keepdims=True)
+        return loss_of(np.log(p)) if not problem.has_labels else loss_of(p, np.log), less_target(p)
+
+    return {LOSS: Call(loss), GRAD: Call(both)}
+
+
+def _not_too_slow(problem: Problem) -> None:
+    if problem.xp is np and problem.case.dtype == "float16" and problem.case.nbytes > 32 << 20:
+        raise Unsupported("takes seconds to convert to float16, and is timed up to 32 MiB of such logits only")
+
+
+def _wide(problem: Problem) -> Callable[[], Array]:
+    """The logits, 16-bit ones in float32."""
+    x = problem.logits
+    return (lambda: x.astype(np.float32)) if problem.logits.itemsize == 2 else lambda: x
+
+
+def _composition(problem: Problem) -> tuple[Callable[..., Array], Callable[[Array], Array]]:
+    """The mean loss of log-probabilities, and the gradient of probabilities (which it may overwrite)."""
+    xp, axis, y, dtype = problem.xp, problem.case.axis, problem.target, problem.logits.dtype
+    labels = xp.expand_dims(y, axis) if problem.has_labels else None
+
+    def loss_of(values: Array, log: Callable[[Array], Array] = lambda chosen: chosen) -> Array:
+        if labels is None:
+            return -(y * values).sum(axis=axis).mean()
+        return -log(xp.take_along_axis(values, labels, axis)).mean()
+
+    def less_target(p: Array) -> Array:
+        if labels is None:
+            p = p - y
+        else:
+            xp.put_along_axis(p, labels, xp.take_along_axis(p, labels, axis) - 1, axis)
+        p /= problem.rows
+        return p.astype(dtype, copy=False)
+
+    return loss_of, less_target
+
+
+def tensor(array: Array) -> Array:
+    """A PyTorch tensor on the memory of a NumPy or CuPy array."""
+    import torch
+
+    make = torch.from_numpy if isinstance(array, np.ndarray) else torch.from_dlpack
+    return make(array.view(np.int16)).view(torch.bfloat16) if array.dtype.name == "bfloat16" else make(array)
+
+
+def host(array: Array) -> Array:
+    """A NumPy array with the values of an array of any library."""
+    if hasattr(array, "detach"):
+        array = array.detach().cpu()
+        return (array.float() if "bfloat16" in str(array.dtype) else array).numpy()
+    return array.get() if hasattr(array, "get") else np.asarray(array)
+
+
+Maker = Callable[[Problem], Calls]
+
+PEERS: dict[str, dict[str, tuple[str, Maker]]] = {  # by backend: the name, the module that it needs, its maker
+    "numpy": {
+        "torch": ("torch", torch),
+        "JAX": ("jax", jax),
+        "scikit-learn": ("sklearn._loss.loss", sklearn),
+        "SciPy": ("scipy.special", partial(log_softmax, module="scipy.special")),
+        "NumPy": ("numpy", numpy),
+    },
+    "cupy": {
+        "torch": ("torch", torch),
+        "torch.compile": ("torch", partial(torch, compiled=True)),
+        "Liger": ("liger_kernel.transformers.functional", liger),
+        "cupyx": ("cupyx.scipy.special", partial(log_softmax, module="cupyx.scipy.special")),
+    },
+}
+
+
+def libraries(backend: str, xp: Any, only: str | None = None) -> tuple[dict[str, Maker], dict[str, str]]:
+    """The makers of what can be used here, and why the others cannot; of the peers perhaps one only."""
+    found: dict[str, Maker] = {COPY: copy, OURS: ours}
+    absent = {}
+    rows = problem_without_target(xp.zeros((1, 1), dtype=xp.float32), -1)
+    for name, engine in ENGINES.items():
+        reason = engine.declines(rows.rows)
+        if reason is not None:
+            absent[f"{OURS} (engine={name!r})"] = reason
+        elif engine is not rows.engine:
+            found[f"{OURS} (engine={name!r})"] = partial(ours, engine=name)
+    for name, (module, maker) in PEERS[backend].items():
+        if only not in (None, name):
+            continue
+        try:
+            importlib.import_module(module)
+            found[name] = maker
+        except ImportError as error:
+            absent[name] = str(error)
+    return found, absent

@@ -1,0 +1,297 @@
+"""python -m bench report: the tables of README.md and the plots, from the rows in bench/results and nothing else."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from . import peers, suite
+from .run import ROOT
+from .suite import COPY, GRAD, IN_PLACE, LOSS, OURS, OUT, Case
+
+Row = dict[str, Any]
+Rows = dict[tuple[str, str, str, str], Row]  # by backend, case, library, operation
+
+BEGIN, END = "<!-- python -m bench report -->", "<!-- end of report -->"
+PEERS = {backend: tuple(makers) for backend, makers in peers.PEERS.items()}
+COLOURS = {
+    OURS: "#d55e00",
+    COPY: "#777777",
+    "torch": "#0072b2",
+    **dict.fromkeys(("JAX", "torch.compile"), "#009e73"),
+    **dict.fromkeys(("scikit-learn", "Liger"), "#cc79a7"),
+    **dict.fromkeys(("SciPy", "cupyx"), "#56b4e9"),
+    "NumPy": "#7a6a00",
+}
+NUMPY = f"{OURS} (engine='numpy')"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write, or with --check compare; 1 if that finds a difference."""
+    parser = argparse.ArgumentParser(prog="python -m bench report", description=__doc__.partition(": ")[2])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where something would change")
+    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", metavar="FOLDER")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="FILE")
+    given = parser.parse_args(arguments)
+    rows = read(given.results)
+    plots = {name: data for name, data in drawn(rows).items() if data}
+    old = given.readme.read_text()
+    new = old.partition(BEGIN)[0] + f"{BEGIN}\n\n{text(rows, plots, given)}\n\n{END}" + old.partition(END)[2]
+    if BEGIN not in old or END not in old:
+        parser.error(f"{given.readme} has no place for the report, between {BEGIN} and {END}")
+    files = {given.results / f"{name}.svg": (name, data) for name, data in plots.items()}
+    if given.check:
+        stale = [] if new == old else [given.readme]
+        stale += [
+            path for path, (_, data) in files.items() if not path.exists() or digest(data) not in path.read_text()
+        ]
+        stale += sorted(set(given.results.glob("*.svg")) - set(files))
+        for path in stale:
+            print(f"{path} is not what `python -m bench report` writes")
+        return int(bool(stale))
+    given.readme.write_text(new)
+    for path in set(given.results.glob("*.svg")) - set(files):
+        path.unlink()
+    for path, (name, data) in files.items():
+        draw(name, data).savefig(path, metadata={"Date": None, "Description": digest(data)})
+        path.write_text(re.sub(r"[ \t]+$", "", path.read_text(), flags=re.MULTILINE))
+    print(f"{len(rows)} rows, {', '.join([given.readme.name, *(path.name for path in files)])} written")
+    return 0
+
+
+def read(folder: Path) -> Rows:
+    """Every row; where one was measured several times, the last."""
+    lines = [line for path in sorted(folder.glob("*.jsonl")) for line in path.read_text().splitlines()]
+    rows = sorted(map(json.loads, lines), key=lambda row: row["date"])
+    return {(row["backend"], row["case"], row["library"], row["operation"]): row for row in rows}
+
+
+# The tables
+
+
+def text(rows: Rows, plots: dict[str, Any], given: argparse.Namespace) -> str:
+    """What stands between the markers."""
+    parts = []
+    for backend, title in (("numpy", "CPU"), ("cupy", "GPU")):
+        here = {key: row for key, row in rows.items() if key[0] == backend}
+        if not here:
+            parts.append(f"**{title}**: no results yet.")
+            continue
+        parts += [f"**{title}**, {_origin(here.values())}", *_tables(here, backend)]
+    folder = given.results.relative_to(given.readme.parent) if given.results.is_absolute() else given.results
+    for name in plots:
+        parts.append(f"![{TITLES[name]}]({folder.as_posix()}/{name}.svg)")
+    return "\n\n".join(parts)
+
+
+def _origin(rows: Iterable[Row]) -> str:
+    """Machines, versions, commits and commands, each once."""
+
+    def each(of: Callable[[Row], str]) -> str:
+        return "; ".join(dict.fromkeys(map(of, rows)))
+
+    rows = [row for row in rows if row["library"] != COPY]
+    machine = each(lambda r: f"{r['machine']['gpu'] or r['machine']['cpu']}, {r['threads']} threads")
+    versions = each(lambda r: ", ".join(f"{name} {version}" for name, version in r["versions"].items()))
+    commits = each(lambda r: (r["commit"] or "unknown")[:10] + (" with changes" if r["dirty"] else ""))
+    commands = each(lambda r: f"`{r['command']}`")
+    return f"{machine}; {versions}; commit {commits}; {each(lambda r: r['date'][:10])}; {commands}:"
+
+
+def _tables(rows: Rows, backend: str) -> list[str]:
+    return [part for part in (_speed(rows, backend), _memory(rows, backend), _accuracy(rows, backend)) if part]
+
+
+def _speed(rows: Rows, backend: str) -> str:
+    """Our times, and what they are of a copy's and of each peer's."""
+
+    def timed(case: Case, library: str, operation: str) -> Row | None:
+        row = rows.get((backend, case.name, library, operation))
+        return row if row is not None and row["seconds"] is not None else None
+
+    peers = [name for name in (NUMPY, *PEERS[backend]) if any(key[2] == name for key in rows)]
+    lines = []
+    for operation, cases in ((GRAD, suite.SHOWN[backend]), (LOSS, suite.SHOWN_LOSS[backend])):
+        for case in cases:
+            ours, into, copy = (timed(case, *of) for of in ((OURS, operation), (OURS, OUT), (COPY, COPY)))
+            if ours is None:
+                continue
+            into = into if operation == GRAD else None
+            outside_caches = into is not None and copy is not None and case.nbytes > 32 << 20
+            by_copy = f"{into['seconds'] / copy['seconds']:.1f}×" if outside_caches else ""
+            ratios = [_times(rows.get((backend, case.name, peer, operation)), ours) for peer in peers]
+            size = _size(case) + (", loss only" if operation == LOSS else "")
+            lines.append([size, _ms(ours), _ms(into), by_copy, *ratios])
+    if not lines:
+        return ""
+    names = ["ours, NumPy body" if peer == NUMPY else peer for peer in peers]
+    head = ["rows × classes", "ours, ms", "into `out=`, ms", "`out=` / copy", *names]
+    return f"Loss and gradient in milliseconds; for each peer, its time divided by ours:\n\n{_table(head, lines)}"
+
+
+def _memory(rows: Rows, backend: str) -> str:
+    """One sentence, of the first case that it was measured on."""
+    for case in (*suite.SIZES, *suite.GPU_OTHER):
+        names = {OURS: (OURS, GRAD), "with `out=`": (OURS, OUT), "in place": (OURS, IN_PLACE)}
+        names |= {peer: (peer, GRAD) for peer in PEERS[backend]}
+        found = {said: rows.get((backend, case.name, *name), {}).get("memory") for said, name in names.items()}
+        said = [f"{name} {memory / case.nbytes:.1f}" for name, memory in found.items() if memory is not None]
+        if said:
+            return (
+                f"Peak memory of loss and gradient at {_size(case)}, beyond inputs and `out`, "
+                f"in sizes of the logits: {', '.join(said)}."
+            )
+    return ""
+
+
+def _accuracy(rows: Rows, backend: str) -> str:
+    """The largest errors found in any case."""
+    lines = []
+    for library in (OURS, *PEERS[backend]):
+        cells = []
+        for dtype in suite.ITEMSIZE:
+            found = [row for row in rows.values() if row["library"] == library and row["dtype"] == dtype]
+            units = [
+                max((row[name] for row in found if row[name] is not None), default=None)
+                for name in ("loss_units", "grad_units")
+            ]
+            wrong = ", wrong in some case" if any(_wrong(row) for row in found) else ""
+            cells.append(" / ".join("–" if of is None else _two_digits(of) for of in units) + wrong if found else "")
+        if any(cells):
+            lines.append([library, *cells])
+    if not lines:
+        return ""
+    what = "Largest error of loss / gradient found in any case, in units of rounding (our bar is 4):"
+    return f"{what}\n\n{_table(['', *suite.ITEMSIZE], lines)}"
+
+
+def _table(head: list[str], lines: list[list[str]]) -> str:
+    rule = ["---", *["--:"] * (len(head) - 1)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, rule, *lines])
+
+
+def _size(case: Case) -> str:
+    dtype = "" if case.dtype == "float32" else f", {case.dtype}"
+    axis = "" if case.axis == -1 else f", axis={case.axis}"
+    return " × ".join(map(str, case.shape)) + dtype + (", soft targets" if case.target == "soft" else "") + axis
+
+
+def _ms(row: Row | None) -> str:
+    return "" if row is None or row["seconds"] is None else f"{row['seconds'] * 1e3:.3g}"
+
+
+def _two_digits(value: float) -> str:
+    return f"{value:.2g}" if value < 100 else f"{value:,.0f}"
+
+
+def _times(peer: Row | None, ours: Row) -> str:
+    if peer is None:
+        return ""
+    if peer["seconds"] is None:
+        return "wrong" if _wrong(peer) else "failed"
+    return f"{peer['seconds'] / ours['seconds']:.1f}×"
+
+
+def _wrong(row: Row) -> bool:
+    return (row["failed"] or "").startswith("AssertionError")
+
+
+# The plots: first what is drawn, as plain data, then how
+
+TITLES = {
+    "classes": "Loss and gradient on the CPU: time per logit against the number of classes",
+    "gpu": "Loss and gradient, GPU against CPU: bytes per second against the number of classes",
+}
+Series = list[tuple[str, Any, Any]]
+
+
+def drawn(rows: Rows) -> dict[str, Series]:
+    """For each plot its series (label, x, y); empty where there are no results."""
+    classes: Series = []
+    for library in (OURS, *PEERS["numpy"], COPY):
+        operation = COPY if library == COPY else GRAD
+        points = _along(
+            suite.CLASSES, rows, "numpy", library, operation, lambda row, case: row["seconds"] * 1e9 / case.size
+        )
+        classes += [(library, *points)] if points else []
+    speed: Series = []
+    for backend, title, cases in (("cupy", "GPU", suite.GPU_CLASSES), ("numpy", "CPU", suite.CLASSES)):
+        for library, operation in ((OURS, GRAD), (COPY, COPY)):
+            float32 = [case for case in cases if case.dtype == "float32"]
+            points = _along(float32, rows, backend, library, operation, lambda row, _: row["gb_per_s"])
+            speed += [(f"{title} {library}", *points)] if points else []
+    both = {label.partition(" ")[0] for label, *_ in speed} == {"GPU", "CPU"}
+    return {"classes": classes, "gpu": speed if both else []}
+
+
+def _along(
+    cases: Iterable[Case], rows: Rows, backend: str, library: str, operation: str, y: Callable[[Row, Case], float]
+) -> tuple[list[int], list[float]] | None:
+    found = [(case, rows.get((backend, case.name, library, operation))) for case in cases]
+    points = [(case.classes, y(row, case)) for case, row in found if row is not None and row["seconds"] is not None]
+    return ([x for x, _ in points], [value for _, value in points]) if points else None
+
+
+def digest(series: Series) -> str:
+    """Stands in every plot. Of its data and of this file: a plot drawn by another matplotlib is not another plot."""
+    return hashlib.sha256(json.dumps(series).encode() + Path(__file__).read_bytes()).hexdigest()
+
+
+def draw(name: str, series: Series) -> Any:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams.update({"svg.hashsalt": "bench", "font.size": 10, "axes.axisbelow": True})
+    figure = Figure(figsize=(8, 4.5), layout="constrained", facecolor="white")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#e6e6e6", linewidth=0.8)
+    axes.set_title(TITLES[name], loc="left", fontsize=11)
+    _draw_lines(axes, name, series)
+    return figure
+
+
+def _draw_lines(axes: Any, name: str, series: Series) -> None:
+    from matplotlib.ticker import LogLocator
+
+    axes.set(xscale="log", yscale="log", xlabel="classes, at a constant number of logits")
+    axes.set_ylabel("ns per logit" if name == "classes" else "GB/s of the bytes that must move")
+    ends = []
+    for label, x, y in series:
+        library = label.removeprefix("GPU ").removeprefix("CPU ")
+        ours, is_copy = library == OURS, library == COPY
+        style = {"color": COLOURS[library], "linewidth": 3 if ours else 1.5, "zorder": 3 if ours else 2}
+        axes.plot(x, y, "--" if is_copy else "-", marker=None if is_copy else "o", markersize=6 if ours else 4, **style)
+        said = label if not is_copy else label.replace(COPY, "copy of the logits")
+        ends.append((y[-1], said, style["color"], "bold" if ours else "normal"))
+    axes.set_xticks([2**k for k in (1, 4, 7, 10, 13, 16, 18)])
+    axes.minorticks_off()
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high * 1.2)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 1000 else (1,)))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda value, _: f"{value:,g}")
+    # Labels at the ends of the lines, pushed apart where they would overlap.
+    step, last = (high / low) ** 0.055, 0.0
+    for value, said, colour, weight in sorted(ends):
+        last = max(value, last * step)
+        axes.annotate(
+            said,
+            (series[0][1][-1], last),
+            (10, 0),
+            textcoords="offset points",
+            va="center",
+            color=colour,
+            weight=weight,
+            annotation_clip=False,
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

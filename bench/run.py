@@ -1,0 +1,403 @@
+"""One run: every case is checked against the oracle, timed, printed and written, then held against the goals."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import importlib
+import importlib.metadata
+import itertools
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+from tqdm import tqdm
+
+from . import peers, suite
+from .peers import Problem, Unsupported, host
+from .suite import COPY, COPY_BY_ONE, GRAD, IN_PLACE, LOSS, OURS, OUT, READ, Case
+from .timing import Call, Clock, DeviceClock, host_clock, interleave, summary, waiting_clock
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from close import assert_grad, assert_loss  # noqa: E402
+from oracle import Truth, oracle  # noqa: E402
+
+Array = Any
+Row = dict[str, Any]
+
+CHECKED = 1 << 19  # logits that the oracle judges, at most where one index of the first axis holds fewer
+POOLED = 2 << 30  # bytes of logits on a GPU beyond which the libraries may not keep their pools side by side
+LOOSE = 0.03  # of the largest gradient, and of the loss: a peer beyond that computes something else
+PACKAGES = ("numpy", "numba", "ml_dtypes", "torch", "triton", "liger-kernel", "jax", "scikit-learn", "scipy",
+            "cupy-cuda12x", "cupy-cuda13x", "cupy")  # fmt: skip
+
+
+class Settings(NamedTuple):
+    backend: str
+    threads: int
+    rounds: int
+    seconds: float
+    turn: float
+    memory: bool
+    out: Path | None
+    seed: int
+    commit: str | None
+    command: str
+
+
+def run(cases: list[Case], settings: Settings) -> int:
+    """Everything; 1 if a result of this library is wrong, else 0."""
+    limit_threads(settings.threads)
+    xp = importlib.import_module(settings.backend)
+    makers, absent = peers.libraries(settings.backend, xp)
+    about = _about(settings, xp)
+    say = functools.partial(tqdm.write, file=sys.stdout)
+    say(_header(about))
+    for name, reason in absent.items():
+        say(f"absent: {name}: {reason}")
+    if settings.out is not None:
+        settings.out.parent.mkdir(parents=True, exist_ok=True)
+        settings.out.write_text("")
+    rows: list[Row] = []
+    with tqdm(cases, unit="case", dynamic_ncols=True) as progress:
+        for case in progress:
+            progress.set_postfix_str(case.name)
+            found, notes = measure(case, makers, settings, xp)
+            found = [row | about for row in found]
+            say("\n" + "\n".join([*table(case, found), *notes]))
+            rows += found
+            if settings.out is not None:
+                with settings.out.open("a") as file:
+                    file.writelines(json.dumps(row, separators=(",", ":")) + "\n" for row in found)
+    say("\n" + "\n".join(goals(rows, settings.backend)))
+    return int(any(row["failed"] and row["library"].startswith(OURS) for row in rows))
+
+
+def limit_threads(threads: int) -> None:
+    """As many threads for every library, before any of them is imported; JAX goes by the affinity alone."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
+    os.environ["XENT_ARRAY_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = str(threads)
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+# One case
+
+
+def measure(case: Case, makers: dict[str, peers.Maker], settings: Settings, xp: Any) -> tuple[list[Row], list[str]]:
+    """A row for each library and operation, and remarks on those that have none."""
+    problem, truth, tiles = make(case, settings.seed, settings.threads, xp)
+    calls, rows, notes = {}, {}, []
+    for library, maker in makers.items():
+        try:
+            made = maker(problem)
+        except Unsupported as why:
+            notes.append(f"  {library} {why}")
+            continue
+        except Exception as error:  # a peer that breaks must not end the run
+            notes.append(f"  {library} FAILED: {_short(error)}")
+            made = {}
+        for operation, call in made.items():
+            if operation in suite.EVERY and operation not in case.operations:
+                continue
+            row = rows[library, operation] = _empty_row(case, library, operation, settings)
+            try:
+                result = _first(call, row, xp)
+                if library != COPY:
+                    row |= check(result, truth, tiles, strictly=library.startswith(OURS))
+                calls[library, operation] = call
+            except Exception as error:
+                row["failed"] = _short(error)
+                _release(xp)
+    turns, failed = interleave(
+        calls,
+        _clock(case, xp),
+        rounds=settings.rounds,
+        seconds=settings.seconds,
+        turn=settings.turn,
+        seed=settings.seed,
+        clear=functools.partial(_release, xp) if xp is not np and case.nbytes > POOLED else None,
+    )
+    times = {key: list(itertools.chain(*taken)) for key, taken in turns.items()}
+    if (COPY, COPY_BY_ONE) in times and (COPY, COPY) in times:  # the fair copy is the faster
+        by_one, row = times.pop((COPY, COPY_BY_ONE)), rows.pop((COPY, COPY_BY_ONE))
+        if np.median(by_one) < np.median(times[COPY, COPY]):
+            times[COPY, COPY], rows[COPY, COPY] = by_one, row | {"operation": COPY, "threads": 1}
+    for key, reason in failed.items():
+        rows[key]["failed"] = _short(reason)
+    for (_, operation), row in rows.items():
+        row["bytes"] = case.must_move(operation)
+    for key, taken in times.items():
+        row = rows[key]
+        row |= summary(taken)
+        row["rounds"], row["runs"] = len(turns[key]), len(taken)
+        row["gb_per_s"] = row["bytes"] / row["seconds"] / 1e9
+    for name in (COPY, READ):
+        yardstick = rows.get((COPY, name), {}).get("gb_per_s")
+        for key in times:
+            rows[key][f"of_{name}"] = yardstick and rows[key]["gb_per_s"] / yardstick
+    if case.memory and settings.memory:
+        for (library, operation), row in rows.items():
+            if library != COPY and not row["failed"]:
+                row["memory"] = peak_memory(case, library, operation, settings)
+    del problem, calls
+    _release(xp)
+    return list(rows.values()), notes
+
+
+def make(case: Case, seed: int, threads: int, xp: Any) -> tuple[Problem, Truth, list[slice]]:
+    """A problem, the truth on one tile of it, and where to look for that tile.
+
+    The first axis repeats one tile. So the mean over all is that over the tile, and the oracle, which is slow, needs to
+    see no more than that.
+    """
+    rng = np.random.default_rng(seed)
+    outer = case.shape[0]
+    tile = max((n for n in range(1, outer + 1) if outer % n == 0 and n * case.size // outer <= CHECKED), default=1)
+    shape, dtype = (tile, *case.shape[1:]), ml_dtypes.bfloat16 if case.dtype == "bfloat16" else case.dtype
+    axis = case.axis % len(shape)
+    logits = rng.standard_normal(shape, np.float32).astype(dtype)
+    if case.target == "labels":
+        target = rng.integers(case.classes, size=shape[:axis] + shape[axis + 1 :])
+    else:
+        e = np.exp(rng.standard_normal(shape))
+        target = (e / e.sum(axis, keepdims=True)).astype(dtype)
+    truth = oracle(logits, target, axis=axis, grad_output=tile / outer)
+    x, y = (xp.tile(xp.asarray(part), (outer // tile,) + (1,) * (part.ndim - 1)) for part in (logits, target))
+    starts = sorted({0, outer // tile // 2 * tile, outer - tile})
+    return Problem(case, xp, x, y, threads), truth, [slice(start, start + tile) for start in starts]
+
+
+def check(result: Any, truth: Truth, tiles: list[slice], strictly: bool) -> Row:
+    """The largest errors in units of rounding. Raises where ours misses the project's bar, or a peer is far off."""
+    loss, grad = result if isinstance(result, tuple) else (result, None)
+    pairs = [(host(loss), truth.loss, truth.unit_loss, assert_loss, "loss_units")]
+    if grad is not None:
+        pairs += [(host(grad[tile]), truth.grad, truth.unit_grad, assert_grad, "grad_units") for tile in tiles]
+    errors: dict[str, float] = defaultdict(float)
+    for got, wanted, unit, assert_close, name in pairs:
+        if strictly:
+            assert_close(got, truth)
+        difference = np.abs(got.astype(np.float64) - wanted.astype(np.float64))
+        if not difference.max() <= LOOSE * np.abs(wanted).max():
+            raise AssertionError(f"{name.partition('_')[0]} is off by {difference.max():.3g}")
+        errors[name] = max(errors[name], float((difference / unit).max()))
+    return dict(errors)
+
+
+def _empty_row(case: Case, library: str, operation: str, settings: Settings) -> Row:
+    return {
+        "case": case.name,
+        "library": library,
+        "operation": operation,
+        "backend": settings.backend,
+        "group": case.group,
+        "shape": list(case.shape),
+        "axis": case.axis,
+        "dtype": case.dtype,
+        "target": case.target,
+        "clock": "host" if case.host or settings.backend == "numpy" else "device",
+        "threads": settings.threads,
+        "failed": None,
+        **dict.fromkeys(("seconds", "min", "q1", "q3", "first", "rounds", "runs", "bytes", "gb_per_s")),
+        **dict.fromkeys(("of_copy", "of_read", "loss_units", "grad_units", "memory")),
+    }
+
+
+def _first(call: Call, row: Row, xp: Any) -> Any:
+    """The result of the first call, which compiles where something is compiled; its seconds go into the row."""
+    _release(xp)
+    if call.prepare is not None:
+        call.prepare()
+    _wait(xp)
+    start = time.perf_counter()
+    result = call.run()
+    _wait(xp)
+    row["first"] = time.perf_counter() - start
+    return call.finish(result)
+
+
+def _clock(case: Case, xp: Any) -> Clock:
+    return host_clock if xp is np else waiting_clock if case.host else DeviceClock()
+
+
+def _wait(xp: Any) -> None:
+    if xp is not np:
+        xp.cuda.runtime.deviceSynchronize()
+
+
+def _release(xp: Any) -> None:
+    """Gives the memory that pools hold back to the GPU."""
+    if xp is not np:
+        xp.get_default_memory_pool().free_all_blocks()
+        if "torch" in sys.modules:
+            sys.modules["torch"].cuda.empty_cache()
+
+
+def _short(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".partition("\n")[0][:300]
+
+
+# Memory
+
+
+def peak_memory(case: Case, library: str, operation: str, settings: Settings) -> int | None:
+    """Bytes beyond inputs and `out` that the first call takes at its peak, in a process of its own."""
+    arguments = [settings.backend, library, operation, str(settings.threads), json.dumps(case)]
+    program = "import sys; from bench.run import print_peak_memory; print_peak_memory(*sys.argv[1:])"
+    done = subprocess.run([sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        tqdm.write(f"memory of {library} {operation} not measured: {done.stderr.strip().splitlines()[-1]}")
+        return None
+    return int(done.stdout.splitlines()[-1])
+
+
+def print_peak_memory(backend: str, library: str, operation: str, threads: str, fields: str) -> None:
+    limit_threads(int(threads))
+    xp = importlib.import_module(backend)
+    maker = peers.libraries(backend, xp, only=library)[0][library]
+    group, shape, *rest = json.loads(fields)
+    case = Case(group, tuple(shape), *rest)
+    small = Case(group, (2,) * len(shape), *rest)
+    for each in (small, case):  # the first is for what a library does once
+        problem, _, _ = make(each, 0, int(threads), xp)
+        call = maker(problem)[operation]
+        problem.refresh()
+        if call.prepare is not None:
+            call.prepare()
+        _release(xp)
+        peak = _host_peak() if xp is np else _device_peak(xp)
+        call.run()
+        _wait(xp)
+        taken = peak()
+    print(taken)
+
+
+def _host_peak() -> Callable[[], int]:
+    """The growth of the resident set from now to its peak: Linux alone can start that count anew."""
+
+    def status(field: str) -> int:
+        found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+        assert found is not None
+        return int(found[1]) << 10
+
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    return lambda: max(0, status("VmHWM") - before)
+
+
+def _device_peak(xp: Any) -> Callable[[], int]:
+    """What has gone from the GPU's free memory: the pools keep all they ever took."""
+    before = xp.cuda.runtime.memGetInfo()[0]
+    return lambda: max(0, before - xp.cuda.runtime.memGetInfo()[0])
+
+
+# What is said of a run
+
+
+def _about(settings: Settings, xp: Any) -> Row:
+    """Where the numbers of this run come from."""
+    machine: Row = {"cpu": _cpu(), "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 2), "gpu": None}
+    if xp is not np:
+        properties = xp.cuda.runtime.getDeviceProperties(xp.cuda.Device().id)
+        machine |= {"gpu": properties["name"].decode(), "cuda_driver": xp.cuda.runtime.driverGetVersion()}
+    commit, dirty = settings.commit or _git("rev-parse", "HEAD"), _git("status", "--porcelain", "-uno")
+    return {
+        "machine": machine,
+        "versions": {"python": platform.python_version(), **_versions()},
+        "commit": commit,
+        "dirty": None if dirty is None else bool(dirty),
+        "seed": settings.seed,
+        "command": settings.command,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _cpu() -> str:
+    found = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return found[1] if found else platform.machine()
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _header(about: Row) -> str:
+    machine = about["machine"]
+    commit = (about["commit"] or "unknown commit")[:10] + (", with uncommitted changes" if about["dirty"] else "")
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    text = f"{machine['gpu'] or machine['cpu']}, {machine['cores']} cores; {versions}; {commit}; {about['date']}"
+    if machine["load"] > 0.5:
+        text += f"\nWARNING: load average {machine['load']}; on a busy machine libraries that spin suffer most"
+    return text
+
+
+def table(case: Case, rows: list[Row]) -> list[str]:
+    """The rows of a case, by operation and then by time, each time also divided by this library's."""
+    ours = {row["operation"]: row["seconds"] for row in rows if row["library"] == OURS}
+    head = (
+        f"  {'operation':<20} {'library':<31} {'ms':>10} {'quartiles':>21} {'first ms':>9} {'GB/s':>7} {'of copy':>8} "
+        f"{'/ ours':>7} {'units of error':>15} {'peak memory':>12}"
+    )
+    lines = [case.name, head]
+    order = [COPY, READ, LOSS, GRAD, OUT, IN_PLACE]
+    for row in sorted(rows, key=lambda row: (order.index(row["operation"]), row["seconds"] or 0)):
+        name = f"  {row['operation']:<20} {row['library']:<31} "
+        if row["failed"]:
+            lines.append(f"{name}FAILED, not timed: {row['failed']}")
+            continue
+        units = max((row[f"{what}_units"] or 0 for what in ("loss", "grad")), default=0)
+        mine = ours.get(row["operation"])
+        lines.append(
+            f"{name}{_ms(row['seconds']):>10} {_ms(row['q1']):>10}-{_ms(row['q3']):>10} {_ms(row['first']):>9} "
+            f"{row['gb_per_s']:>7.2f} {_or_blank(row['of_copy'], '.0%'):>8} "
+            f"{_or_blank(mine and row['seconds'] / mine, '.2f'):>7} {_or_blank(units or None, '.2g'):>15} "
+            f"{_or_blank(row['memory'] is not None and row['memory'] / case.nbytes, '.2f', ' x logits'):>12}".rstrip()
+        )
+    return lines
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.4g}"
+
+
+def _or_blank(value: Any, form: str, after: str = "") -> str:
+    return "" if value is None or value is False else format(value, form) + after
+
+
+def goals(rows: list[Row], backend: str) -> list[str]:
+    """Each goal whose cases were run: what was got, and whether that is enough."""
+    timed = {(row["case"], row["library"], row["operation"]): row for row in rows if row["seconds"] is not None}
+    lines, met = [], 0
+    for goal in suite.GOALS[backend]:
+        value = goal.value(timed)
+        if value is not None:
+            met += goal.met(value)
+            sign, verdict = ">=" if goal.at_least else "<=", "met" if goal.met(value) else "MISSED"
+            lines.append(f"  {verdict:<7} {value:>7.2f} {sign} {goal.bound:<5g} {goal.text}")
+    return [f"goals: {met} of {len(lines)} met, {len(suite.GOALS[backend]) - len(lines)} not run", *lines]

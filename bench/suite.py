@@ -1,0 +1,224 @@
+"""What is measured, as data: the cases, and the goals that a run is held against."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+LOSS, GRAD, OUT, IN_PLACE, COPY, READ = "loss", "loss+grad", "loss+grad out=", "loss+grad in place", "copy", "read"
+COPY_BY_ONE = "copy by one thread"
+EVERY = (LOSS, GRAD, OUT, IN_PLACE)
+OURS = "xent_array"
+ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+
+
+class Case(NamedTuple):
+    """One problem. Every library does on it all of the operations that it has."""
+
+    group: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    target: str = "labels"  # or "soft": a distribution per row, in the dtype of the logits
+    axis: int = -1
+    memory: bool = False  # whether peak memory is measured too
+    host: bool = False  # on a GPU: time what a call costs its caller, not the device
+    operations: tuple[str, ...] = EVERY
+
+    @property
+    def name(self) -> str:
+        shape = "x".join(map(str, self.shape))
+        return f"{self.group} {shape} {self.dtype} {self.target}" + ("" if self.axis == -1 else f" axis={self.axis}")
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def classes(self) -> int:
+        return self.shape[self.axis]
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * ITEMSIZE[self.dtype]
+
+    def must_move(self, operation: str) -> int:
+        """Bytes that the operation cannot do without: the target and the logits once, the gradient once."""
+        if operation in (COPY, COPY_BY_ONE, READ):
+            return self.nbytes * (1 if operation == READ else 2)
+        target = self.nbytes if self.target == "soft" else 8 * self.size // self.classes
+        return target + self.nbytes * (1 if operation == LOSS else 2)
+
+
+# The CPU's cases
+
+LARGE = [(32768, 1000), (1024, 32000), (512, 128256)]
+SMALL = [(8192, 256), (4096, 10), (32, 10)]
+SIZES = [Case("sizes", shape, memory=shape == LARGE[0]) for shape in [*LARGE, *SMALL, (20000, 1000)]]
+DTYPES = [
+    Case("dtypes", shape, dtype, operations=(LOSS, GRAD)) for dtype in ("bfloat16", "float16") for shape in LARGE[:2]
+]
+DTYPES.append(Case("dtypes", LARGE[1], "float64", operations=(LOSS, GRAD)))
+SOFT = [Case("soft", LARGE[0], target="soft", operations=(GRAD,))]
+CLASSES = [
+    Case("classes", (2**24 // c, c), operations=(GRAD,)) for c in (2, 16, 64, 256, 1024, 4096, 16384, 65536, 262144)
+]
+ROWS = [Case("rows", (n, 1000), operations=(GRAD,)) for n in (512, 4096, 16384, 65536)]
+AXIS = [
+    Case("axis", (16, 21, 256, 256), axis=1, operations=(GRAD,)),
+    Case("axis", (16 * 256 * 256, 21), operations=(GRAD,)),
+    Case("axis", (8, 1000, 64, 64), axis=1, operations=(GRAD,)),
+]
+QUICK = [
+    *(Case("quick", (64, 100), dtype, target) for dtype in ITEMSIZE for target in ("labels", "soft")),
+    Case("quick", (2, 20000)),
+    Case("quick", (2, 7, 5, 3), axis=1),
+    *SIZES[4:6],
+]
+
+# The GPU's cases
+
+CELLS = [*((32768, 256 * 2**k) for k in range(9)), (16384, 131072), (8192, 262144)]
+GPU_DTYPES = ("float32", "bfloat16", "float16")
+GPU_CELLS = [Case("cells", shape, dtype) for dtype in GPU_DTYPES[:2] for shape in CELLS]
+GPU_CLASSES = [
+    Case("classes", (2**28 // c, c), dtype)
+    for dtype in GPU_DTYPES
+    for c in (2, 8, 32, 128, 256, 1024, 4096, 16384, 65536, 131072, 262144)
+]
+GPU_OTHER = [
+    Case("host", (128, 10), host=True),
+    Case("sizes", (32768, 1000), memory=True),
+    Case("sizes", (32768, 1000), target="soft"),
+    Case("sizes", (32768, 1000), "float64"),
+    Case("sizes", (8192, 50257), "bfloat16", memory=True),
+]
+
+# What the tables of README.md show: loss and gradient, and the loss alone
+
+SHOWN = {
+    "numpy": [*SIZES, *(case for case in DTYPES if case.shape == LARGE[1]), *SOFT, AXIS[0]],
+    "cupy": [*GPU_OTHER, *GPU_CELLS],
+}
+SHOWN_LOSS = {"numpy": SIZES[:6], "cupy": GPU_OTHER[1:2]}
+
+
+def cases(backend: str, quick: bool) -> list[Case]:
+    if quick:
+        return QUICK
+    if backend == "cupy":
+        return [*GPU_OTHER, *GPU_CELLS, *GPU_CLASSES]
+    return [*SIZES, *DTYPES, *SOFT, *CLASSES, *ROWS, *AXIS]
+
+
+def gpu_pieces() -> list[list[str]]:
+    """Arguments of `python -m bench` that together make the GPU's run, each meant to end within eight minutes."""
+    patterns = ["^(host|sizes) ", *(f"^cells .* {dtype} " for dtype in GPU_DTYPES[:2])]
+    patterns += [f"^classes .* {dtype} " for dtype in GPU_DTYPES]
+    return [
+        ["--backend", "cupy", "--seconds", "1", "--cases", pattern, "--out", f"bench/results/gpu-{i}.jsonl"]
+        for i, pattern in enumerate(patterns)
+    ]
+
+
+# The goals
+
+Rows = Mapping[tuple[str, str, str], Mapping[str, Any]]  # by case, library, operation: those that were timed
+
+
+class Goal(NamedTuple):
+    """A number that a run shall reach; `value` gives None where what it needs was not run."""
+
+    text: str
+    bound: float
+    at_least: bool
+    value: Callable[[Rows], float | None]
+
+    def met(self, value: float) -> bool:
+        return value >= self.bound if self.at_least else value <= self.bound
+
+
+def _ratio(over: tuple[Case, str, str], under: tuple[Case, str, str], bound: float, at_least: bool = True) -> Goal:
+    """The time of one divided by that of the other."""
+    keys = [(case.name, library, operation) for case, library, operation in (over, under)]
+
+    def value(rows: Rows) -> float | None:
+        a, b = (rows.get(key) for key in keys)
+        return None if a is None or b is None else a["seconds"] / b["seconds"]
+
+    (case, library, operation), (other_case, other, other_operation) = over, under
+    above = library if operation == other_operation else f"{library} {operation}"
+    below = f"{other} {other_operation}" + ("" if case == other_case else f" of {other_case.name}")
+    return Goal(f"{case.name}: {above} / {below}", bound, at_least, value)
+
+
+def _share(case: Case, operation: str, field: str, bound: float) -> Goal:
+    """How near we come to a copy, or to a read."""
+
+    def value(rows: Rows) -> float | None:
+        row = rows.get((case.name, OURS, operation))
+        return None if row is None else row[field]
+
+    return Goal(f"{case.name}: {OURS} {operation}, share {field.replace('_', ' a ')}", bound, True, value)
+
+
+def _spread(text: str, cases: Iterable[Case], bound: float) -> Goal:
+    """The largest time per logit of loss and gradient divided by the smallest."""
+    cases = list(cases)
+
+    def value(rows: Rows) -> float | None:
+        found = [rows.get((case.name, OURS, GRAD)) for case in cases]
+        if any(row is None for row in found):
+            return None
+        per_logit = [row["seconds"] / case.size for row, case in zip(found, cases, strict=True) if row is not None]
+        return max(per_logit) / min(per_logit)
+
+    return Goal(text, bound, False, value)
+
+
+def _against(peer: str, case: Case, bound: float, operation: str = GRAD, ours: str | None = None) -> Goal:
+    return _ratio((case, peer, operation), (case, OURS, ours or operation), bound)
+
+
+def _cpu_goals() -> list[Goal]:
+    by_shape = {case.shape: case for case in SIZES}
+    large = [by_shape[shape] for shape in LARGE]
+    medium, small, tiny = (by_shape[shape] for shape in SMALL)
+    return [
+        *(_against("torch", case, 5) for case in large),
+        *(_against("torch", case, 6.5, GRAD, OUT) for case in large),
+        *(_against("torch", case, bound) for case, bound in ((medium, 2), (small, 3), (tiny, 1.2))),
+        *(_against("torch", case, 3, LOSS) for case in large),
+        *(_against("torch", case, bound, LOSS) for case, bound in ((medium, 1), (small, 2), (tiny, 0.8))),
+        *(_against("JAX", case, 2.5) for case in large),
+        _against("JAX", medium, 1.3),
+        _against("scikit-learn", by_shape[20000, 1000], 3),
+        *(_ratio((case, OURS, OUT), (case, COPY, COPY), 2, at_least=False) for case in large),
+        # in float16 the sum behind the mean of PyTorch overflows at 32768 rows: it is wrong there, and not timed
+        *(
+            _against("torch", case, 3 if case.dtype == "float64" else 2)
+            for case in DTYPES
+            if case.dtype != "float16" or case.shape == LARGE[1]
+        ),
+        _spread(
+            "time per logit, slowest / fastest of C = 256 to 262144", (c for c in CLASSES if c.classes >= 256), 1.5
+        ),
+        _spread("time per logit, slowest / fastest of N = 4096 to 65536", (c for c in ROWS if c.shape[0] >= 4096), 1.5),
+        _ratio((AXIS[0], OURS, GRAD), (AXIS[1], OURS, GRAD), 1.5, at_least=False),
+        _ratio((AXIS[2], OURS, GRAD), (large[0], OURS, GRAD), 1.5, at_least=False),
+    ]
+
+
+def _gpu_goals() -> list[Goal]:
+    def of_copy(case: Case) -> float:
+        return 0.8 if case.classes < 256 else 0.9 if case.classes * ITEMSIZE[case.dtype] <= 512 << 10 else 0.75
+
+    return [
+        *(_share(case, GRAD, "of_copy", of_copy(case)) for case in GPU_CLASSES),
+        *(_share(case, LOSS, "of_read", 0.92) for case in GPU_CLASSES if case.classes >= 256),
+        *(_against(peer, case, bound) for case in GPU_CELLS for peer, bound in (("torch", 2), ("Liger", 1.5))),
+        _against("torch", GPU_OTHER[0], 1),
+    ]
+
+
+GOALS = {"numpy": _cpu_goals(), "cupy": _gpu_goals()}

@@ -1,0 +1,173 @@
+"""How anything is timed: turn by turn, so that whatever else the machine does falls on all alike."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Hashable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+
+QUIET = 0.3  # seconds that a turn waits at most for the threads of the library before: OpenMP's spin up to 0.1
+TURN = 15e-3  # seconds of a turn that are kept; longer runs are timed once
+SETTLE = 1 / 3  # of that before, not kept: brings caches, clocks and the library's own threads into their steady state
+FEWEST = 3  # turns of a call however long it takes
+MANY = 20  # runs on a GPU in a row, where the host's time counts
+Key = TypeVar("Key", bound=Hashable)
+
+
+class Call(NamedTuple):
+    """What is timed. `prepare` and `finish` stay outside the clock, the release of what `run` returns within."""
+
+    run: Callable[[], Any]
+    prepare: Callable[[], object] | None = None
+    finish: Callable[[Any], Any] = lambda result: result  # to the loss, or (loss, gradient)
+
+
+Clock = Callable[[Callable[[], Any]], float]  # the seconds of a run
+
+
+def host_clock(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def waiting_clock(run: Callable[[], Any]) -> float:
+    """What a call costs its caller on a GPU: many in a row, and one wait for all of them."""
+    import cupy
+
+    wait = cupy.cuda.runtime.deviceSynchronize
+    wait()
+    start = time.perf_counter()
+    for _ in range(MANY):
+        run()
+    wait()
+    return (time.perf_counter() - start) / MANY
+
+
+class DeviceClock:
+    """Time on the GPU by events, one run at a time, with the L2 cache full of something else.
+
+    CuPy and PyTorch both launch on the legacy default stream, so one pair of events is right for both. Reading the
+    other buffer also keeps the device busy while the host is ahead launching the run.
+    """
+
+    OTHER = 512 << 20  # bytes; the largest L2 cache is below 128 MiB
+
+    def __init__(self) -> None:
+        import cupy
+
+        self.cuda = cupy.cuda
+        self.read = reader(cupy.zeros(self.OTHER, dtype=cupy.uint8))
+
+    def __call__(self, run: Callable[[], Any]) -> float:
+        start, stop = self.cuda.Event(), self.cuda.Event()
+        self.read()
+        start.record()
+        run()
+        stop.record()
+        stop.synchronize()
+        return float(self.cuda.get_elapsed_time(start, stop)) / 1e3
+
+
+def reader(array: Any) -> Callable[[], None]:
+    """Reads a contiguous CuPy array as fast as the device does: the yardstick of a loss without gradient."""
+    import cupy
+
+    kernel = cupy.RawKernel(
+        """extern "C" __global__ void read(const uint4* from, long long count, unsigned* never) {
+            unsigned seen = 0;
+            const long long step = (long long)gridDim.x * blockDim.x;
+            #pragma unroll 4
+            for (long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += step) {
+                const uint4 v = __ldg(from + i);
+                seen |= (v.x ^ 0x5bd1e995u) & v.y & v.z & v.w;
+            }
+            if (seen == 0x12345678u) *never = seen;  // keeps the loads
+        }""",
+        "read",
+    )
+    never = cupy.zeros(1, dtype=cupy.uint32)
+    blocks = 8 * cupy.cuda.Device().attributes["MultiProcessorCount"]
+    return lambda: kernel((blocks,), (256,), (array, np.int64(array.nbytes // 16), never))
+
+
+def wait_until_quiet(most: float = QUIET) -> None:
+    """Until no other thread of this process runs or waits for a core, twice in a row.
+
+    Turning the spinning off instead would make the library that spins slower.
+    """
+    end, calm, self = time.perf_counter() + most, 0, threading.get_native_id()
+    while calm < 2 and time.perf_counter() < end:
+        calm = (
+            0
+            if any(_running(thread) for thread in Path("/proc/self/task").iterdir() if thread.name != str(self))
+            else calm + 1
+        )
+        time.sleep(2e-3)
+
+
+def _running(thread: Path) -> bool:
+    try:
+        return (thread / "stat").read_bytes().rpartition(b") ")[2].startswith(b"R")
+    except OSError:  # has ended
+        return False
+
+
+def timed(call: Call, clock: Clock, seconds: float) -> list[float]:
+    """The seconds of each run, of as many as fill the time, and of one at least."""
+    taken: list[float] = []
+    end = time.perf_counter() + seconds
+    while not taken or time.perf_counter() < end:
+        if call.prepare is not None:
+            call.prepare()
+        taken.append(clock(call.run))
+    return taken
+
+
+def interleave(
+    calls: Mapping[Key, Call],
+    clock: Clock,
+    *,
+    rounds: int,
+    seconds: float,
+    turn: float,
+    seed: int,
+    clear: Callable[[], None] | None = None,
+) -> tuple[dict[Key, list[list[float]]], dict[Key, Exception]]:
+    """The times of every call, turn by turn, and the calls that raised.
+
+    A round gives each call one turn, in shuffled order; a call that has had FEWEST turns and all its seconds gets no
+    more. `clear` is called before each turn: for problems so large that what one library keeps leaves no room for the
+    next.
+    """
+    times: dict[Key, list[list[float]]] = {key: [] for key in calls}
+    spent = dict.fromkeys(calls, 0.0)
+    failed: dict[Key, Exception] = {}
+    chance = random.Random(seed)
+    for done in range(rounds):
+        order = [key for key in times if done < FEWEST or spent[key] < seconds]
+        chance.shuffle(order)
+        for key in order:
+            try:
+                wait_until_quiet()
+                if clear is not None:
+                    clear()
+                start = time.perf_counter()
+                timed(calls[key], clock, turn * SETTLE)
+                times[key].append(timed(calls[key], clock, turn))
+                spent[key] += time.perf_counter() - start
+            except Exception as error:
+                failed[key] = error
+                del times[key]
+    return times, failed
+
+
+def summary(times: list[float]) -> dict[str, float]:
+    """Median, minimum and quartiles in seconds."""
+    least, q1, median, q3 = np.quantile(times, [0, 0.25, 0.5, 0.75])
+    return {"seconds": float(median), "min": float(least), "q1": float(q1), "q3": float(q3)}
