@@ -51,6 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
 def gather() -> dict[str, Any]:
     """All that is reported, as plain data."""
     results = []
+    compiled = cpu.compiled_body()
+    without = compiled if isinstance(compiled, str) else None
     for library, xp, missing in _libraries():
         for name in ENGINES:
             reason = missing or ENGINES[name].declines(_rows(xp))
@@ -64,6 +66,7 @@ def gather() -> dict[str, Any]:
         "machine": platform.machine(),
         "cores": os.cpu_count(),
         "threads": cpu.threads(),
+        "cpu engine": {"loops": "NumPy" if without else "compiled by Numba", "reason": without},
         "packages": {name: _version(name) for name in PACKAGES},
         "timed": {"rows": SIZE[0], "classes": SIZE[1], "dtype": "float32"},
         "engines": results,
@@ -142,11 +145,13 @@ def _timing(engine: str, xp: Any) -> dict[str, float]:
 def text(report: dict[str, Any]) -> str:
     """The report for people."""
     packages = ", ".join(f"{name} {version}" for name, version in report["packages"].items() if version)
+    why = report["cpu engine"]["reason"]
     absent = ", ".join(name for name, version in report["packages"].items() if not version)
     lines = [
         "xent_array {xent_array}, Python {python}, {machine}, {threads} threads".format(**report),
         f"installed: {packages}",
         f"not installed: {absent}",
+        "loops of engine 'cpu': {loops}".format(**report["cpu engine"]) + (f", because {why}" if why else ""),
     ]
     for entry in report["engines"]:
         lines += ["", f"engine {entry['engine']!r} on {entry['library']} arrays: " + _verdict(entry)]

@@ -184,6 +184,8 @@ def _in_rows(rows: Rows, grad: Array | None, target: tuple[Any, ...], scratch: _
         each = np.array([rows.label_smoothing / classes], acc)
         if rows.weight is not None:
             each = each * rows.weight
+        elif not each[0]:  # too little to be a number
+            each = none
     elif rows.target is not None and not rows.has_labels:
         a = _distribution(rows, rows.target, slice(0, classes), scratch("a", (count, classes)))
         a_step = a.strides[0] // a.itemsize

@@ -13,11 +13,15 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import config, njit, types
 from numba.extending import overload
 
 from . import _vectors as v
+from ._kept import kept
 from ._vectors import LANES, PARTIAL
+
+if config.DISABLE_JIT:
+    raise ImportError("NUMBA_DISABLE_JIT is set")
 
 CHUNK = 512
 
@@ -30,11 +34,8 @@ inner = njit(**_INNER)
 
 
 def compiled(function: Callable[..., Any]) -> Any:
-    """Machine code, kept between processes where Numba finds a folder of this user's to keep it in."""
-    try:
-        return njit(**_OPTIONS, cache=True)(function)
-    except RuntimeError:  # there is none
-        return njit(**_OPTIONS)(function)
+    """What Python calls, kept between processes."""
+    return kept(njit(**_OPTIONS)(function))
 
 
 # One row, its numbers

@@ -494,15 +494,67 @@ def scale_lanes(_context: Any, tile: Any, start: Any, step: Any, classes: Any, b
 # 16 bits
 
 
-def _cast(source: Any, result: Any, function: Callable[[Any, Any], Any]) -> Any:
+def _cast(source: Any, result: Any, function: Callable[[Any, Any, Any], Any]) -> Any:
     @intrinsic
     def cast(_context: Any, value: Any) -> Any:
-        return result(source), lambda _context, builder, _signature, arguments: function(builder, arguments[0])
+        return result(source), lambda context, builder, _signature, arguments: function(context, builder, arguments[0])
 
     return cast
 
 
-def _bfloat_of(builder: Any, value: Any) -> Any:
+def _has_halves(context: Any) -> bool:
+    """Whether the processor converts float16; where it does not, LLVM would call a function that is not there."""
+    triple, _, features = context.codegen().magic_tuple()
+    return triple.startswith(("aarch64", "arm64")) or "+f16c" in features.split(",")
+
+
+def _half_from(context: Any, builder: Any, value: Any) -> Any:
+    if _has_halves(context):
+        return builder.fpext(builder.bitcast(value, ir.HalfType()), ir.FloatType())
+    return half_from_bits(builder, value)
+
+
+def _half_of(context: Any, builder: Any, value: Any) -> Any:
+    if _has_halves(context):
+        return builder.bitcast(builder.fptrunc(value, ir.HalfType()), ir.IntType(16))
+    return half_of_bits(builder, value)
+
+
+def half_from_bits(builder: Any, value: Any) -> Any:
+    """float16 to float32 in integers: the exponent moved; of a subnormal, 2**-14 added to it and taken away again."""
+    bits = builder.zext(value, _WORD)
+    sign = builder.shl(builder.and_(bits, _WORD(0x8000)), _WORD(16))
+    size = builder.shl(builder.and_(bits, _WORD(0x7FFF)), _WORD(13))
+    least = builder.bitcast(_WORD(113 << 23), ir.FloatType())
+    small = builder.fsub(builder.bitcast(builder.add(size, _WORD(113 << 23)), ir.FloatType()), least)
+    wide = builder.add(size, _WORD(112 << 23))
+    wide = builder.select(builder.icmp_unsigned("<", size, _WORD(1 << 23)), builder.bitcast(small, _WORD), wide)
+    no_number = builder.icmp_unsigned(">=", size, _WORD(31 << 23))  # infinity or NaN
+    wide = builder.select(no_number, builder.add(size, _WORD(224 << 23)), wide)
+    return builder.bitcast(builder.or_(wide, sign), ir.FloatType())
+
+
+def half_of_bits(builder: Any, value: Any) -> Any:
+    """float32 to float16 in integers, to nearest, ties to even; beside 1/2 float32 has the steps of the subnormal."""
+    bits = builder.bitcast(value, _WORD)
+    sign = builder.and_(builder.lshr(bits, _WORD(16)), _WORD(0x8000))
+    size = builder.and_(bits, _WORD(0x7FFFFFFF))
+    half = ir.Constant(ir.FloatType(), 0.5)
+    small = builder.fadd(builder.bitcast(size, ir.FloatType()), half)
+    small = builder.sub(builder.bitcast(small, _WORD), _WORD(126 << 23))
+    carry = builder.add(_WORD(0xFFF), builder.and_(builder.lshr(size, _WORD(13)), _WORD(1)))
+    narrow = builder.lshr(builder.sub(builder.add(size, carry), _WORD(112 << 23)), _WORD(13))
+    narrow = builder.select(builder.icmp_unsigned("<", size, _WORD(113 << 23)), small, narrow)
+    above = builder.select(builder.icmp_unsigned(">", size, _WORD(0x7F800000)), _WORD(0x7E00), _WORD(0x7C00))
+    narrow = builder.select(builder.icmp_unsigned(">=", size, _WORD(143 << 23)), above, narrow)
+    return builder.trunc(builder.or_(narrow, sign), ir.IntType(16))
+
+
+def _bfloat_from(_context: Any, builder: Any, value: Any) -> Any:
+    return builder.bitcast(builder.shl(builder.zext(value, _WORD), _WORD(16)), ir.FloatType())
+
+
+def _bfloat_of(_context: Any, builder: Any, value: Any) -> Any:
     """To nearest, ties to even; NaN stays one."""
     bits = builder.bitcast(value, _WORD)
     high = builder.lshr(bits, _WORD(16))
@@ -512,9 +564,5 @@ def _bfloat_of(builder: Any, value: Any) -> Any:
     return builder.trunc(builder.select(is_nan, builder.or_(high, _WORD(0x40)), rounded), ir.IntType(16))
 
 
-from_half = _cast(types.uint16, types.float32, lambda b, v: b.fpext(b.bitcast(v, ir.HalfType()), ir.FloatType()))
-to_half = _cast(types.float32, types.uint16, lambda b, v: b.bitcast(b.fptrunc(v, ir.HalfType()), ir.IntType(16)))
-from_bfloat = _cast(
-    types.uint16, types.float32, lambda b, v: b.bitcast(b.shl(b.zext(v, _WORD), _WORD(16)), ir.FloatType())
-)
-to_bfloat = _cast(types.float32, types.uint16, _bfloat_of)
+from_half, from_bfloat = (_cast(types.uint16, types.float32, how) for how in (_half_from, _bfloat_from))
+to_half, to_bfloat = (_cast(types.float32, types.uint16, how) for how in (_half_of, _bfloat_of))

@@ -13,7 +13,6 @@ in any batch and under any number of threads.
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 import threading
@@ -139,12 +138,12 @@ numpy_engine = Cpu("numpy", compile=False)
 @cache
 def compiled_body() -> ModuleType | str:
     """The loops that Numba compiles, or why there are none."""
-    if importlib.util.find_spec("numba") is None:
-        return "Numba is not installed"
     try:
         from . import _compiled
-    except ImportError as error:  # a Numba that this NumPy or this Python is too new for says so here
-        return f"Numba cannot be imported: {error}"
+    except Exception as error:  # such as from a Numba that this NumPy or this Python is too new for
+        if isinstance(error, ModuleNotFoundError) and error.name == "numba":
+            return "Numba is not installed"
+        return f"Numba cannot be used: {error}"
     return _compiled
 
 
@@ -520,7 +519,7 @@ def _rounded_to_half(values: Array) -> Array:
     if not tiny.any():
         return values
     # Beside 0.75 float32 has steps of 2**-24, above and below.
-    return np.where(tiny, (values + np.float32(0.75)) - np.float32(0.75), values)
+    return np.where(tiny, np.copysign((values + np.float32(0.75)) - np.float32(0.75), values), values)
 
 
 def _pick(values: Array, at: Array) -> Array:
