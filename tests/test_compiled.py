@@ -88,7 +88,7 @@ def exp_alone(x):
 
 @njit
 def exp_in_groups(x, out, m, partial):
-    v.exp_groups(x, out, 0, x.shape[0] // 64, m, partial)
+    v.exp_groups(x, out, 0, x.shape[0] // v.PARTIAL, m, partial)
 
 
 @njit
@@ -144,7 +144,7 @@ def test_exp_is_the_same_alone_and_in_vectors(dtype):
     x = np.resize(x, -(-x.size // 64) * 64)
     each, groups, lanes, partial = np.empty_like(x), np.empty_like(x), x.copy(), np.zeros(1024, dtype)
     exp_each(x, each)
-    exp_in_groups(x, groups, x.dtype.type(0), partial[:64])
+    exp_in_groups(x, groups, x.dtype.type(0), partial[: v.PARTIAL])
     exp_in_lanes(lanes, np.zeros(16, dtype), partial)
     assert each.tobytes() == groups.tobytes() == lanes.tobytes()
     assert np.array([exp_alone(number) for number in x], dtype).tobytes() == each.tobytes()
@@ -250,7 +250,7 @@ class Spy:
 
     def __call__(self, *arguments):
         self.calls += 1
-        self.function(*arguments)
+        return self.function(*arguments)
 
 
 def words_of(array):
@@ -537,12 +537,12 @@ def test_a_row_longer_than_a_tile_is_for_numpy(monkeypatch):
     assert lanes.calls == 1
 
 
-# Every array ends, or starts, at a page that may not be touched; scratch holds NaN to begin with.
+# Every array that the loops see ends, or starts, at a page that may not be touched, and holds NaN to begin with.
 GUARD = """
 import ctypes, itertools, mmap, sys
 import ml_dtypes
 import numpy as np
-from xent_array import cross_entropy_grad, cross_entropy_value_and_grad, log_softmax, row_stats, softmax
+from xent_array import cross_entropy, cross_entropy_grad, cross_entropy_value_and_grad, log_softmax, row_stats, softmax
 from xent_array._engines import _compiled, cpu
 
 PAGE = mmap.PAGESIZE
@@ -550,7 +550,7 @@ libc = ctypes.CDLL(None, use_errno=True)
 kept = []
 
 def guarded(size, dtype):
-    dtype = np.dtype(dtype)
+    dtype, size = np.dtype(dtype), int(size)
     room = max(1, -(-size * dtype.itemsize // PAGE)) * PAGE
     memory = mmap.mmap(-1, room + 2 * PAGE)
     kept.append(memory)
@@ -567,22 +567,23 @@ def put(values):
     array[...] = values
     return array
 
-class Scratch(cpu._Scratch):
-    def row(self, use, size, dtype=None):
-        if use not in self.buffers:
-            self.buffers[use] = guarded(size, self.dtype if dtype is None else dtype)
-        return self.buffers[use]
-
-cpu._Scratch = Scratch
-_compiled._ONE = {dtype: put(array) for dtype, array in _compiled._ONE.items()}
-
 class Numpy:
-    empty = staticmethod(guarded)
+    def empty(self, shape, dtype=float):
+        return guarded(int(np.prod(shape)), dtype).reshape(shape)
 
     def __getattr__(self, name):
         return getattr(np, name)
 
 _compiled.np = Numpy()
+
+class Scratch(cpu._Scratch):
+    def __call__(self, use, shape):
+        buffer = self.keep(use, lambda: guarded(self.size, self.dtype))
+        return buffer[: shape[0] * shape[1]].reshape(shape)
+
+cpu._Scratch = Scratch
+_compiled._ONE = {dtype: put(array) for dtype, array in _compiled._ONE.items()}
+
 rng = np.random.default_rng(0)
 for dtype in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64):
     for classes, shape in itertools.product((1, 2, 48, 49, 64, 65, 513), ((1, 1), (3, 1), (130, 1), (2, 9), (1, 40))):
@@ -606,6 +607,14 @@ for dtype in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64):
         soft = put(rng.random(x.shape))
         cross_entropy_value_and_grad(put(x), soft, axis=1, out=guarded(x.size, dtype).reshape(x.shape), engine="cpu")
         softmax(put(x), axis=1), log_softmax(put(x), axis=1)
+        row, label = put(np.moveaxis(x, 1, 2)), put(abs(labels) % classes)
+        cross_entropy_value_and_grad(row, label), cross_entropy(row, label)  # small, without options
+        label.reshape(-1)[-1] = -1
+        try:
+            cross_entropy_value_and_grad(row, label)
+        except IndexError:
+            continue
+        raise AssertionError
 print("done", len(kept))
 """
 
