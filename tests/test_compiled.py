@@ -105,7 +105,7 @@ def tanh_each(x, out):
 @njit
 def log1p_each(x, out):
     for k in range(x.shape[0]):
-        out[k] = v.log1p(x[k])
+        out[k] = v.log1p(x[k])[0]
 
 
 @each_wide

@@ -7,6 +7,7 @@ and the steps from row to row and from class to class.
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -68,7 +69,7 @@ def at_once(
     if classes <= FEW:
         done = _loops.lanes(
             logits.reshape(-1), 1, count, 0, classes, classes, 1, False, target.reshape(-1), one, 0.0, one, scale,
-            job, _NO_STATS[acc], loss, out, 0, classes, 1, SIDE_BY_SIDE, *_lanes_room(classes, SIDE_BY_SIDE, acc),
+            job, _NO_STATS[acc], loss, out, 0, classes, 1, SIDE_BY_SIDE, *_own_room(classes, acc),
         )  # fmt: skip
     else:
         done = _loops.rows(
@@ -92,6 +93,24 @@ def _rows_room(classes: int) -> int:
 def _lanes_room(classes: int, width: int, acc: Any) -> tuple[Array, Array, Array]:
     numbers = np.empty(classes * (width + 1) + PARTIAL * LANES + 5 * width, acc)
     return numbers, np.empty(3 * width), np.empty(width, _PLACES[acc])
+
+
+class _Own(threading.local):
+    """What a thread keeps between small batches."""
+
+    key: Any = None
+    room: Any = None
+
+
+_own = _Own()
+
+
+def _own_room(classes: int, acc: Any) -> tuple[Array, Array, Array]:
+    key = classes, acc
+    if _own.key != key:
+        _own.key, _own.room = key, _lanes_room(classes, SIDE_BY_SIDE, acc)
+    room: tuple[Array, Array, Array] = _own.room
+    return room
 
 
 def block(rows: Rows, want: _Want, part: Part, scratch: _Scratch) -> None:

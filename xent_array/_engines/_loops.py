@@ -157,7 +157,7 @@ def _rest(x, m, at, e, partial, spare):
         _fill(partial, 0)
         v.exp_groups(x, e, c, (apart - c) // PARTIAL, m, partial)
         if apart < whole:
-            _aside(x, apart, PARTIAL, m, at, e, partial, spare)
+            v.exp_group_but_one(x, e, apart, at - apart, m, partial)
             v.exp_groups(x, e, apart + PARTIAL, (whole - apart) // PARTIAL - 1, m, partial)
         if whole < end:
             _aside(x, whole, end - whole, m, at, e, partial, spare)
@@ -357,7 +357,7 @@ def rows(
             if job & STATS:
                 stats[0, i], stats[1, i], stats[2, i], stats[3, i] = m, r, gap, mass
         wide_r = float(r) if np.isfinite(m) else np.nan
-        tail, p = v.log1p(wide_r), 1 / (1 + wide_r)
+        tail, p = v.log1p(wide_r)
         if job & LOSS:
             f = factor[i if factor.shape[0] > 1 else 0]
             loss[i] = kind(f * _loss(gap, mass, tail, m + tail, z)) if f != 0 else 0
@@ -449,8 +449,7 @@ def _rests(tile, step, classes, m, at, partial, totals):
 @inner
 def _tails(r, tail, p):
     for k in range(r.shape[0]):
-        tail[k] = v.log1p(r[k])
-        p[k] = 1 / (1 + r[k])
+        tail[k], p[k] = v.log1p(r[k])
 
 
 @inner

@@ -142,8 +142,8 @@ def _tanh(x: Value) -> Value:
     return (-up).where(is_low, up)
 
 
-def _log1p(r: Value) -> Value:
-    """log(1 + r) for 0 <= r, in float64; NaN of NaN.
+def _log1p(r: Value) -> tuple[Value, Value]:
+    """(log(1 + r), 1/(1 + r)) for 0 <= r, in float64; NaN of NaN.
 
     With 1 + r = m·2**k, m from sqrt(1/2) to sqrt(2): log(m) = 2·atanh(s) by its series, s = (m - 1)/(m + 1),
     |s| < 0.172; and what 1 + r loses of r is given back.
@@ -151,6 +151,7 @@ def _log1p(r: Value) -> Value:
     builder = r.builder
     one = r.like(1)
     u = one + r
+    inverse = one / u
     bits = builder.bitcast(u.value, r.like(0, _INDEX).value.type)
     above = builder.sub(bits, r.like(0x3FE6A09E667F3BCD, _INDEX).value)  # the square root of 1/2
     k = builder.lshr(above, r.like(52, _INDEX).value)
@@ -159,7 +160,8 @@ def _log1p(r: Value) -> Value:
     exponent = Value(builder, shifted) - r.like(2**52)
     s = (m - one) / (m + one)
     atanh = (s * s).polynomial([1 / odd for odd in range(21, 0, -2)]) * s
-    return exponent.times_plus(r.like(math.log(2)), atanh.times_plus(r.like(2), (r - (u - one)) / u))
+    lost = (r - (u - one)) * inverse
+    return exponent.times_plus(r.like(math.log(2)), atanh.times_plus(r.like(2), lost)), inverse
 
 
 def _of_a_number(function: Callable[[Value], Value]) -> Any:
@@ -170,7 +172,18 @@ def _of_a_number(function: Callable[[Value], Value]) -> Any:
     return of_a_number
 
 
-exp, tanh, log1p = map(_of_a_number, (_exp, _tanh, _log1p))
+exp, tanh = map(_of_a_number, (_exp, _tanh))
+
+
+@intrinsic
+def log1p(_context: Any, r: Any) -> Any:
+    """log(1 + r) and 1/(1 + r)."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        both = [value.value for value in _log1p(Value(builder, arguments[0]))]
+        return context.make_tuple(builder, signature.return_type, both)
+
+    return types.UniTuple(r, 2)(r), build
 
 
 # Stretches of an array
@@ -312,6 +325,33 @@ def exp_groups(_context: Any, x: Any, e: Any, start: Any, groups: Any, largest: 
                 to.memory.store(value, place)
                 builder.store((Value(builder, builder.load(slot)) + value).value, slot)
         kept.store(held.get(), _INDEX(0))
+        return context.get_dummy_value()
+
+    return types.void(x, e, types.int64, types.int64, largest, partial), build
+
+
+@intrinsic
+def exp_group_but_one(_context: Any, x: Any, e: Any, start: Any, one: Any, largest: Any, partial: Any) -> Any:
+    """The group that starts there, with 0 at `one` of its places."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        numbers, to, kept = (
+            _Group(context, builder, type_, arguments[k]) for k, type_ in ((0, x), (1, e), (5, partial))
+        )
+        m, zero = numbers.memory.all(arguments[4]), _INDEX(0)
+        which = builder.trunc(arguments[3], _WORD)
+        of_words = ir.VectorType(_WORD, numbers.length)
+        first = builder.insert_element(ir.Constant(of_words, ir.Undefined), which, _WORD(0))
+        wanted = builder.shuffle_vector(first, first, ir.Constant(of_words, [0] * numbers.length))
+        sums = []
+        for k, total in zip(numbers.places, kept.load(zero), strict=True):
+            place = builder.add(arguments[2], _INDEX(k))
+            value = _exp(numbers.memory.load(place) - m)
+            is_one = builder.icmp_signed("==", wanted, ir.Constant(of_words, [*range(k, k + numbers.length)]))
+            value = value.like(0).where(is_one, value)
+            to.memory.store(value, place)
+            sums.append(total + value)
+        kept.store(sums, zero)
         return context.get_dummy_value()
 
     return types.void(x, e, types.int64, types.int64, largest, partial), build
