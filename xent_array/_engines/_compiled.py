@@ -25,7 +25,7 @@ LONGEST = 1 << 16  # classes that may be turned
 SIDE_BY_SIDE = 112  # rows of few classes that are turned at once: no power of two, which would fall on few cache lines
 
 _ONE = {np.dtype(kind): np.ones(1, kind) for kind in (np.float32, np.float64)}
-_NONE = {np.dtype(kind): np.empty(0, kind) for kind in (np.float32, np.float64, np.intp)}
+_NONE = {np.dtype(kind): np.empty(0, kind) for kind in (np.float32, np.float64, np.intp, np.uint16)}
 _NO_STATS = {np.dtype(kind): np.empty((4, 0), kind) for kind in (np.float32, np.float64)}
 _PLACES = {np.dtype(np.float32): np.int32, np.dtype(np.float64): np.int64}
 
@@ -188,7 +188,7 @@ def _in_lanes(rows: Rows, grad: Array | None, target: tuple[Any, ...], scratch: 
     _loops.lanes(
         _first(rows.logits, beside), outer, inner, *x[:2], classes, x[2], rows.grad_dtype == np.float16,
         label, on_label, z_loss, *rest,
-        _NONE[acc] if grad is None else _first(grad, beside), *out, width, *room,
+        _nothing(rows) if grad is None else _first(grad, beside), *out, width, *room,
     )  # fmt: skip
     return True
 
@@ -214,7 +214,7 @@ def _in_rows(rows: Rows, grad: Array | None, target: tuple[Any, ...], scratch: _
         logits, x_step = _open(_dense(rows.logits, acc, scratch("x", (count, classes)))[0]), classes
     else:
         logits, x_step = _first(rows.logits, False), x[1]
-    out, out_step, made = none, 0, None
+    out, out_step, made = _nothing(rows) if x is not None else none, 0, None
     if grad is not None:
         steps = _steps(grad, acc, False) if inner == 1 else None
         if steps is None:
@@ -246,6 +246,11 @@ def _labels(rows: Rows, known: _rows.Labels | None) -> tuple[Array, Array]:
     if known is not None and known.valid is not None:
         label = np.where(known.valid.reshape(-1), label, -1)
     return label, on_label
+
+
+def _nothing(rows: Rows) -> Array:
+    """In place of a gradient, with a dtype that there is compiled code for."""
+    return _NONE[np.dtype(np.uint16) if rows.logits.itemsize == 2 else rows.acc]
 
 
 def _flat(values: Any, dtype: Any) -> Array:
