@@ -20,7 +20,7 @@ from .cpu import QUICK, ROW, Part, _dense, _distribution, _Scratch, _store, _sum
 
 FEW = 48  # rows of up to so many classes share vector instructions
 BESIDE = 8  # and so do rows whose classes lie apart, where at least so many rows lie side by side
-TURNED = 1 << 18  # logits that are turned at once, of up to 256 rows, and of 32 at least
+TURNED = 1 << 17  # logits that are turned at once, of up to 256 rows, and of 32 at least
 LONGEST = 1 << 16  # classes that may be turned
 SIDE_BY_SIDE = 112  # rows of few classes that are turned at once: no power of two, which would fall on few cache lines
 

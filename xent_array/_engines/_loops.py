@@ -399,10 +399,7 @@ def rows(
 def _gather(x, start, inner_step, class_step, is_half, tile, step, classes, count, spare):
     """Logits of `count` rows, turned so that rows lie side by side; `spare` has room for one row."""
     if inner_step == 1:
-        for c in range(classes):
-            here = v.part(tile, c * step, count)
-            _read(x, start + c * class_step, is_half, here)
-            _copy(v.row(x, start + c * class_step, here), here)
+        _take(x, start, class_step, is_half, tile, step, classes, count)
     else:
         for k in range(count):
             _read(x, start + k * inner_step, is_half, spare)
@@ -412,15 +409,57 @@ def _gather(x, start, inner_step, class_step, is_half, tile, step, classes, coun
 @inner
 def _scatter(tile, step, classes, is_half, out, start, inner_step, class_step, count, spare):
     if inner_step == 1:
-        for c in range(classes):
-            here = v.part(tile, c * step, count)
-            _copy(here, v.row(out, start + c * class_step, here))
-            _write(here, is_half, out, start + c * class_step)
+        _put(tile, step, classes, count, is_half, out, start, class_step)
     else:
         for k in range(count):
             grad = v.row(out, start + k * inner_step, spare)
             v.turn_back(tile, k, step, grad)
             _write(grad, is_half, out, start + k * inner_step)
+
+
+def _take(x, start, class_step, is_half, tile, step, classes, count):
+    """Logits of `count` rows that lie side by side already."""
+    raise NotImplementedError
+
+
+@overload(_take, jit_options=_INNER)
+def _take_of(x, start, class_step, is_half, tile, step, classes, count):
+    if x.dtype == types.uint16:
+
+        def body(x, start, class_step, is_half, tile, step, classes, count):
+            for c in range(classes):
+                _read(x, start + c * class_step, is_half, v.part(tile, c * step, count))
+    else:
+
+        def body(x, start, class_step, is_half, tile, step, classes, count):
+            if count == step:
+                v.copy_lanes(x, start, class_step, tile, step, classes, count // LANES)
+            else:
+                for c in range(classes):
+                    _copy(v.part(x, start + c * class_step, count), v.part(tile, c * step, count))
+
+    return body
+
+
+def _put(tile, step, classes, count, is_half, out, start, class_step):
+    """The gradient of `count` rows to where it lies side by side."""
+    raise NotImplementedError
+
+
+@overload(_put, jit_options=_INNER)
+def _put_of(tile, step, classes, count, is_half, out, start, class_step):
+    if out.dtype == types.uint16:
+
+        def body(tile, step, classes, count, is_half, out, start, class_step):
+            for c in range(classes):
+                _write(v.part(tile, c * step, count), is_half, out, start + c * class_step)
+    else:
+
+        def body(tile, step, classes, count, is_half, out, start, class_step):
+            for c in range(classes):
+                _copy(v.part(tile, c * step, count), v.part(out, start + c * class_step, count))
+
+    return body
 
 
 @inner

@@ -495,6 +495,24 @@ def tops_of_lanes(_context: Any, tile: Any, start: Any, step: Any, classes: Any,
 
 
 @intrinsic
+def copy_lanes(_context: Any, x: Any, start: Any, step: Any, to: Any, to_step: Any, classes: Any, vectors: Any) -> Any:
+    """16·vectors numbers of every class, from `start` of `x` to the start of `to`."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        source = _Memory(context, builder, x, arguments[0], LANES)
+        target = _Memory(context, builder, to, arguments[3], LANES)
+        with cgutils.for_range(builder, arguments[5]) as of_classes:
+            here = builder.add(arguments[1], builder.mul(of_classes.index, arguments[2]))
+            there = builder.mul(of_classes.index, arguments[4])
+            with cgutils.for_range(builder, arguments[6]) as loop:
+                lane = builder.mul(loop.index, _INDEX(LANES))
+                target.store(source.load(builder.add(here, lane)), builder.add(there, lane))
+        return context.get_dummy_value()
+
+    return types.void(x, types.int64, types.int64, to, types.int64, types.int64, types.int64), build
+
+
+@intrinsic
 def exp_of_lanes(_context: Any, tile: Any, start: Any, step: Any, classes: Any, m: Any, lane: Any, partial: Any) -> Any:
     """exp(x - m) in place of x, for 16 rows; added to the partial sums in turn, 16 numbers each."""
 
