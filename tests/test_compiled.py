@@ -895,11 +895,14 @@ def test_no_folder_at_all(folder, monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="this system has no owners and modes")
-def test_a_folder_that_others_can_write_to_is_not_used(folder):
-    os.chmod(Path(anew().stats.cache_path), 0o777)
+@pytest.mark.parametrize(("which", "mode", "used"), [(0, 0o777, False), (1, 0o777, False), (1, 0o1777, True)])
+def test_a_folder_that_others_can_write_to_or_replace_is_not_used(folder, which, mode, used):
+    kept = Path(anew().stats.cache_path)
+    os.chmod([kept, kept.parent][which], mode)
     function = anew()
-    assert (function(1.5), function.stats.cache_path) == (3, None)
-    assert not list(folder.rglob("*.nb?"))
+    assert function(1.5) == 3
+    assert (function.stats.cache_path is not None) is used
+    assert bool(list(folder.rglob("*.nb?"))) is used
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="this system has no owners and modes")
@@ -907,7 +910,7 @@ def test_a_folder_that_others_can_write_to_is_not_used(folder):
 def test_a_folder_is_of_this_user_or_of_the_owner_of_the_package(monkeypatch, owner, ours):
     monkeypatch.setattr(_kept.os, "geteuid", lambda: 1)
     with monkeypatch.context() as patched:
-        of = {_kept.__file__: 2, "there": owner}
+        of = {_kept.__file__: 2, "there": owner, Path("."): 3}
         patched.setattr(_kept.os, "stat", lambda path: SimpleNamespace(st_uid=of[path], st_mode=0o40755))
         answer = _kept._is_ours("there")
     assert answer is ours

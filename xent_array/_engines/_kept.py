@@ -29,10 +29,12 @@ def kept(function: Any) -> Any:
 
 
 def _is_ours(folder: str) -> bool:
-    """Whether only this user, or the owner of this file, may put files there."""
+    """Whether only this user, or the owner of this file, may put files there, or another folder in its place."""
     if not hasattr(os, "geteuid"):
         return True  # Windows, where the folders of a user are the user's
-    found = os.stat(folder)
+    found, above = os.stat(folder), os.stat(Path(folder).parent)
+    if above.st_mode & stat.S_IWOTH and not above.st_mode & stat.S_ISVTX:
+        return False
     return found.st_uid in (os.geteuid(), os.stat(__file__).st_uid) and not found.st_mode & stat.S_IWOTH
 
 
