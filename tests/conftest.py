@@ -12,7 +12,7 @@ import tally
 
 BACKENDS = ("numpy", "numpy-readonly", "array-api-strict", "torch", "jax", "cupy", "emulated")
 
-hypothesis.settings.register_profile("default", max_examples=120, deadline=None, derandomize=False)
+hypothesis.settings.register_profile("default", max_examples=60, deadline=None, derandomize=False)
 hypothesis.settings.register_profile("long", max_examples=100_000, deadline=None, derandomize=False)
 hypothesis.settings.load_profile("default")  # by name, because hypothesis has a profile of its own for CI
 
