@@ -216,8 +216,8 @@ def cross_entropy(
         it costs no waiting: in host memory. Under tracing (``jax.jit``) there is nothing to check. The row of a bad
         label that is not checked is NaN.
     engine : str, optional
-        Forces an engine by its name ("cpu", "cuda", "generic"; ``python -m xent_array`` lists them); by default the
-        first that takes the arrays.
+        Forces an engine by its name ("cpu", "numpy", "cuda", "generic"; ``python -m xent_array`` lists them);
+        by default the first that takes the arrays.
 
     Returns
     -------

@@ -99,12 +99,9 @@ def _copy(values, to):
 
 @inner
 def _put_aside(x, start, count, spare, number):
-    """Up to 32 numbers as a group of 32."""
-    if count == PARTIAL:
-        v.copy_group(x, start, spare, 0)
-    else:
-        _fill(spare, number)
-        _copy(v.part(x, start, count), v.part(spare, 0, count))
+    """Fewer than 32 numbers as a group of 32."""
+    _fill(spare, number)
+    _copy(v.part(x, start, count), v.part(spare, 0, count))
 
 
 @inner
@@ -171,10 +168,7 @@ def _aside(x, start, count, m, at, e, partial, spare):
     if start <= at < start + count:
         spare[at - start] = -np.inf
     v.exp_groups(spare, spare, 0, 1, m, partial)
-    if count == PARTIAL:
-        v.copy_group(spare, 0, e, start)
-    else:
-        _copy(v.part(spare, 0, count), v.part(e, start, count))
+    _copy(v.part(spare, 0, count), v.part(e, start, count))
 
 
 @inner

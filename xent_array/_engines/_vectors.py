@@ -2,7 +2,7 @@
 
 An operation here is the same for a number and for a vector of any length, so a row has the same result wherever it
 is worked on. LLVM makes vector instructions of it, of whatever width the processor has, and reorders nothing. The
-exponential and its kin are ours, because a call of the C library for each element would cost ten times the rest.
+exponential and its kin are ours, because a call of the C library for each element would cost many times the rest.
 """
 
 from __future__ import annotations
@@ -409,18 +409,6 @@ def first_of_group(_context: Any, x: Any, start: Any, value: Any) -> Any:
         return builder.cttz(found, ir.IntType(1)(0))
 
     return types.int64(x, types.int64, value), build
-
-
-@intrinsic
-def copy_group(_context: Any, x: Any, start: Any, to: Any, to_start: Any) -> Any:
-    """32 numbers of `x` from `start` into `to` from `to_start`."""
-
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        group, into = (_Group(context, builder, type_, arguments[k]) for k, type_ in ((0, x), (2, to)))
-        into.store(group.load(arguments[1]), arguments[3])
-        return context.get_dummy_value()
-
-    return types.void(x, types.int64, to, types.int64), build
 
 
 @intrinsic

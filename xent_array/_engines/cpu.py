@@ -31,7 +31,7 @@ BLOCK = 1 << 18  # logits in a block, at most: its scratch is 1 MiB in float32
 TILE = 1 << 20  # a row of more classes is read in tiles of this many, so that scratch stays bounded
 ALONE = 1 << 16  # less work than this many logits is not worth waking a thread for
 ROW = 24  # what a row costs beside its logits, in logits
-QUICK = 3  # how much faster compiled loops are than NumPy
+QUICK = 3  # times as much work is not worth one where loops are compiled
 
 Part = tuple[slice, slice]  # of the outer and of the inner axis
 _WHOLE: Part = (slice(None), slice(None))
