@@ -578,8 +578,6 @@ def lanes(
             )
             for lane in range(0, step, LANES):
                 v.tops_of_lanes(tile, lane, step, classes, m, at, lane)
-            for k in range(count, step):
-                at[k] = -1  # nobody's
             if label.shape[0]:
                 _labels(y, a, tile, step, m, on_label, gap, mass)
             else:
