@@ -88,12 +88,12 @@ def exp_alone(x):
 
 @njit
 def exp_in_groups(x, out, m, partial):
-    v.exp_groups(x, out, 0, x.shape[0] // v.PARTIAL, m, partial)
+    v.exp_groups(x, out, 0, x.shape[0] // v.PARTIAL, m, partial, x, 0, out, 0)
 
 
 @njit
-def exp_in_lanes(x, m, partial):
-    v.exp_of_lanes(x, 0, 16, x.shape[0] // 16, m, 0, partial)
+def exp_in_lanes(x, m, partial, totals):
+    v.exp_of_lanes(x, 0, x.shape[0] // v.LANES, m, 0, partial, totals, x, 0, 0, x, 0, 0)
 
 
 @njit
@@ -103,15 +103,15 @@ def tanh_each(x, out):
 
 
 @njit
-def log1p_each(x, out):
+def log1p_each(x, kind, out):
     for k in range(x.shape[0]):
-        out[k] = v.log1p(x[k])[0]
+        out[k] = v.finish(kind, x[k], 0, 1, 0, 1, 1, 0)[3]
 
 
 @each_wide
 def test_exp(dtype):
-    """On all that is not above 0; exactly 0 where that is no normal number."""
-    smallest = math.log(np.finfo(dtype).smallest_normal)
+    """On all that is not above 0; exactly 0 beside the smallest normal number."""
+    smallest = math.log(np.finfo(dtype).smallest_normal) - math.log(2) / 2
     x = np.concatenate(
         [
             words(-0.0, smallest, 200_000, dtype),
@@ -124,8 +124,8 @@ def test_exp(dtype):
     with np.errstate(under="ignore"):
         truth = np.exp(exact(x))
     ends = x < smallest * (1 - 2e-7)  # a few numbers beside the end become 0 early
-    assert (got[x < smallest] == 0).all()
-    assert (got[~ends] >= np.finfo(dtype).smallest_normal).all()
+    assert (got[x < smallest * (1 + 2e-7)] == 0).all()
+    assert (got[~ends] > 0).all()
     assert units(got[~ends], truth[~ends]) <= (1.05 if dtype == "float32" else 1.6)
     assert (got[x == 0] == 1).all()
     far = np.array([-np.inf, np.finfo(dtype).min, -1e4, -104, -746, np.nan], dtype)
@@ -145,7 +145,7 @@ def test_exp_is_the_same_alone_and_in_vectors(dtype):
     each, groups, lanes, partial = np.empty_like(x), np.empty_like(x), x.copy(), np.zeros(1024, dtype)
     exp_each(x, each)
     exp_in_groups(x, groups, x.dtype.type(0), partial[: v.PARTIAL])
-    exp_in_lanes(lanes, np.zeros(16, dtype), partial)
+    exp_in_lanes(lanes, np.zeros(16, dtype), partial, np.zeros(16))
     assert each.tobytes() == groups.tobytes() == lanes.tobytes()
     assert np.array([exp_alone(number) for number in x], dtype).tobytes() == each.tobytes()
 
@@ -164,7 +164,8 @@ def test_tanh(dtype):
     np.testing.assert_array_equal(got, np.tanh(special))
 
 
-def test_log1p():
+@pytest.mark.parametrize(("kind", "bar"), [(np.float64, 3), (np.float32, 1e-10 * 2**53)])
+def test_log1p(kind, bar):
     tiny = np.finfo(np.float64).smallest_subnormal
     x = np.concatenate(
         [
@@ -173,11 +174,11 @@ def test_log1p():
         ]
     )
     got = np.empty_like(x)
-    log1p_each(x, got)
-    assert units(got, np.log1p(exact(x))) <= 3
+    log1p_each(x, kind(0), got)
+    assert units(got, np.log1p(exact(x))) <= bar
     special = np.array([0.0, np.nan])
     got = np.empty_like(special)
-    log1p_each(special, got)
+    log1p_each(special, kind(0), got)
     np.testing.assert_array_equal(got, special)
 
 
@@ -305,7 +306,7 @@ def all_that_comes_out(x, labels, axis, shape, out=None, **options):
     return [words_of(result) for result in results]
 
 
-CLASSES = (1, 2, 3, 47, 48, 49, 63, 64, 65, 511, 512, 513, 1000)
+CLASSES = (1, 2, 3, 4, 5, 9, 31, 32, 33, 64, 255, 256, 257, 512, 513, 1000)
 
 
 @each_dtype
@@ -314,7 +315,7 @@ def test_rows_and_lanes_are_bit_identical(monkeypatch, dtype, names):
     """The same rows dense and with classes apart, by the path that is taken and by `rows` alone."""
     rows, lanes = Spy(monkeypatch, "rows"), Spy(monkeypatch, "lanes")
     for classes in CLASSES:
-        for outer, inner in [(1, 8), (1, 17), (2, 40)] if classes > 100 else [(1, 8), (3, 13), (1, 113), (2, 300)]:
+        for outer, inner in [(1, 8), (1, 17), (2, 40)] if classes > 64 else [(1, 8), (3, 13), (1, 113), (2, 300)]:
             x, labels, options = problem(classes, outer * inner, DTYPES[dtype], names, seed=classes + inner)
             by_rows = all_that_comes_out(x, labels, 1, labels.shape, **options)
             apart = np.ascontiguousarray(np.moveaxis(x.reshape(outer, inner, classes), 2, 1))
@@ -333,7 +334,7 @@ def test_rows_and_lanes_are_bit_identical(monkeypatch, dtype, names):
 
 @each_dtype
 def test_all_rows_against_the_oracle(dtype):
-    for classes, axis in itertools.product((1, 5, 48, 49, 130, 1000), (0, 1)):
+    for classes, axis in itertools.product((1, 5, 32, 33, 130, 256, 257, 1000), (0, 1)):
         x, labels, options = problem(classes, 150, DTYPES[dtype], OPTIONS)
         options["grad_output"][(labels == -1) | (labels == classes)] = 2  # NaN whatever multiplies it
         options |= {"axis": axis, "reduction": "none"}
@@ -367,10 +368,10 @@ def test_bad_labels_under_every_option(options, axis):
 
 
 @pytest.mark.parametrize("kind", ["i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", ">i4", "unaligned"])
-@pytest.mark.parametrize("classes", [10, 100])
+@pytest.mark.parametrize("classes", [10, 300])
 def test_labels_of_every_integer_type(kind, classes):
     x = RNG.standard_normal((40, classes), dtype=np.float32)
-    labels = RNG.integers(classes, size=40)
+    labels = RNG.integers(min(classes, 128), size=40)
     wanted = cross_entropy(x, labels, reduction="none", engine="cpu")
     if kind == "unaligned":
         labels = np.frombuffer(b"?" + labels.tobytes(), labels.dtype, offset=1)
@@ -389,7 +390,7 @@ def test_smoothing_too_small_to_be_a_number():
     np.testing.assert_array_equal(got[1], wanted[1])
 
 
-@pytest.mark.parametrize("classes", [8, 100])
+@pytest.mark.parametrize("classes", [8, 300])
 def test_stats_of_more_classes_than_are_here(classes):
     """A maximum that no class here has, as where another machine holds the rest of the row."""
     x = RNG.standard_normal((30, 2 * classes)).astype(np.float64)
@@ -478,7 +479,7 @@ def test_layouts(layout, classes, dtype):
 @pytest.mark.parametrize(
     "layout", ["dense", "padded", "rows backwards", "classes backwards", "every other class", "Fortran"]
 )
-@pytest.mark.parametrize("classes", [1, 10, 100])
+@pytest.mark.parametrize("classes", [1, 10, 33, 300])
 def test_out_of_any_layout(layout, classes, dtype):
     x, labels, _ = problem(classes, 50, DTYPES[dtype])
     given = {"validate": False, "engine": "cpu", "reduction": "none"}
@@ -628,7 +629,7 @@ def test_nothing_beside_an_array_is_touched(end):
 # -- what is compiled, and when ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("classes", [10, 100])
+@pytest.mark.parametrize("classes", [10, 300])
 def test_one_machine_code_for_all_options(classes):
     """Nor for read-only arrays, nor for another job, though a loss alone of 16-bit logits has one of its own."""
     x, labels = RNG.standard_normal((30, classes), dtype=np.float32), RNG.integers(classes, size=30)
@@ -653,7 +654,7 @@ def test_one_machine_code_for_all_options(classes):
 @pytest.fixture(scope="module")
 def assembly():
     """Of `rows` for float32."""
-    cross_entropy_value_and_grad(np.zeros((3, 100), np.float32), [0, 1, 2], engine="cpu")
+    cross_entropy_value_and_grad(np.zeros((3, 300), np.float32), [0, 1, 2], engine="cpu")
     (signature,) = (s for s in _loops.rows.signatures if s[0].dtype == types.float32 == s[-3].dtype)
     anew = njit(**_loops._OPTIONS)(_loops.rows.py_func)
     anew.compile(signature)
@@ -706,7 +707,7 @@ import hashlib, threading
 import numpy as np
 from xent_array import cross_entropy_value_and_grad
 
-x = np.random.default_rng(0).standard_normal((40, 100), np.float32)
+x = np.random.default_rng(0).standard_normal((40, 300), np.float32)
 labels = np.arange(40)
 found = []
 
@@ -746,7 +747,7 @@ def test_a_processor_that_knows_little(tmp_path):
     script = """
 import numpy as np
 from xent_array import cross_entropy_value_and_grad
-x = np.random.default_rng(0).standard_normal((4, 100)).astype(np.float16)
+x = np.random.default_rng(0).standard_normal((4, 300)).astype(np.float16)
 for logits in (x, x[:, :10]):
     (loss, grad), (wanted, _) = (cross_entropy_value_and_grad(logits, [3, 2, 1, 0], engine=e) for e in ("cpu", "numpy"))
     assert grad.dtype == np.float16 and abs(loss - wanted) < 1e-5
@@ -771,7 +772,7 @@ class Finder:
 sys.meta_path.insert(0, Finder())
 import numpy as np
 from xent_array import __main__ as program, cross_entropy_value_and_grad
-x = np.random.default_rng(0).standard_normal((40, 100), np.float32)
+x = np.random.default_rng(0).standard_normal((40, 300), np.float32)
 found = [cross_entropy_value_and_grad(x, np.arange(40), z_loss=0.1, engine=engine) for engine in (None, "cpu", "numpy")]
 assert len({loss.tobytes() + grad.tobytes() for loss, grad in found}) == 1
 program.SIZE = (4, 10)

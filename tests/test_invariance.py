@@ -216,7 +216,7 @@ def test_forked_children():
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("shape", [(1, 1), (5, 3), (7, 2, 48), (100, 48), (100, 49), (3, 1000)])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 3), (7, 2, 48), (100, 48), (100, 256), (100, 257), (3, 1000)])
 def test_at_once_or_not(shape, dtype, reduction):
     """The same bits as by way of every check; and where it is not for them, that way is taken."""
     rng = np.random.default_rng(0)

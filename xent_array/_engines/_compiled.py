@@ -15,13 +15,14 @@ import numpy as np
 from .. import _rows
 from .._rows import Array, Rows
 from . import _loops, cpu
-from ._vectors import LANES, PARTIAL
+from ._vectors import EACH, LANES, PARTIAL
 from .cpu import QUICK, ROW, Part, _dense, _distribution, _Scratch, _store, _sum, _Want
 
-FEW = 48  # rows of up to so many classes share vector instructions
+FEW = 256  # rows of up to so many classes share vector instructions
 BESIDE = 8  # and so do rows whose classes lie apart, where at least so many rows lie side by side
-TURNED = 1 << 17  # logits that are turned at once, of up to 256 rows, and of 32 at least
+APART = 1 << 17  # logits that are turned at once, of up to 256 rows, and of 32 at least
 LONGEST = 1 << 16  # classes that may be turned
+TURNED = 1 << 12  # logits of dense rows that are turned at once: what stays in the innermost cache
 SIDE_BY_SIDE = 112  # rows of few classes that are turned at once: no power of two, which would fall on few cache lines
 
 _ONE = {np.dtype(kind): np.ones(1, kind) for kind in (np.float32, np.float64)}
@@ -69,7 +70,7 @@ def at_once(
     if classes <= FEW:
         done = _loops.lanes(
             logits.reshape(-1), 1, count, 0, classes, classes, 1, False, target.reshape(-1), one, 0.0, one, scale,
-            job, _NO_STATS[acc], loss, out, 0, classes, 1, SIDE_BY_SIDE, *_own_room(classes, acc),
+            job, _NO_STATS[acc], loss, out, 0, classes, 1, _width(classes), *_own_room(classes, acc),
         )  # fmt: skip
     else:
         done = _loops.rows(
@@ -90,9 +91,14 @@ def _rows_room(classes: int) -> int:
     return 3 * classes + _loops.CHUNK + 2 * PARTIAL
 
 
+def _width(classes: int) -> int:
+    """How many rows of dense classes are turned at once: what stays in the innermost cache."""
+    return max(LANES, min(SIDE_BY_SIDE, TURNED // classes // LANES * LANES))
+
+
 def _lanes_room(classes: int, width: int, acc: Any) -> tuple[Array, Array, Array]:
-    numbers = np.empty(classes * (width + 1) + PARTIAL * LANES + 5 * width, acc)
-    return numbers, np.empty(3 * width), np.empty(width, _PLACES[acc])
+    numbers = np.empty((classes + EACH) * width + PARTIAL * LANES + max(_loops.STRIP * classes, width), acc)
+    return numbers, np.empty(width), np.empty(2 * width, _PLACES[acc])
 
 
 class _Own(threading.local):
@@ -108,7 +114,7 @@ _own = _Own()
 def _own_room(classes: int, acc: Any) -> tuple[Array, Array, Array]:
     key = classes, acc
     if _own.key != key:
-        _own.key, _own.room = key, _lanes_room(classes, SIDE_BY_SIDE, acc)
+        _own.key, _own.room = key, _lanes_room(classes, _width(classes), acc)
     room: tuple[Array, Array, Array] = _own.room
     return room
 
@@ -182,7 +188,7 @@ def _in_lanes(rows: Rows, grad: Array | None, target: tuple[Any, ...], scratch: 
     acc, (outer, classes, inner) = rows.acc, rows.logits.shape
     if not beside:
         outer, inner = 1, outer
-    width = max(32, min(256, TURNED // classes // LANES * LANES)) if beside else SIDE_BY_SIDE
+    width = max(32, min(256, APART // classes // LANES * LANES)) if beside else _width(classes)
     room = scratch.keep("lanes", lambda: _lanes_room(classes, width, acc))
     label, on_label, z_loss, *rest = target
     _loops.lanes(

@@ -24,6 +24,8 @@ if config.DISABLE_JIT:
     raise ImportError("NUMBA_DISABLE_JIT is set")
 
 CHUNK = 512
+FEW = 32  # classes of which each is compared with the label and the place of the maximum, rather than looked up
+STRIP = 8  # rows of 16 bits that are widened, or narrowed, before they are turned, or after
 
 STATS, LOSS, GRAD, LOG, KNOWN, CHECK = 1, 2, 4, 8, 16, 32  # the bits of a job; see `rows`
 
@@ -56,22 +58,6 @@ def _without_softmax(x, step):
 def _of_label(part, m, x):
     """What the label adds to the gap, where 0·inf counts 0."""
     return part * (m - x) if part != 0 else part
-
-
-@inner
-def _loss(gap, mass, tail, lse, z):
-    return gap + mass * tail + (z * lse) * lse if z > 0 else gap + mass * tail
-
-
-@inner
-def _coef(mass, lse, z):
-    return mass + 2 * z * lse if z > 0 else float(mass)
-
-
-@inner
-def _at_the_top(coef, a, r, p):
-    """coef·p - a where p = 1/(1 + r) is the largest: by 1 - p where that cancels less."""
-    return (coef - a) - coef * (r * p) if a != 0 and (r < 1 or a == coef) else coef * p - a
 
 
 @inner
@@ -144,31 +130,30 @@ def _top(x, partial, spare):
 
 
 @inner
-def _rest(x, m, at, e, partial, spare):
-    """Leave exp(x - m) in `e`, which may be `x`, with 0 at `at`, if that is a place; its sum."""
+def _rest(x, m, at, e, partial, spare, coming, coming_start, out, out_start):
+    """Leave exp(x - m) in `e`, which may be `x`, with 0 at `at`, if that is a place; its sum.
+
+    Meanwhile as much is brought into cache of `coming`, to be read, and of `out`, to be written.
+    """
     total, classes = 0.0, x.shape[0]
     for c in range(0, classes, CHUNK):
         end = min(c + CHUNK, classes)
         whole = c + (end - c) // PARTIAL * PARTIAL
         apart = at // PARTIAL * PARTIAL if c <= at < whole else whole  # a group that is done by itself
         _fill(partial, 0)
-        v.exp_groups(x, e, c, (apart - c) // PARTIAL, m, partial)
+        v.exp_groups(x, e, c, (apart - c) // PARTIAL, m, partial, coming, coming_start, out, out_start)
         if apart < whole:
             v.exp_group_but_one(x, e, apart, at - apart, m, partial)
-            v.exp_groups(x, e, apart + PARTIAL, (whole - apart) // PARTIAL - 1, m, partial)
+            groups = (whole - apart) // PARTIAL - 1
+            v.exp_groups(x, e, apart + PARTIAL, groups, m, partial, coming, coming_start, out, out_start)
         if whole < end:
-            _aside(x, whole, end - whole, m, at, e, partial, spare)
+            _put_aside(x, whole, end - whole, spare, -np.inf)
+            if whole <= at < end:
+                spare[at - whole] = -np.inf
+            v.exp_groups(spare, spare, 0, 1, m, partial, coming, coming_start + whole, out, out_start + whole)
+            _copy(v.part(spare, 0, end - whole), v.part(e, whole, end - whole))
         total += v.sum_in_halves(partial)
     return total
-
-
-@inner
-def _aside(x, start, count, m, at, e, partial, spare):
-    _put_aside(x, start, count, spare, -np.inf)
-    if start <= at < start + count:
-        spare[at - start] = -np.inf
-    v.exp_groups(spare, spare, 0, 1, m, partial)
-    _copy(v.part(spare, 0, count), v.part(e, start, count))
 
 
 @inner
@@ -325,12 +310,13 @@ def rows(
         g = v.row(out, i * out_step, e) if job & (GRAD | LOG) else e
         at = _top(row, partial, spare)
         m = row[at]
+        coming, going = min(i + 1, count - 1) * x_step, i * out_step + CHUNK
         if job & KNOWN:
             m, r, gap, mass = stats[0, i], stats[1, i], stats[2, i], stats[3, i]
             if row[at] != m:
                 at = -1
             if job & GRAD:
-                _rest(row, m if np.isfinite(m) else kind(0), at, g, partial, spare)
+                _rest(row, m if np.isfinite(m) else kind(0), at, g, partial, spare, x, coming, out, going)
         else:
             if a.shape[0]:
                 gap, mass = kind(_weighed(row, m, q, products, partial, spare)), kind(_total(q, partial, spare))
@@ -344,32 +330,31 @@ def rows(
                 gap, mass = _of_label(on_label, m, row[y]), on_label
             else:
                 gap, mass = kind(0), kind(0 if label.shape[0] else 1)
-            r = kind(_rest(row, m, at, g, partial, spare) if np.isfinite(m) else np.nan)
+            r = kind(_rest(row, m, at, g, partial, spare, x, coming, out, going) if np.isfinite(m) else np.nan)
             if r != r:
                 m = kind(_without_softmax(row, 1))
                 r = m - m if m != m else kind(0)
             if job & STATS:
                 stats[0, i], stats[1, i], stats[2, i], stats[3, i] = m, r, gap, mass
-        wide_r = float(r) if np.isfinite(m) else np.nan
-        tail, p = v.log1p(wide_r)
+        s = scale[i if scale.shape[0] > 1 else 0]
+        a_top = on_label if y == at else kind(0)
+        if at >= 0 and a.shape[0]:
+            a_top = q[at]
+        elif at >= 0 and y >= 0 and each.shape[0]:
+            a_top += each[at if each.shape[0] > 1 else 0]
+        row_loss, by, top, tail = v.finish(
+            m, r if np.isfinite(m) else np.nan, gap, mass, a_top, factor[i if factor.shape[0] > 1 else 0], s, z
+        )
         if job & LOSS:
-            f = factor[i if factor.shape[0] > 1 else 0]
-            loss[i] = kind(f * _loss(gap, mass, tail, m + tail, z)) if f != 0 else 0
+            loss[i] = row_loss
         if job & LOG:
             _logarithms(row, m, kind(tail), g)
             _write(g, is_half, out, i * out_step)
         if job & GRAD:
-            s = scale[i if scale.shape[0] > 1 else 0]
             if s == 0:
                 _fill(g, 0)
             else:
-                coef = _coef(mass, m + tail, z)
-                a_top = on_label if y == at else kind(0)
-                if at >= 0 and a.shape[0]:
-                    a_top = q[at]
-                elif at >= 0 and y >= 0 and each.shape[0]:
-                    a_top += each[at if each.shape[0] > 1 else 0]
-                _scaled(g, kind(s * coef * p), g)
+                _scaled(g, kind(by), g)
                 if a.shape[0]:
                     _less(g, q, s)
                 elif y >= 0:
@@ -379,120 +364,123 @@ def rows(
                     elif each.shape[0]:
                         _lowered(g, s * each[0])
                 if at >= 0:
-                    g[at] = kind(s * _at_the_top(coef, a_top, wide_r, p))
+                    g[at] = top
                 if cap > 0:
                     _multiply(g, slope)
             _write(g, is_half, out, i * out_step)
     return True
 
 
-# Many rows at once: the numbers of a class lie side by side, one for each row; `step` further those of the next
+# Many rows at once, in a tile: see `_vectors` for where it has them
 
 
-@inner
-def _gather(x, start, inner_step, class_step, is_half, tile, step, classes, count, spare):
-    """Logits of `count` rows, turned so that rows lie side by side; `spare` has room for one row."""
-    if inner_step == 1:
-        _take(x, start, class_step, is_half, tile, step, classes, count)
-    else:
-        for k in range(count):
-            _read(x, start + k * inner_step, is_half, spare)
-            v.turn(v.row(x, start + k * inner_step, spare), tile, k, step)
-
-
-@inner
-def _scatter(tile, step, classes, is_half, out, start, inner_step, class_step, count, spare):
-    if inner_step == 1:
-        _put(tile, step, classes, count, is_half, out, start, class_step)
-    else:
-        for k in range(count):
-            grad = v.row(out, start + k * inner_step, spare)
-            v.turn_back(tile, k, step, grad)
-            _write(grad, is_half, out, start + k * inner_step)
-
-
-def _take(x, start, class_step, is_half, tile, step, classes, count):
-    """Logits of `count` rows that lie side by side already."""
+def _gather(x, start, inner_step, class_step, is_half, tile, classes, count, strip):
+    """Logits of `count` rows into a tile; `strip` has room for `STRIP` rows, and for a class of a tile."""
     raise NotImplementedError
 
 
-@overload(_take, jit_options=_INNER)
-def _take_of(x, start, class_step, is_half, tile, step, classes, count):
+@overload(_gather, jit_options=_INNER)
+def _gather_of(x, start, inner_step, class_step, is_half, tile, classes, count, strip):
     if x.dtype == types.uint16:
 
-        def body(x, start, class_step, is_half, tile, step, classes, count):
-            for c in range(classes):
-                _read(x, start + c * class_step, is_half, v.part(tile, c * step, count))
+        def body(x, start, inner_step, class_step, is_half, tile, classes, count, strip):
+            if inner_step == 1:
+                for c in range(classes):
+                    _widen(v.part(x, start + c * class_step, count), is_half, strip)
+                    v.take_lanes(strip, 0, 0, count, tile, c, c + 1, classes)
+            else:
+                for k in range(0, count, STRIP):
+                    beside = min(STRIP, count - k)
+                    for i in range(beside):
+                        line = v.part(x, start + (k + i) * inner_step, classes)
+                        _widen(line, is_half, v.part(strip, i * classes, classes))
+                    v.turn(strip, 0, classes, beside, classes, tile, k)
     else:
 
-        def body(x, start, class_step, is_half, tile, step, classes, count):
-            if count == step:
-                v.copy_lanes(x, start, class_step, tile, step, classes, count // LANES)
+        def body(x, start, inner_step, class_step, is_half, tile, classes, count, strip):
+            if inner_step == 1:
+                v.take_lanes(x, start, class_step, count, tile, 0, classes, classes)
             else:
-                for c in range(classes):
-                    _copy(v.part(x, start + c * class_step, count), v.part(tile, c * step, count))
+                v.turn(x, start, inner_step, count, classes, tile, 0)
 
     return body
 
 
-def _put(tile, step, classes, count, is_half, out, start, class_step):
-    """The gradient of `count` rows to where it lies side by side."""
+def _scatter(tile, classes, each, width, y, at, is_half, out, start, inner_step, class_step, count, strip, has_marks):
+    """The numbers of `count` rows, each times its own, to where they belong; with what is none, if `has_marks`."""
+    raise NotImplementedError
+
+
+@overload(_scatter, jit_options=_INNER)
+def _scatter_of(
+    tile, classes, each, width, y, at, is_half, out, start, inner_step, class_step, count, strip, has_marks
+):  # fmt: skip
+    if out.dtype == types.uint16:
+
+        def body(
+            tile, classes, each, width, y, at, is_half, out, start, inner_step, class_step, count, strip, has_marks
+        ):  # fmt: skip
+            if inner_step == 1:
+                by = v.part(each, v.BY * width, width)
+                for c in range(classes):
+                    v.put_lanes(tile, c, c + 1, classes, count, by, strip, 0, 0)
+                    _narrow(v.part(strip, 0, count), is_half, v.part(out, start + c * class_step, count))
+            else:
+                for k in range(0, count, STRIP):
+                    beside = min(STRIP, count - k)
+                    if has_marks:
+                        v.turn_back_marked(tile, k, each, width, y, at, strip, 0, classes, beside, classes)
+                    else:
+                        v.turn_back(tile, k, each, width, y, at, strip, 0, classes, beside, classes)
+                    for i in range(beside):
+                        line = v.part(out, start + (k + i) * inner_step, classes)
+                        _narrow(v.part(strip, i * classes, classes), is_half, line)
+    else:
+
+        def body(
+            tile, classes, each, width, y, at, is_half, out, start, inner_step, class_step, count, strip, has_marks
+        ):  # fmt: skip
+            if inner_step == 1:
+                v.put_lanes(tile, 0, classes, classes, count, v.part(each, v.BY * width, width), out, start, class_step)
+            elif has_marks:
+                v.turn_back_marked(tile, 0, each, width, y, at, out, start, inner_step, count, classes)
+            else:
+                v.turn_back(tile, 0, each, width, y, at, out, start, inner_step, count, classes)
+
+    return body
+
+
+def _put(number, is_half, out, place):
+    """One number of the gradient."""
     raise NotImplementedError
 
 
 @overload(_put, jit_options=_INNER)
-def _put_of(tile, step, classes, count, is_half, out, start, class_step):
+def _put_of(number, is_half, out, place):
     if out.dtype == types.uint16:
 
-        def body(tile, step, classes, count, is_half, out, start, class_step):
-            for c in range(classes):
-                _write(v.part(tile, c * step, count), is_half, out, start + c * class_step)
+        def body(number, is_half, out, place):
+            out[np.uintp(place)] = v.to_half(number) if is_half else v.to_bfloat(number)
     else:
 
-        def body(tile, step, classes, count, is_half, out, start, class_step):
-            for c in range(classes):
-                _copy(v.part(tile, c * step, count), v.part(out, start + c * class_step, count))
+        def body(number, is_half, out, place):
+            out[np.uintp(place)] = number
 
     return body
 
 
 @inner
-def _rests(tile, step, classes, m, at, partial, totals):
-    """`_rest` of each row: the same numbers, added up in the same order."""
-    for k in range(totals.shape[0]):
-        totals[k] = 0
-        if at[k] >= 0:
-            tile[np.uintp(at[k] * step + k)] = -np.inf
-    for lane in range(0, totals.shape[0], LANES):
-        for first in range(0, classes, CHUNK):
-            count = min(CHUNK, classes - first)
-            live = min(PARTIAL, count)
-            _fill(v.part(partial, 0, live * LANES), 0)
-            v.exp_of_lanes(tile, first * step + lane, step, count, m, lane, partial)
-            half = PARTIAL
-            while half > 1:
-                half //= 2
-                for c in range(live - half):
-                    v.add_lanes(partial, c * LANES, (c + half) * LANES)
-                live = min(live, half)
-            for k in range(LANES):
-                totals[lane + k] += partial[k]
+def _per_row(values, first, count, to):
+    """One number for each row, of as many or of one."""
+    for k in range(count):
+        to[k] = values[first + k if values.shape[0] > 1 else 0]
 
 
 @inner
-def _tails(r, tail, p):
-    for k in range(r.shape[0]):
-        tail[k], p[k] = v.log1p(r[k])
-
-
-@inner
-def _labels(label, part, tile, step, m, on_label, gap, mass):
-    """The stats that labels make; an unknown one has no target."""
-    for k in range(label.shape[0]):
-        y = label[k]
-        on_label[k] = part[k if part.shape[0] > 1 else 0] if y >= 0 else 0
-        gap[k] = _of_label(on_label[k], m[k], tile[np.uintp((y if y >= 0 else 0) * step + k)])
-        mass[k] = on_label[k]
+def _place(k, c, classes):
+    """Where a tile has the number of class c of row k."""
+    lane = k % LANES
+    return np.uintp((k - lane) * classes + c * LANES + lane)
 
 
 @inner
@@ -503,42 +491,11 @@ def _any_broken(m, count):
     return broken
 
 
-@inner
-def _losses(gap, mass, m, tail, z, factor, loss):
-    for k in range(loss.shape[0]):
-        f = factor[k if factor.shape[0] > 1 else 0]
-        loss[k] = f * _loss(gap[k], mass[k], tail[k], m[k] + tail[k], z) if f != 0 else 0
-
-
-@inner
-def _slopes(count, mass, m, tail, p, z, scale, by):
-    for k in range(count):
-        by[k] = scale[k if scale.shape[0] > 1 else 0] * _coef(mass[k], m[k] + tail[k], z) * p[k]
-
-
-@inner
-def _specials(tile, step, classes, count, label, on_label, at, mass, m, r, tail, p, z, scale):
-    """The entries of the gradient other than coef·p: of the label, of the maximum, of rows that do not count."""
-    for k in range(count):
-        s = scale[k if scale.shape[0] > 1 else 0]
-        if s == 0:
-            for c in range(classes):
-                tile[np.uintp(c * step + k)] = 0
-            continue
-        y = label[k] if label.shape[0] else -1
-        if y >= 0:
-            tile[np.uintp(y * step + k)] -= s * on_label[k]
-        if at[k] >= 0:
-            a = on_label[k] if y == at[k] else 0
-            top = _at_the_top(_coef(mass[k], m[k] + tail[k], z), a, r[k], p[k])
-            tile[np.uintp(at[k] * step + k)] = s * top
-
-
 @compiled
 def lanes(
     x, outer, inner, outer_step, inner_step, classes, class_step, is_half, label, part, z, factor, scale,
     job, stats, loss, out, out_outer_step, out_inner_step, out_class_step,
-    width, work, work64, places,
+    width, work, sums, places,
 ):  # fmt: skip
     """`outer`·`inner` rows, `width` of them at a time, under labels or no target; see `rows` for the rest.
 
@@ -547,42 +504,47 @@ def lanes(
     """
     if job & CHECK and not _are_classes(label, classes):
         return False
-    kind = work.dtype.type
-    numbers = classes * width + PARTIAL * LANES
-    partial, spare = v.part(work, classes * width, PARTIAL * LANES), v.part(work, numbers + 5 * width, classes)
-    m, by = v.part(work, numbers, width), v.part(work, numbers + width, width)
-    gap, mass = v.part(work, numbers + 2 * width, width), v.part(work, numbers + 3 * width, width)
-    on_label = v.part(work, numbers + 4 * width, width)
+    tile = v.part(work, 0, classes * width)
+    each = v.part(work, classes * width, v.EACH * width)
+    partial = v.part(work, (classes + v.EACH) * width, PARTIAL * LANES)
+    strip = v.part(work, (classes + v.EACH) * width + PARTIAL * LANES, max(STRIP * classes, width))
+    m, gap, mass = (
+        v.part(each, v.M * width, width),
+        v.part(each, v.GAP * width, width),
+        v.part(each, v.MASS * width, width),
+    )
+    at, y = v.part(places, 0, width), v.part(places, width, width)
+    is_few = classes <= FEW
+    # What the next 16 rows take is 16 numbers more with each class. Where classes lie apart, nothing is brought ahead:
+    # numbers a power of two apart drive each other out of a cache.
+    ahead, out_ahead = 0 if inner_step == 1 else LANES, 0 if out_inner_step == 1 else LANES
     for o in range(outer):
         for start in range(0, inner, width):
             count = min(width, inner - start)
             step = (count + LANES - 1) // LANES * LANES
             first = o * inner + start
-            tile, at = v.part(work, 0, classes * step), v.part(places, 0, step)
-            r, tail, p = v.part(work64, 0, step), v.part(work64, width, step), v.part(work64, 2 * width, step)
-            y = v.part(label, first, count) if label.shape[0] else label
-            a = v.part(part, first, count) if part.shape[0] > 1 else part
-            f = v.part(factor, first, count) if factor.shape[0] > 1 else factor
-            s = v.part(scale, first, count) if scale.shape[0] > 1 else scale
-            _gather(
-                x,
-                o * outer_step + start * inner_step,
-                inner_step,
-                class_step,
-                is_half,
-                tile,
-                step,
-                classes,
-                count,
-                spare,
-            )
-            for lane in range(0, step, LANES):
-                v.tops_of_lanes(tile, lane, step, classes, m, at, lane)
+            from_ = o * outer_step + start * inner_step
+            _gather(x, from_, inner_step, class_step, is_half, tile, classes, count, strip)
+            _per_row(factor, first, count, v.part(each, v.FACTOR * width, width))
+            _per_row(scale, first, count, v.part(each, v.SCALE * width, width))
             if label.shape[0]:
-                _labels(y, a, tile, step, m, on_label, gap, mass)
+                _per_row(part, first, count, v.part(each, v.PART * width, width))
+                _copy(v.part(label, first, count), y)
+                for lane in range(0, step, LANES):
+                    if is_few:
+                        v.tops_and_labels_of_lanes(tile, classes, each, width, lane, y, at)
+                    else:
+                        v.tops_of_lanes(tile, classes, each, width, lane, y, at)
+                if not is_few:
+                    for k in range(count):
+                        each[v.AT_LABEL * width + k] = tile[_place(k, max(y[k], 0), classes)]
+                for lane in range(0, step, LANES):
+                    v.labels_of_lanes(each, width, lane, y)
             else:
+                for lane in range(0, step, LANES):
+                    v.tops_of_lanes(tile, classes, each, width, lane, y, at)
                 for k in range(count):
-                    gap[k], mass[k] = 0, 1
+                    gap[k], mass[k], y[k], each[v.PART * width + k] = 0, 1, -1, 0
             if job & KNOWN:
                 for k in range(count):
                     i = first + k
@@ -596,38 +558,55 @@ def lanes(
                 for k in range(count):
                     if m[k] - m[k] != 0:
                         if job & STATS:
-                            stats[0, first + k] = _without_softmax(v.part(tile, k, classes * step - k), step)
+                            row = v.part(tile, np.intp(_place(k, 0, classes)), (classes - 1) * LANES + 1)
+                            stats[0, first + k] = _without_softmax(row, LANES)
                         m[k] = np.nan
-            _rests(tile, step, classes, m, at, partial, r)
+            for k in range(step):
+                sums[k] = 0
             for k in range(count):
-                r[k] = kind(r[k]) if m[k] == m[k] else np.nan
-                if job & KNOWN and m[k] == m[k]:
-                    r[k] = stats[1, first + k]
+                if at[k] >= 0:
+                    tile[_place(k, at[k], classes)] = -np.inf
+            # Meanwhile come the next rows, and where these will go.
+            coming = o * outer_step + min(start + width, inner - 1) * inner_step
+            going = o * out_outer_step + start * out_inner_step
+            for lane in range(0, step, LANES):
+                for c in range(0, classes, CHUNK):
+                    v.exp_of_lanes(
+                        tile, lane * classes + c * LANES, min(CHUNK, classes - c), m, lane, partial, sums,
+                        x, coming + lane * inner_step + c * ahead, ahead,
+                        out, going + lane * out_inner_step + c * out_ahead, out_ahead,
+                    )  # fmt: skip
+            if job & KNOWN:
+                for k in range(count):
+                    if m[k] == m[k]:
+                        sums[k] = stats[1, first + k]
+            for lane in range(0, step, LANES):
+                v.finish_lanes(each, width, lane, sums, y, at, z, job & GRAD != 0)
             if job & STATS:
                 for k in range(count):
                     i = first + k
-                    stats[1, i], stats[2, i], stats[3, i] = r[k], gap[k], mass[k]
-                    if r[k] != r[k]:
+                    stats[1, i], stats[2, i], stats[3, i] = sums[k], gap[k], mass[k]
+                    if sums[k] != sums[k]:
                         stats[0, i] = stats[0, i] if m[k] != m[k] else np.nan
                         stats[1, i] = 0 if stats[0, i] == stats[0, i] else np.nan
-            _tails(r, tail, p)
             if job & LOSS:
-                _losses(gap, mass, m, tail, z, f, v.part(loss, first, count))
+                _copy(v.part(each, v.LOSS * width, count), v.part(loss, first, count))
             if job & GRAD:
-                _slopes(count, mass, m, tail, p, z, s, by)
-                for lane in range(0, step, LANES):
-                    v.scale_lanes(tile, lane, step, classes, by, lane)
-                _specials(tile, step, classes, count, y, on_label, at, mass, m, r, tail, p, z, s)
+                for k in range(count):
+                    if each[v.SCALE * width + k] == 0:
+                        for c in range(classes):
+                            tile[_place(k, c, classes)] = 0
+                to = o * out_outer_step + start * out_inner_step
+                has_marks = is_few and out_inner_step != 1
                 _scatter(
-                    tile,
-                    step,
-                    classes,
-                    is_half,
-                    out,
-                    o * out_outer_step + start * out_inner_step,
-                    out_inner_step,
-                    out_class_step,
-                    count,
-                    spare,
-                )
+                    tile, classes, each, width, y, at,
+                    is_half, out, to, out_inner_step, out_class_step, count, strip, has_marks,
+                )  # fmt: skip
+                if not has_marks:
+                    for k in range(count):
+                        here = to + k * out_inner_step
+                        if y[k] >= 0:
+                            _put(each[v.LABEL * width + k], is_half, out, here + y[k] * out_class_step)
+                        if at[k] >= 0:
+                            _put(each[v.TOP * width + k], is_half, out, here + at[k] * out_class_step)
     return True

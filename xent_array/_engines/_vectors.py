@@ -21,6 +21,7 @@ from numba.np.arrayobj import populate_array
 
 LANES = 16  # rows that share a vector
 PARTIAL = 32  # partial sums of a row
+LINE = 64  # bytes of a line of cache
 
 _INDEX, _WORD = ir.IntType(64), ir.IntType(32)
 
@@ -70,6 +71,17 @@ class Value:
     def below(self, other: Value) -> Any:
         return self.builder.fcmp_ordered("<", self.value, other.value)
 
+    def equals(self, other: Value) -> Any:
+        return self.builder.fcmp_ordered("==", self.value, other.value)
+
+    def to(self, type_: Any) -> Value:
+        """In float32 or float64."""
+        if self.element == type_:
+            return self
+        vector = ir.VectorType(type_, self.value.type.count) if isinstance(self.value.type, ir.VectorType) else type_
+        change = self.builder.fptrunc if type_ == ir.FloatType() else self.builder.fpext
+        return Value(self.builder, change(self.value, vector))
+
     def where(self, condition: Any, other: Value) -> Value:
         """Self where the condition holds, else the other."""
         return Value(self.builder, self.builder.select(condition, self.value, other.value))
@@ -81,14 +93,16 @@ class Value:
             value = value.times_plus(self, self.like(coefficient))
         return value
 
-    def estrin(self, coefficients: list[float]) -> Value:
-        """The same in half the time, because few steps have to wait for others; rounded a little more."""
-        terms, power = [self.like(coefficient) for coefficient in reversed(coefficients)], self
-        while len(terms) > 1:
-            pairs = zip(terms[::2], [*terms[1::2], None], strict=False)
-            terms = [low if high is None else high.times_plus(power, low) for low, high in pairs]
-            power = power * power
-        return terms[0]
+    def in_pairs(self, coefficients: list[float]) -> Value:
+        """The same in half the time, because few steps have to wait for others: by Horner's scheme in the square.
+
+        Of an odd number of coefficients, the first three are taken together.
+        """
+        square, rest = self * self, coefficients[3:]
+        value = self.horner(coefficients[:3])
+        for pair in zip(rest[::2], rest[1::2], strict=True):
+            value = value.times_plus(square, self.horner([*pair]))
+        return value
 
 
 def _repeated(like: Any, element: Any, number: Any) -> tuple[Any, Any]:
@@ -100,24 +114,26 @@ def _repeated(like: Any, element: Any, number: Any) -> tuple[Any, Any]:
 
 
 def _exp_parts(x: Value) -> tuple[Value, Value]:
-    """(e**r - 1, 2**n) with exp(x) = 2**n · e**r.
+    """(e**r - 1, 2**n) with exp(x) = 2**n · e**r, for x <= 1; 2**n is 0 where it is too little for a normal number.
 
     r = x - n·ln 2 in two parts, the first of which is exact; e**r = 1 + r + r²·p(r), with p interpolated at Chebyshev's
-    points for |r| <= ln(2)/2, which leaves less than a tenth of a unit. n is added to 1.5·2**(mantissa bits), so that
-    its last bits can be moved to where an exponent is.
+    points for |r| <= ln(2)/2, which leaves less than a tenth of a unit. n, and what an exponent is counted from, is
+    added to 1.5·2**(mantissa bits), so that the last bits are those of 2**n and only have to be moved.
     """
     if x.is_single:
-        degree, mantissa, one, high, low = 4, 23, 0x3F800000, 0.693145751953125, 1.4286068203094173e-06
+        degree, mantissa, bias, high, low = 4, 23, 127, 0.693145751953125, 1.4286068203094173e-06
     else:
-        degree, mantissa, one, high, low = 10, 52, 0x3FF0000000000000, 0.6931471803691238, 1.9082149292705877e-10
-    magic = x.like(1.5 * 2**mantissa)
+        degree, mantissa, bias, high, low = 10, 52, 1023, 0.6931471803691238, 1.9082149292705877e-10
+    least = x.like(-bias * math.log(2))  # there n is -bias, and the exponent 0
+    x = least.where(x.below(least), x)
+    magic = x.like(1.5 * 2**mantissa + bias)
     shifted = x.times_plus(x.like(1 / math.log(2)), magic)
     n = shifted - magic
     r = n.times_plus(x.like(-low), n.times_plus(x.like(-high), x))
-    less_one = r.estrin(_exp_terms(degree)).times_plus(r * r, r)
+    less_one = r.in_pairs(_exp_terms(degree)).times_plus(r * r, r)
     integer, builder = ir.IntType(32 if x.is_single else 64), x.builder
     bits = builder.bitcast(shifted.value, x.like(0, integer).value.type)
-    bits = builder.add(builder.shl(bits, x.like(mantissa, integer).value), x.like(one, integer).value)
+    bits = builder.shl(bits, x.like(mantissa, integer).value)
     return less_one, Value(builder, builder.bitcast(bits, x.value.type))
 
 
@@ -134,25 +150,23 @@ def _exp_terms(degree: int) -> list[float]:
 
 
 def _exp(x: Value) -> Value:
-    """exp(x) for x <= 0, to about a unit in the last place; 0 where that is no normal number; NaN of NaN."""
+    """exp(x) for x <= 0, to about a unit in the last place; 0 beside the smallest normal number; NaN of NaN."""
     less_one, power = _exp_parts(x)
-    smallest = x.like(-87.33654 if x.is_single else -708.396418532264)
-    return x.like(0).where(x.below(smallest), less_one.times_plus(power, power))
+    return less_one.times_plus(power, power)
 
 
 def _tanh(x: Value) -> Value:
     """tanh(x), of small x too to a few units in the last place: -m/(2 + m) with m = exp(-2|x|) - 1."""
     is_low = x.below(x.like(0))
     t = x.like(2).where(is_low, x.like(-2)) * x
-    least = x.like(-80)
-    less_one, power = _exp_parts(least.where(t.below(least), t))
+    less_one, power = _exp_parts(t)
     m = less_one.times_plus(power, power - x.like(1))
     up = -m / (x.like(2) + m)
     return (-up).where(is_low, up)
 
 
-def _log1p(r: Value) -> tuple[Value, Value]:
-    """(log(1 + r), 1/(1 + r)) for 0 <= r, in float64; NaN of NaN.
+def _log1p(r: Value, is_rough: bool) -> tuple[Value, Value]:
+    """(log(1 + r), 1/(1 + r)) for 0 <= r, in float64, or to ten digits; NaN of NaN.
 
     With 1 + r = m·2**k, m from sqrt(1/2) to sqrt(2): log(m) = 2·atanh(s) by its series, s = (m - 1)/(m + 1),
     |s| < 0.172; and what 1 + r loses of r is given back.
@@ -160,15 +174,18 @@ def _log1p(r: Value) -> tuple[Value, Value]:
     builder = r.builder
     one = r.like(1)
     u = one + r
-    inverse = one / u
     bits = builder.bitcast(u.value, r.like(0, _INDEX).value.type)
     above = builder.sub(bits, r.like(0x3FE6A09E667F3BCD, _INDEX).value)  # the square root of 1/2
     k = builder.lshr(above, r.like(52, _INDEX).value)
     m = Value(builder, builder.bitcast(builder.sub(bits, builder.shl(k, r.like(52, _INDEX).value)), r.value.type))
     shifted = builder.bitcast(builder.or_(k, r.like(0x4330000000000000, _INDEX).value), r.value.type)
     exponent = Value(builder, shifted) - r.like(2**52)
-    s = (m - one) / (m + one)
-    atanh = (s * s).horner([1 / odd for odd in range(21, 0, -2)]) * s
+    if is_rough:  # one division in place of two
+        both = one / (u * (m + one))
+        inverse, s = both * (m + one), both * u * (m - one)
+    else:
+        inverse, s = one / u, (m - one) / (m + one)
+    atanh = (s * s).horner([1 / odd for odd in range(11 if is_rough else 21, 0, -2)]) * s
     lost = (r - (u - one)) * inverse
     return exponent.times_plus(r.like(math.log(2)), atanh.times_plus(r.like(2), lost)), inverse
 
@@ -184,15 +201,45 @@ def _of_a_number(function: Callable[[Value], Value]) -> Any:
 exp, tanh = map(_of_a_number, (_exp, _tanh))
 
 
+# What follows for a row once its sum is known, in float64
+
+
+def _finish(
+    m: Value, r: Value, gap: Value, mass: Value, factor: Value, z: Value, is_rough: bool
+) -> tuple[Value, Value, Value, Value]:
+    """The loss of a row; log(1 + r); p = 1/(1 + r); and coef, what p is multiplied by in the gradient."""
+    zero = r.like(0)
+    tail, p = _log1p(r, is_rough)
+    lse = m + tail
+    has_z = zero.below(z)
+    loss = gap + mass * tail
+    loss = (loss + (z * lse) * lse).where(has_z, loss)
+    coef = (mass + (z + z) * lse).where(has_z, mass)
+    return zero.where(factor.equals(zero), factor * loss), tail, p, coef
+
+
+def _top(r: Value, p: Value, coef: Value, a: Value) -> Value:
+    """coef·p - a where p = 1/(1 + r) is the largest: by 1 - p where that cancels less."""
+    builder = r.builder
+    from_rest = builder.and_(builder.or_(r.below(r.like(1)), a.equals(coef)), builder.not_(a.equals(r.like(0))))
+    return ((coef - a) - coef * (r * p)).where(from_rest, coef * p - a)
+
+
 @intrinsic
-def log1p(_context: Any, r: Any) -> Any:
-    """log(1 + r) and 1/(1 + r)."""
+def finish(_context: Any, m: Any, r: Any, gap: Any, mass: Any, a: Any, factor: Any, scale: Any, z: Any) -> Any:
+    """Of one row the loss, what exp(x - m) is multiplied by, the gradient at the maximum, and log(1 + r).
+
+    a is the target at the maximum.
+    """
+    is_rough = m == types.float32
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        both = [value.value for value in _log1p(Value(builder, arguments[0]))]
-        return context.make_tuple(builder, signature.return_type, both)
+        m, r, gap, mass, a, factor, scale, z = (Value(builder, number) for number in arguments)
+        loss, tail, p, coef = _finish(m, r, gap, mass, factor, z, is_rough)
+        found = loss, scale * coef * p, scale * _top(r, p, coef, a), tail
+        return context.make_tuple(builder, signature.return_type, [value.value for value in found])
 
-    return types.UniTuple(r, 2)(r), build
+    return types.UniTuple(types.float64, 4)(*[types.float64] * 8), build
 
 
 # Stretches of an array
@@ -251,6 +298,10 @@ class _Memory:
         first = self.builder.insert_element(ir.Constant(self.vector, ir.Undefined), number, _WORD(0))
         zeros = ir.Constant(ir.VectorType(_WORD, self.vector.count), [0] * self.vector.count)
         return Value(self.builder, self.builder.shuffle_vector(first, first, zeros))
+
+    def index(self, index: Any) -> Value:
+        """A vector of one index."""
+        return self.all(self.builder.trunc(index, self.vector.element) if self.align < 8 else index)
 
 
 def _larger(one: Value, two: Value) -> Value:
@@ -316,18 +367,59 @@ add_groups = _on_groups(lambda numbers, partial: partial + numbers)
 raise_groups = _on_groups(_larger)  # NaN is passed over
 
 
+class _Ahead:
+    """Memory that is about to be needed: has it brought into cache, line by line, while something else is done."""
+
+    def __init__(self, context: Any, builder: Any, type_: Any, array: Any, is_written: int) -> None:
+        self.builder, self.is_written = builder, _WORD(is_written)
+        self.size = type_.dtype.bitwidth // 8
+        self.array = context.make_array(type_)(context, builder, array)
+        byte = ir.IntType(8).as_pointer()
+        type_ = ir.FunctionType(ir.VoidType(), [byte, _WORD, _WORD, _WORD])
+        self.fetch = cgutils.get_or_insert_function(builder.module, type_, "llvm.prefetch.p0i8")
+
+    def pointer(self, start: Any) -> Any:
+        return self.builder.bitcast(self.builder.gep(self.array.data, [start]), self.fetch.args[0].type)
+
+    def bytes(self, count: Any) -> Any:
+        return self.builder.mul(count, _INDEX(self.size))
+
+    def or_else(self, there: Any, otherwise: Any) -> Any:
+        """`there` if the array has a length, without a branch."""
+        length = self.builder.extract_value(self.array.shape, 0)
+        return self.builder.select(self.builder.icmp_signed("!=", length, _INDEX(0)), there, otherwise)
+
+    def line(self, pointer: Any, offset: Any) -> None:
+        pointer = self.builder.gep(pointer, [offset])
+        self.builder.call(self.fetch, [pointer, self.is_written, _WORD(3), _WORD(1)])
+
+
 @intrinsic
-def exp_groups(_context: Any, x: Any, e: Any, start: Any, groups: Any, largest: Any, partial: Any) -> Any:
-    """Groups of exp(x - largest) into `e`, at the same place; added to the 32 partial sums."""
+def exp_groups(
+    _context: Any, x: Any, e: Any, start: Any, groups: Any, largest: Any, partial: Any,
+    coming: Any, coming_start: Any, out: Any, out_start: Any,
+) -> Any:  # fmt: skip
+    """Groups of exp(x - largest) into `e`, at the same place; added to the 32 partial sums.
+
+    Meanwhile as much is brought of `coming`, which will be read, and of `out`, which will be written.
+    """
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        numbers, to, kept = (
-            _Group(context, builder, type_, arguments[k]) for k, type_ in ((0, x), (1, e), (5, partial))
+        x_, e_, start, groups, largest, partial_, coming_, coming_start, out_, out_start = arguments
+        numbers, to, kept = (_Group(context, builder, *of) for of in ((x, x_), (e, e_), (partial, partial_)))
+        read, written = (
+            _Ahead(context, builder, *of, is_written) for is_written, of in enumerate(((coming, coming_), (out, out_)))
         )
-        m = numbers.memory.all(arguments[4])
+        m = numbers.memory.all(largest)
         held = _Held(kept.load(_INDEX(0)))
-        with cgutils.for_range(builder, arguments[3]) as loop:
-            here = builder.add(arguments[2], builder.mul(loop.index, _INDEX(PARTIAL)))
+        come = read.pointer(builder.add(coming_start, start))
+        go = written.or_else(written.pointer(builder.add(out_start, start)), come)
+        with cgutils.for_range(builder, groups) as loop:
+            many = builder.mul(loop.index, _INDEX(PARTIAL))
+            here = builder.add(start, many)
+            for ahead, pointer in ((read, come), (written, go)):
+                for k in range(0, PARTIAL * ahead.size, LINE):
+                    ahead.line(pointer, builder.add(ahead.bytes(many), _INDEX(k)))
             for k, slot in zip(numbers.places, held.slots, strict=True):  # one after another: registers are few
                 place = builder.add(here, _INDEX(k))
                 value = _exp(numbers.memory.load(place) - m)
@@ -336,7 +428,8 @@ def exp_groups(_context: Any, x: Any, e: Any, start: Any, groups: Any, largest: 
         kept.store(held.get(), _INDEX(0))
         return context.get_dummy_value()
 
-    return types.void(x, e, types.int64, types.int64, largest, partial), build
+    index = types.int64
+    return types.void(x, e, index, index, largest, partial, coming, index, out, index), build
 
 
 @intrinsic
@@ -426,124 +519,388 @@ def scale_groups(_context: Any, e: Any, out: Any, groups: Any, by: Any) -> Any:
     return types.void(e, out, types.int64, by), build
 
 
-def _turned(is_back: bool) -> Callable[..., Any]:
+# What there is of each row while its numbers lie in a tile; one after another in one array
+M, AT_LABEL, PART, FACTOR, SCALE, GAP, MASS, LOSS, BY, TOP, LABEL = range(11)
+EACH = 11
+
+
+class _Each:
+    """A vector of each, from row `lane` on."""
+
+    def __init__(
+        self, context: Any, builder: Any, type_: Any, numbers: Any, width: Any, lane: Any, length: int
+    ) -> None:
+        self.memory, self.width, self.lane = _Memory(context, builder, type_, numbers, length), width, lane
+        self.builder = builder
+
+    def place(self, which: int) -> Any:
+        return self.builder.add(self.builder.mul(self.width, _INDEX(which)), self.lane)
+
+    def load(self, *which: int) -> list[Value]:
+        return [self.memory.load(self.place(of)) for of in which]
+
+    def store(self, value: Value, which: int) -> None:
+        self.memory.store(value.to(self.memory.vector.element), self.place(which))
+
+
+# Rows turned: in a tile, 16 rows lie side by side, so that the numbers of a class are one vector; then the next 16
+
+
+def _in_tile(builder: Any, classes: Any, row: Any, c: Any) -> Any:
+    """Where a tile has the number of a class of a row."""
+    lane = builder.and_(row, _INDEX(LANES - 1))
+    block = builder.mul(builder.sub(row, lane), classes)
+    return builder.add(builder.add(block, builder.mul(c, _INDEX(LANES))), lane)
+
+
+def _shuffled(one: Value, two: Value, places: list[int]) -> Value:
+    builder = one.builder
+    where = ir.Constant(ir.VectorType(_WORD, len(places)), places)
+    return Value(builder, builder.shuffle_vector(one.value, two.value, where))
+
+
+def _turned(vectors: list[Value]) -> list[Value]:
+    """Squares of as many numbers as there are vectors, two of them side by side, each turned by itself."""
+    side, half = len(vectors), len(vectors) // 2
+    mixed = [k + other for k in range(half) for other in (0, 2 * side)]  # of the lower halves of two vectors
+    low = mixed + [k + side for k in mixed]
+    for _ in range(side.bit_length() - 1):
+        pairs = zip(vectors[:half], vectors[half:], strict=True)
+        vectors = [_shuffled(*pair, [k + upper for k in low]) for pair in pairs for upper in (0, half)]
+    return vectors
+
+
+class _Turn:
+    """Loops over all rows and classes, a square at a time; what is left over one by one."""
+
+    def __init__(self, context: Any, builder: Any, line: tuple[Any, Any], tile: tuple[Any, Any]) -> None:
+        self.builder = builder
+        self.side = 16 // (line[0].dtype.bitwidth // 8)  # numbers of a row that are taken at once, of 128 bits
+        self.line, self.tile = (_Memory(context, builder, *of, length=self.side) for of in (line, tile))
+        self.wide = _Memory(context, builder, *tile, length=2 * self.side)
+
+    def walk(self, count: Any, classes: Any, rows: Callable[[Any, int], Callable[[Any], None]]) -> None:
+        """`rows(row, number)` is said which rows come next, and answers what to do with them at a class."""
+        builder, side = self.builder, _INDEX(self.side)
+        whole = builder.and_(count, _INDEX(-2 * self.side))
+        whole = builder.select(builder.icmp_signed("<", classes, side), _INDEX(0), whole)
+        last = builder.sub(classes, side)
+        with cgutils.for_range_slice(builder, _INDEX(0), whole, _INDEX(2 * self.side)) as (row, _):
+            work = rows(row, 2 * self.side)
+            with cgutils.for_range_slice(builder, _INDEX(0), classes, side) as (c, _):
+                work(builder.select(builder.icmp_signed("<", c, last), c, last))  # the last square may lap over
+        with cgutils.for_range_slice(builder, whole, count, _INDEX(1)) as (row, _):
+            work = rows(row, 1)
+            with cgutils.for_range(builder, classes) as loop:
+                work(loop.index)
+
+    def in_line(self, start: Any, row: Any, step: Any, c: Any) -> Any:
+        return self.builder.add(start, self.builder.add(self.builder.mul(row, step), c))
+
+
+@intrinsic
+def turn(_context: Any, x: Any, start: Any, x_step: Any, count: Any, classes: Any, tile: Any, first: Any) -> Any:
+    """`count` rows, `x_step` apart from `start` on, to lie side by side in `tile`, from its row `first` on."""
+
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        line, tile, start, step = arguments if not is_back else (arguments[3], *arguments[:3])
-        types_ = signature.args if not is_back else (signature.args[3], *signature.args[:3])
-        along, across = (
-            context.make_array(type_)(context, builder, array)
-            for type_, array in ((types_[0], line), (types_[1], tile))
-        )
-        with cgutils.for_range(builder, builder.extract_value(along.shape, 0)) as loop:
-            one = builder.gep(along.data, [loop.index])
-            two = builder.gep(across.data, [builder.add(start, builder.mul(loop.index, step))])
-            builder.store(builder.load(two if is_back else one), one if is_back else two)
+        x_, start, x_step, count, classes, tile_, first = arguments
+        turn = _Turn(context, builder, (x, x_), (tile, tile_))
+        side = turn.side
+
+        def rows(row: Any, number: int) -> Callable[[Any], None]:
+            def one(c: Any) -> None:
+                value = builder.load(builder.gep(turn.line.data, [turn.in_line(start, row, x_step, c)]))
+                builder.store(
+                    value, builder.gep(turn.tile.data, [_in_tile(builder, classes, builder.add(first, row), c)])
+                )
+
+            def square(c: Any) -> None:
+                lines = [
+                    turn.line.load(turn.in_line(start, builder.add(row, _INDEX(k)), x_step, c)) for k in range(number)
+                ]
+                pairs = [_shuffled(lines[k], lines[k + side], [*range(number)]) for k in range(side)]
+                for k, numbers in enumerate(_turned(pairs)):
+                    turn.wide.store(
+                        numbers, _in_tile(builder, classes, builder.add(first, row), builder.add(c, _INDEX(k)))
+                    )
+
+            return one if number == 1 else square
+
+        turn.walk(count, classes, rows)
         return context.get_dummy_value()
 
-    return build
+    index = types.int64
+    return types.void(x, index, index, index, index, tile, index), build
 
 
-@intrinsic
-def turn(_context: Any, line: Any, tile: Any, start: Any, step: Any) -> Any:
-    """The numbers of `line` to every `step`-th of `tile`, from `start`."""
-    return types.void(line, tile, types.int64, types.int64), _turned(is_back=False)
+def _turned_back(has_marks: bool) -> Any:
+    @intrinsic
+    def turn_back(
+        _context: Any, tile: Any, first: Any, each: Any, width: Any, label: Any, at: Any,
+        out: Any, start: Any, out_step: Any, count: Any, classes: Any,
+    ) -> Any:  # fmt: skip
+        """`count` rows that lie side by side in `tile`, from its row `first` on, each times its own BY, to `out`."""
+
+        def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            tile_, first, each_, width, label_, at_, out_, start, out_step, count, classes = arguments
+            turn = _Turn(context, builder, (out, out_), (tile, tile_))
+            side = turn.side
+
+            def rows(row: Any, number: int) -> Callable[[Any], None]:
+                here = builder.add(first, row)
+                by, top, at_label = _Each(context, builder, each, each_, width, here, number).load(BY, TOP, LABEL)
+                numbers = _Memory(context, builder, tile, tile_, number)
+                y, places = (_Memory(context, builder, *of, number) for of in ((label, label_), (at, at_)))
+                marks = [(y.load(here), at_label), (places.load(here), top)] if has_marks else []
+
+                def of_class(c: Any) -> Value:
+                    value = numbers.load(_in_tile(builder, classes, here, c)) * by
+                    for place, special in marks:
+                        value = special.where(builder.icmp_signed("==", place.value, y.index(c).value), value)
+                    return value
+
+                def one(c: Any) -> None:
+                    _Memory(context, builder, out, out_, 1).store(of_class(c), turn.in_line(start, row, out_step, c))
+
+                def square(c: Any) -> None:
+                    turned = _turned([of_class(builder.add(c, _INDEX(k))) for k in range(side)])
+                    for k, pair in enumerate(turned):
+                        for half in (0, side):
+                            line = _shuffled(pair, pair, [*range(half, half + side)])
+                            turn.line.store(line, turn.in_line(start, builder.add(row, _INDEX(k + half)), out_step, c))
+
+                return one if number == 1 else square
+
+            turn.walk(count, classes, rows)
+            return context.get_dummy_value()
+
+        index = types.int64
+        return types.void(
+            tile, index, each, index, label, at, out, index, index, index, index
+        ), build  # fmt: skip
+
+    return turn_back
 
 
-@intrinsic
-def turn_back(_context: Any, tile: Any, start: Any, step: Any, line: Any) -> Any:
-    """Every `step`-th number of `tile`, from `start`, to `line`."""
-    return types.void(tile, types.int64, types.int64, line), _turned(is_back=True)
+turn_back = _turned_back(has_marks=False)
+turn_back_marked = _turned_back(has_marks=True)  # and the entries at label and maximum, which are no multiples
 
 
 # 16 rows at a time, the numbers of a class side by side
 
 
+def _tops_of_lanes(has_labels: bool) -> Any:
+    @intrinsic
+    def tops_of_lanes(
+        _context: Any, tile: Any, classes: Any, each: Any, width: Any, lane: Any, label: Any, at: Any
+    ) -> Any:
+        """The largest number of 16 rows each, NaN passed over, and its first place into `at`."""
+
+        def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            tile_, classes, each_, width, lane, label_, at_ = arguments
+            memory = _Memory(context, builder, tile, tile_, LANES)
+            places = _Memory(context, builder, at, at_, LANES)
+            y = _Memory(context, builder, label, label_, LANES).load(lane)
+            of = _Each(context, builder, each, each_, width, lane, LANES)
+            largest = ir.Constant(memory.vector, [-math.inf] * LANES)
+            none, zero = ir.Constant(places.vector, [0] * LANES), ir.Constant(memory.vector, [0] * LANES)
+            held = _Held([Value(builder, value) for value in (largest, none, zero)])
+            with cgutils.for_range(builder, classes) as loop:
+                here = memory.load(_in_tile(builder, classes, lane, loop.index))
+                index = places.index(loop.index)
+                before, place, at_label = held.get()
+                higher = before.below(here)
+                if has_labels:
+                    at_label = here.where(builder.icmp_signed("==", y.value, index.value), at_label)
+                held.set([here.where(higher, before), index.where(higher, place), at_label])
+            before, place, at_label = held.get()
+            of.store(before, M)
+            places.store(place, lane)
+            if has_labels:
+                of.store(at_label, AT_LABEL)
+            return context.get_dummy_value()
+
+        index = types.int64
+        return types.void(tile, index, each, index, index, label, at), build
+
+    return tops_of_lanes
+
+
+tops_of_lanes = _tops_of_lanes(has_labels=False)
+tops_and_labels_of_lanes = _tops_of_lanes(has_labels=True)  # and the number at the label
+
+
+def _per_lane(context: Any, builder: Any, count: Any, work: Callable[[Any, int], None]) -> None:
+    """Work on 16 lanes at a time, and on what is left over one by one."""
+    whole = builder.and_(count, _INDEX(-LANES))
+    for first, end, length in ((_INDEX(0), whole, LANES), (whole, count, 1)):
+        with cgutils.for_range_slice(builder, first, end, _INDEX(length)) as (lane, _):
+            work(lane, length)
+
+
 @intrinsic
-def tops_of_lanes(_context: Any, tile: Any, start: Any, step: Any, classes: Any, m: Any, at: Any, lane: Any) -> Any:
-    """The largest number of 16 rows each, NaN passed over, into `m`, and its first place into `at`, from `lane` on."""
+def take_lanes(
+    _context: Any, x: Any, start: Any, x_step: Any, count: Any, tile: Any, first: Any, end: Any, classes: Any
+) -> Any:
+    """The numbers of the classes from `first` to `end` of `count` rows that lie side by side in `x`, to the tile."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        memory = _Memory(context, builder, tile, arguments[0], LANES)
-        largest = _Memory(context, builder, m, arguments[4], LANES)
-        places = _Memory(context, builder, at, arguments[5], LANES)
-        held = cgutils.alloca_once_value(builder, ir.Constant(memory.vector, [-math.inf] * LANES))
-        place = cgutils.alloca_once_value(builder, ir.Constant(places.vector, [0] * LANES))
-        with cgutils.for_range(builder, arguments[3]) as loop:
-            here = memory.load(builder.add(arguments[1], builder.mul(loop.index, arguments[2])))
-            before = Value(builder, builder.load(held))
-            higher = before.below(here)
-            index = builder.trunc(loop.index, places.vector.element) if places.align == 4 else loop.index
-            builder.store(here.where(higher, before).value, held)
-            builder.store(builder.select(higher, places.all(index).value, builder.load(place)), place)
-        largest.store(Value(builder, builder.load(held)), arguments[6])
-        places.store(Value(builder, builder.load(place)), arguments[6])
+        x_, start, x_step, count, tile_, first, end, classes = arguments
+        with cgutils.for_range_slice(builder, first, end, _INDEX(1)) as (c, loop):
+            there = builder.add(start, builder.mul(loop, x_step))
+
+            def work(lane: Any, length: int) -> None:
+                source, target = (_Memory(context, builder, *of, length) for of in ((x, x_), (tile, tile_)))
+                target.store(source.load(builder.add(there, lane)), _in_tile(builder, classes, lane, c))
+
+            _per_lane(context, builder, count, work)
         return context.get_dummy_value()
 
-    return types.void(tile, types.int64, types.int64, types.int64, m, at, types.int64), build
+    index = types.int64
+    return types.void(x, index, index, index, tile, index, index, index), build
 
 
 @intrinsic
-def copy_lanes(_context: Any, x: Any, start: Any, step: Any, to: Any, to_step: Any, classes: Any, vectors: Any) -> Any:
-    """16·vectors numbers of every class, from `start` of `x` to the start of `to`."""
+def exp_of_lanes(
+    _context: Any, tile: Any, start: Any, classes: Any, m: Any, lane: Any, partial: Any, totals: Any,
+    coming: Any, coming_start: Any, coming_step: Any, out: Any, out_start: Any, out_step: Any,
+) -> Any:  # fmt: skip
+    """exp(x - m) in place of x, for 16 rows and at most 512 classes; their sums, made like those of `rows`, to totals.
+
+    Meanwhile, with each class, comes a line of `coming`, which will be read, and one of `out`, which will be written.
+    """
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        source = _Memory(context, builder, x, arguments[0], LANES)
-        target = _Memory(context, builder, to, arguments[3], LANES)
-        with cgutils.for_range(builder, arguments[5]) as of_classes:
-            here = builder.add(arguments[1], builder.mul(of_classes.index, arguments[2]))
-            there = builder.mul(of_classes.index, arguments[4])
-            with cgutils.for_range(builder, arguments[6]) as loop:
-                lane = builder.mul(loop.index, _INDEX(LANES))
-                target.store(source.load(builder.add(here, lane)), builder.add(there, lane))
-        return context.get_dummy_value()
+        tile_, start, classes, m_, lane, partial_, totals_ = arguments[:7]
+        coming_, coming_start, coming_step, out_, out_start, out_step = arguments[7:]
+        memory, sums = (_Memory(context, builder, *of, LANES) for of in ((tile, tile_), (partial, partial_)))
+        largest = _Memory(context, builder, m, m_, LANES).load(lane)
+        total = _Memory(context, builder, totals, totals_, LANES)
+        read = _Ahead(context, builder, coming, coming_, 0)
+        written = _Ahead(context, builder, out, out_, 1)
+        come = read.pointer(coming_start)
+        go = written.or_else(written.pointer(out_start), come)
+        come_step = read.bytes(coming_step)
+        go_step = written.or_else(written.bytes(out_step), come_step)
 
-    return types.void(x, types.int64, types.int64, to, types.int64, types.int64, types.int64), build
-
-
-@intrinsic
-def exp_of_lanes(_context: Any, tile: Any, start: Any, step: Any, classes: Any, m: Any, lane: Any, partial: Any) -> Any:
-    """exp(x - m) in place of x, for 16 rows; added to the partial sums in turn, 16 numbers each."""
-
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        memory = _Memory(context, builder, tile, arguments[0], LANES)
-        largest = _Memory(context, builder, m, arguments[4], LANES).load(arguments[5])
-        sums = _Memory(context, builder, partial, arguments[6], LANES)
-        with cgutils.for_range(builder, arguments[3]) as loop:
-            here = builder.add(arguments[1], builder.mul(loop.index, arguments[2]))
+        def exps(index: Any) -> Value:
+            read.line(come, builder.mul(index, come_step))
+            written.line(go, builder.mul(index, go_step))
+            here = builder.add(start, place(index))
             value = _exp(memory.load(here) - largest)
             memory.store(value, here)
-            turn = builder.mul(builder.and_(loop.index, _INDEX(PARTIAL - 1)), _INDEX(LANES))
-            sums.store(sums.load(turn) + value, turn)
+            return value
+
+        def place(index: Any) -> Any:
+            return builder.mul(index, _INDEX(LANES))
+
+        many = _INDEX(PARTIAL)
+        live = builder.select(builder.icmp_signed("<", classes, many), classes, many)
+        with cgutils.for_range(builder, live) as loop:
+            sums.store(exps(loop.index), place(loop.index))
+        with cgutils.for_range_slice(builder, many, classes, _INDEX(1)) as (index, _):
+            turn = place(builder.and_(index, _INDEX(PARTIAL - 1)))
+            sums.store(sums.load(turn) + exps(index), turn)
+        half = PARTIAL
+        while half > 1:
+            half //= 2
+            with cgutils.for_range(builder, builder.sub(live, _INDEX(half))) as loop:
+                low, high = place(loop.index), place(builder.add(loop.index, _INDEX(half)))
+                sums.store(sums.load(low) + sums.load(high), low)
+            live = builder.select(builder.icmp_signed("<", live, _INDEX(half)), live, _INDEX(half))
+        total.store(total.load(lane) + sums.load(_INDEX(0)).to(ir.DoubleType()), lane)
         return context.get_dummy_value()
 
-    return types.void(tile, types.int64, types.int64, types.int64, m, types.int64, partial), build
+    index = types.int64
+    return types.void(
+        tile, index, index, m, index, partial, totals, coming, index, index, out, index, index
+    ), build  # fmt: skip
 
 
 @intrinsic
-def add_lanes(_context: Any, partial: Any, to: Any, what: Any) -> Any:
-    """16 numbers to 16 others of the same array."""
+def labels_of_lanes(_context: Any, each: Any, width: Any, lane: Any, label: Any) -> Any:
+    """Gap and mass of 16 rows under labels, which count where they are not negative; PART is then what counts."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        memory = _Memory(context, builder, partial, arguments[0], LANES)
-        memory.store(memory.load(arguments[1]) + memory.load(arguments[2]), arguments[1])
+        each_, width, lane, label_ = arguments
+        of = _Each(context, builder, each, each_, width, lane, LANES)
+        y = _Memory(context, builder, label, label_, LANES).load(lane)
+        m, x, part = of.load(M, AT_LABEL, PART)
+        zero = part.like(0)
+        part = zero.where(builder.icmp_signed("<", y.value, y.like(0).value), part)
+        of.store(part, PART)
+        of.store(part, MASS)
+        of.store(part.where(part.equals(zero), part * (m - x)), GAP)
         return context.get_dummy_value()
 
-    return types.void(partial, types.int64, types.int64), build
+    return types.void(each, types.int64, types.int64, label), build
 
 
 @intrinsic
-def scale_lanes(_context: Any, tile: Any, start: Any, step: Any, classes: Any, by: Any, lane: Any) -> Any:
-    """Each of 16 rows times its own number."""
+def finish_lanes(
+    _context: Any, each: Any, width: Any, lane: Any, totals: Any, label: Any, at: Any, z: Any, has_grad: Any
+) -> Any:
+    """Of 16 rows LOSS, and where it is asked for, the gradient: BY, TOP, and LABEL where that is not the maximum."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        memory = _Memory(context, builder, tile, arguments[0], LANES)
-        factor = _Memory(context, builder, by, arguments[4], LANES).load(arguments[5])
-        with cgutils.for_range(builder, arguments[3]) as loop:
-            here = builder.add(arguments[1], builder.mul(loop.index, arguments[2]))
-            memory.store(memory.load(here) * factor, here)
+        each_, width, lane, totals_, label_, at_, z, has_grad = arguments
+        of = _Each(context, builder, each, each_, width, lane, LANES)
+        m, part, factor, scale, gap, mass = of.load(M, PART, FACTOR, SCALE, GAP, MASS)
+        sums, double = _Memory(context, builder, totals, totals_, LANES), ir.DoubleType()
+        r = sums.load(lane).to(m.element).to(double)
+        sums.store(r, lane)
+        wide_m, wide_gap, wide_mass, wide_factor = (value.to(double) for value in (m, gap, mass, factor))
+        loss, _, p, coef = _finish(wide_m, r, wide_gap, wide_mass, wide_factor, sums.all(z), m.is_single)
+        of.store(loss, LOSS)
+        with builder.if_then(has_grad):
+            y, top = (_Memory(context, builder, *of, LANES).load(lane) for of in ((label, label_), (at, at_)))
+            zero = scale.like(0)
+            nothing = scale.equals(zero)
+            by = (scale.to(double) * coef * p).to(m.element)
+            (x,) = of.load(AT_LABEL)
+            at_label = by * _exp(x - m) - scale * part
+            a = part.where(builder.icmp_signed("==", y.value, top.value), zero).to(double)
+            at_top = (scale.to(double) * _top(r, p, coef, a)).to(m.element)
+            for value, which in ((by, BY), (at_label, LABEL), (at_top, TOP)):
+                of.store(zero.where(nothing, value), which)
         return context.get_dummy_value()
 
-    return types.void(tile, types.int64, types.int64, types.int64, by, types.int64), build
+    index = types.int64
+    return types.void(each, index, index, totals, label, at, types.float64, types.boolean), build
+
+
+@intrinsic
+def put_lanes(
+    _context: Any,
+    tile: Any,
+    first: Any,
+    end: Any,
+    classes: Any,
+    count: Any,
+    by: Any,
+    out: Any,
+    start: Any,
+    out_step: Any,
+) -> Any:
+    """The reverse: each row's numbers times its number `by`, to where rows lie side by side in `out`."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        tile_, first, end, classes, count, by_, out_, start, out_step = arguments
+        with cgutils.for_range_slice(builder, first, end, _INDEX(1)) as (c, loop):
+            there = builder.add(start, builder.mul(loop, out_step))
+
+            def work(lane: Any, length: int) -> None:
+                source, target, factor = (
+                    _Memory(context, builder, *of, length) for of in ((tile, tile_), (out, out_), (by, by_))
+                )
+                value = source.load(_in_tile(builder, classes, lane, c)) * factor.load(lane)
+                target.store(value, builder.add(there, lane))
+
+            _per_lane(context, builder, count, work)
+        return context.get_dummy_value()
+
+    index = types.int64
+    return types.void(tile, index, index, index, index, by, out, index, index), build
 
 
 # 16 bits
