@@ -87,13 +87,13 @@ def exp_alone(x):
 
 
 @njit
-def exp_in_groups(x, out, m, partial):
-    v.exp_groups(x, out, 0, x.shape[0] // v.PARTIAL, m, partial, x, 0, out, 0)
+def exp_in_rows(x, out, m):
+    return v.exps(x, m, -1, out, x, 0, out, 0)
 
 
 @njit
 def exp_in_lanes(x, m, partial, totals):
-    v.exp_of_lanes(x, 0, x.shape[0] // v.LANES, m, 0, partial, totals, x, 0, 0, x, 0, 0)
+    v.exp_of_lanes(x, 0, x.shape[0] // v.LANES, m, 0, partial, totals, 0, x, 0, 0, x, 0, 0)
 
 
 @njit
@@ -142,11 +142,11 @@ def test_exp(dtype):
 def test_exp_is_the_same_alone_and_in_vectors(dtype):
     x = np.concatenate([words(-0.0, -800, 5000, dtype), np.array([0, -np.inf, np.nan], dtype)])
     x = np.resize(x, -(-x.size // 64) * 64)
-    each, groups, lanes, partial = np.empty_like(x), np.empty_like(x), x.copy(), np.zeros(1024, dtype)
+    each, rows, lanes, partial = np.empty_like(x), np.empty_like(x), x.copy(), np.zeros(1024, dtype)
     exp_each(x, each)
-    exp_in_groups(x, groups, x.dtype.type(0), partial[: v.PARTIAL])
+    exp_in_rows(x, rows, x.dtype.type(0))
     exp_in_lanes(lanes, np.zeros(16, dtype), partial, np.zeros(16))
-    assert each.tobytes() == groups.tobytes() == lanes.tobytes()
+    assert each.tobytes() == rows.tobytes() == lanes.tobytes()
     assert np.array([exp_alone(number) for number in x], dtype).tobytes() == each.tobytes()
 
 

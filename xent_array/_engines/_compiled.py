@@ -88,7 +88,7 @@ def at_once(
 
 
 def _rows_room(classes: int) -> int:
-    return 3 * classes + _loops.CHUNK + 2 * PARTIAL
+    return 3 * classes
 
 
 def _width(classes: int) -> int:

@@ -18,12 +18,11 @@ from numba.extending import overload
 
 from . import _vectors as v
 from ._kept import kept
-from ._vectors import LANES, PARTIAL
+from ._vectors import HALF, LANES, PARTIAL
 
 if config.DISABLE_JIT:
     raise ImportError("NUMBA_DISABLE_JIT is set")
 
-CHUNK = 512
 FEW = 32  # classes of which each is compared with the label and the place of the maximum, rather than looked up
 STRIP = 8  # rows of 16 bits that are widened, or narrowed, before they are turned, or after
 
@@ -50,14 +49,9 @@ def _without_softmax(x, step):
     for k in range(0, x.shape[0], step):
         if x[k] != x[k]:
             return np.nan
-        largest = max(largest, x[k])
+        if x[k] > largest:
+            largest = x[k]
     return largest
-
-
-@inner
-def _of_label(part, m, x):
-    """What the label adds to the gap, where 0·inf counts 0."""
-    return part * (m - x) if part != 0 else part
 
 
 @inner
@@ -66,167 +60,6 @@ def _are_classes(label, classes):
     for i in range(label.shape[0]):
         wrong |= label[i] < 0 or label[i] >= classes
     return wrong == 0
-
-
-# One row, dense. `partial` and `spare` have room for 32 numbers each.
-
-
-@inner
-def _fill(values, number):
-    for k in range(values.shape[0]):
-        values[k] = number
-
-
-@inner
-def _copy(values, to):
-    for k in range(values.shape[0]):
-        to[k] = values[k]
-
-
-@inner
-def _put_aside(x, start, count, spare, number):
-    """Fewer than 32 numbers as a group of 32."""
-    _fill(spare, number)
-    _copy(v.part(x, start, count), v.part(spare, 0, count))
-
-
-@inner
-def _sum(values, count, partial, spare):
-    """The sum of at most 512 numbers."""
-    groups = count // PARTIAL
-    _fill(partial, 0)
-    v.add_groups(values, 0, groups, partial)
-    if groups * PARTIAL < count:
-        _put_aside(values, groups * PARTIAL, count - groups * PARTIAL, spare, 0)
-        v.add_groups(spare, 0, 1, partial)
-    return v.sum_in_halves(partial)
-
-
-@inner
-def _top(x, partial, spare):
-    """The first place of the largest number; 0 in a row that has none."""
-    m, start, classes = x.dtype.type(-np.inf), 0, x.shape[0]
-    for c in range(0, classes, CHUNK):
-        count = min(CHUNK, classes - c)
-        groups = count // PARTIAL
-        _fill(partial, -np.inf)
-        v.raise_groups(x, c, groups, partial)
-        if groups * PARTIAL < count:
-            _put_aside(x, c + groups * PARTIAL, count - groups * PARTIAL, spare, -np.inf)
-            v.raise_groups(spare, 0, 1, partial)
-        here = v.largest_in_halves(partial)
-        if here > m:
-            m, start = here, c
-    end = min(start + CHUNK, classes)
-    while start + PARTIAL <= end:
-        k = v.first_of_group(x, start, m)
-        if k < PARTIAL:
-            return start + k
-        start += PARTIAL
-    for k in range(start, end):
-        if x[k] == m:
-            return k
-    return 0
-
-
-@inner
-def _rest(x, m, at, e, partial, spare, coming, coming_start, out, out_start):
-    """Leave exp(x - m) in `e`, which may be `x`, with 0 at `at`, if that is a place; its sum.
-
-    Meanwhile as much is brought into cache of `coming`, to be read, and of `out`, to be written.
-    """
-    total, classes = 0.0, x.shape[0]
-    for c in range(0, classes, CHUNK):
-        end = min(c + CHUNK, classes)
-        whole = c + (end - c) // PARTIAL * PARTIAL
-        apart = at // PARTIAL * PARTIAL if c <= at < whole else whole  # a group that is done by itself
-        _fill(partial, 0)
-        v.exp_groups(x, e, c, (apart - c) // PARTIAL, m, partial, coming, coming_start, out, out_start)
-        if apart < whole:
-            v.exp_group_but_one(x, e, apart, at - apart, m, partial)
-            groups = (whole - apart) // PARTIAL - 1
-            v.exp_groups(x, e, apart + PARTIAL, groups, m, partial, coming, coming_start, out, out_start)
-        if whole < end:
-            _put_aside(x, whole, end - whole, spare, -np.inf)
-            if whole <= at < end:
-                spare[at - whole] = -np.inf
-            v.exp_groups(spare, spare, 0, 1, m, partial, coming, coming_start + whole, out, out_start + whole)
-            _copy(v.part(spare, 0, end - whole), v.part(e, whole, end - whole))
-        total += v.sum_in_halves(partial)
-    return total
-
-
-@inner
-def _weighed(x, m, a, products, partial, spare):
-    """sum(a·(m - x)), where 0·inf counts 0."""
-    gap = 0.0
-    for c in range(0, x.shape[0], CHUNK):
-        end = min(c + CHUNK, x.shape[0])
-        for k in range(c, end):
-            products[k - c] = a[k] * (m - x[k]) if a[k] != 0 else 0
-        gap += _sum(products, end - c, partial, spare)
-    return gap
-
-
-@inner
-def _spread(x, m, each, products, partial, spare):
-    """sum(each·(m - x))."""
-    gap = 0.0
-    for c in range(0, x.shape[0], CHUNK):
-        end = min(c + CHUNK, x.shape[0])
-        for k in range(c, end):
-            products[k - c] = each * (m - x[k])
-        gap += _sum(products, end - c, partial, spare)
-    return gap
-
-
-@inner
-def _total(a, partial, spare):
-    total = 0.0
-    for c in range(0, a.shape[0], CHUNK):
-        count = min(CHUNK, a.shape[0] - c)
-        total += _sum(v.part(a, c, count), count, partial, spare)
-    return total
-
-
-@inner
-def _scaled(e, by, out):
-    groups = e.shape[0] // PARTIAL
-    v.scale_groups(e, out, groups, by)
-    for k in range(groups * PARTIAL, e.shape[0]):
-        out[k] = e[k] * by
-
-
-@inner
-def _less(g, a, by):
-    for k in range(g.shape[0]):
-        g[k] -= by * a[k]
-
-
-@inner
-def _lowered(g, by):
-    for k in range(g.shape[0]):
-        g[k] -= by
-
-
-@inner
-def _multiply(values, by):
-    for k in range(values.shape[0]):
-        values[k] *= by[k]
-
-
-@inner
-def _logarithms(x, m, tail, out):
-    for k in range(x.shape[0]):
-        out[k] = (x[k] - m) - tail
-
-
-@inner
-def _capped(x, cap, out, slope):
-    for k in range(x.shape[0]):
-        t = v.tanh(x[k] / cap)
-        out[k] = cap * t
-        slope[k] = (1 - t) * (1 + t)
 
 
 # 16 bits
@@ -291,46 +124,47 @@ def rows(
     target. part, factor and scale have one number per row, or one. stats (4, rows) are filled if job & STATS, read if
     job & KNOWN. If job & CHECK and some label is no class, nothing is done, and the answer is False.
     """
+    v.make_compact()
     if job & CHECK and not _are_classes(label, classes):
         return False
     kind = work.dtype.type
-    wide, e = v.part(work, 0, classes), v.part(work, classes, classes)
-    slope = v.part(work, 2 * classes, classes)
-    products = v.part(work, 3 * classes, CHUNK)
-    partial, spare = v.part(work, 3 * classes + CHUNK, PARTIAL), v.part(work, 3 * classes + CHUNK + PARTIAL, PARTIAL)
+    wide, e, slope = v.part(work, 0, classes), v.part(work, classes, classes), v.part(work, 2 * classes, classes)
     for i in range(count):
         _read(x, i * x_step, is_half, wide)
         row = v.row(x, i * x_step, wide)
         if cap > 0:
-            _capped(row, kind(cap), wide, slope)
+            v.tanh_of_quotient(slope, (row, cap))
+            v.multiply(wide, (slope, cap))
+            v.slope_of_tanh(slope, (slope,))
             row = wide
         y = label[i] if label.shape[0] else -1
         on_label = part[i if part.shape[0] > 1 else 0] if y >= 0 else kind(0)
         q = v.part(a, i * a_step, classes) if a.shape[0] else each
         g = v.row(out, i * out_step, e) if job & (GRAD | LOG) else e
-        at = _top(row, partial, spare)
+        at = v.top(classes, row)
         m = row[at]
-        coming, going = min(i + 1, count - 1) * x_step, i * out_step + CHUNK
+        # Meanwhile come the next row, and where this one will go in a while.
+        coming, going = (i + 1 if i + 1 < count else i) * x_step, i * out_step + v.CHUNK
         if job & KNOWN:
             m, r, gap, mass = stats[0, i], stats[1, i], stats[2, i], stats[3, i]
             if row[at] != m:
                 at = -1
             if job & GRAD:
-                _rest(row, m if np.isfinite(m) else kind(0), at, g, partial, spare, x, coming, out, going)
+                v.exps(row, m if m - m == 0 else kind(0), at, g, x, coming, out, going)
         else:
             if a.shape[0]:
-                gap, mass = kind(_weighed(row, m, q, products, partial, spare)), kind(_total(q, partial, spare))
-            elif y >= 0 and each.shape[0] > 1:
-                gap = kind(_of_label(on_label, m, row[y]) + _weighed(row, m, each, products, partial, spare))
-                mass = kind(on_label + _total(each, partial, spare))
-            elif y >= 0 and each.shape[0]:
-                gap = kind(_of_label(on_label, m, row[y]) + _spread(row, m, each[0], products, partial, spare))
-                mass = kind(float(on_label) + float(each[0]) * classes)
+                gap, mass = kind(v.weighed(classes, row, (q, m, row))), kind(v.total(classes, row, (q,)))
             elif y >= 0:
-                gap, mass = _of_label(on_label, m, row[y]), on_label
+                gap, mass = on_label * (m - row[y]) if on_label != 0 else on_label, on_label
+                if each.shape[0] > 1:
+                    gap = kind(gap + v.weighed(classes, row, (each, m, row)))
+                    mass = kind(mass + v.total(classes, row, (each,)))
+                elif each.shape[0]:
+                    gap = kind(gap + v.weighed(classes, row, (each[0], m, row)))
+                    mass = kind(float(mass) + float(each[0]) * classes)
             else:
                 gap, mass = kind(0), kind(0 if label.shape[0] else 1)
-            r = kind(_rest(row, m, at, g, partial, spare, x, coming, out, going) if np.isfinite(m) else np.nan)
+            r = kind(v.exps(row, m, at, g, x, coming, out, going) if m - m == 0 else np.nan)
             if r != r:
                 m = kind(_without_softmax(row, 1))
                 r = m - m if m != m else kind(0)
@@ -343,30 +177,30 @@ def rows(
         elif at >= 0 and y >= 0 and each.shape[0]:
             a_top += each[at if each.shape[0] > 1 else 0]
         row_loss, by, top, tail = v.finish(
-            m, r if np.isfinite(m) else np.nan, gap, mass, a_top, factor[i if factor.shape[0] > 1 else 0], s, z
+            m, r if m - m == 0 else np.nan, gap, mass, a_top, factor[i if factor.shape[0] > 1 else 0], s, z
         )
         if job & LOSS:
             loss[i] = row_loss
         if job & LOG:
-            _logarithms(row, m, kind(tail), g)
+            v.logarithms(g, (row, m, tail))
             _write(g, is_half, out, i * out_step)
         if job & GRAD:
             if s == 0:
-                _fill(g, 0)
+                v.fill(g, (0,))
             else:
-                _scaled(g, kind(by), g)
+                v.multiply(g, (g, by))
                 if a.shape[0]:
-                    _less(g, q, s)
+                    v.subtract_product(g, (g, q, s))
                 elif y >= 0:
                     g[y] -= s * on_label
                     if each.shape[0] > 1:
-                        _less(g, each, s)
+                        v.subtract_product(g, (g, each, s))
                     elif each.shape[0]:
-                        _lowered(g, s * each[0])
+                        v.subtract_product(g, (g, each[0], s))
                 if at >= 0:
                     g[at] = top
                 if cap > 0:
-                    _multiply(g, slope)
+                    v.multiply(g, (g, slope))
             _write(g, is_half, out, i * out_step)
     return True
 
@@ -428,10 +262,7 @@ def _scatter_of(
             else:
                 for k in range(0, count, STRIP):
                     beside = min(STRIP, count - k)
-                    if has_marks:
-                        v.turn_back_marked(tile, k, each, width, y, at, strip, 0, classes, beside, classes)
-                    else:
-                        v.turn_back(tile, k, each, width, y, at, strip, 0, classes, beside, classes)
+                    v.turn_back(tile, k, each, width, y, at, strip, 0, classes, beside, classes, has_marks)
                     for i in range(beside):
                         line = v.part(out, start + (k + i) * inner_step, classes)
                         _narrow(v.part(strip, i * classes, classes), is_half, line)
@@ -442,10 +273,8 @@ def _scatter_of(
         ):  # fmt: skip
             if inner_step == 1:
                 v.put_lanes(tile, 0, classes, classes, count, v.part(each, v.BY * width, width), out, start, class_step)
-            elif has_marks:
-                v.turn_back_marked(tile, 0, each, width, y, at, out, start, inner_step, count, classes)
             else:
-                v.turn_back(tile, 0, each, width, y, at, out, start, inner_step, count, classes)
+                v.turn_back(tile, 0, each, width, y, at, out, start, inner_step, count, classes, has_marks)
 
     return body
 
@@ -472,23 +301,10 @@ def _put_of(number, is_half, out, place):
 @inner
 def _per_row(values, first, count, to):
     """One number for each row, of as many or of one."""
-    for k in range(count):
-        to[k] = values[first + k if values.shape[0] > 1 else 0]
-
-
-@inner
-def _place(k, c, classes):
-    """Where a tile has the number of class c of row k."""
-    lane = k % LANES
-    return np.uintp((k - lane) * classes + c * LANES + lane)
-
-
-@inner
-def _any_broken(m, count):
-    broken = 0
-    for k in range(count):
-        broken |= m[k] - m[k] != 0
-    return broken
+    if values.shape[0] > 1:
+        v.copy(v.part(to, 0, count), (v.part(values, first, count),))
+    else:
+        v.fill(v.part(to, 0, count), (values[0],))
 
 
 @compiled
@@ -502,6 +318,7 @@ def lanes(
     The element (o, c, i) of (outer, C, inner) is x[o·outer_step + c·class_step + i·inner_step]; `width` is a multiple
     of 16.
     """
+    v.make_compact()
     if job & CHECK and not _are_classes(label, classes):
         return False
     tile = v.part(work, 0, classes * width)
@@ -529,22 +346,11 @@ def lanes(
             _per_row(scale, first, count, v.part(each, v.SCALE * width, width))
             if label.shape[0]:
                 _per_row(part, first, count, v.part(each, v.PART * width, width))
-                _copy(v.part(label, first, count), y)
-                for lane in range(0, step, LANES):
-                    if is_few:
-                        v.tops_and_labels_of_lanes(tile, classes, each, width, lane, y, at)
-                    else:
-                        v.tops_of_lanes(tile, classes, each, width, lane, y, at)
-                if not is_few:
-                    for k in range(count):
-                        each[v.AT_LABEL * width + k] = tile[_place(k, max(y[k], 0), classes)]
-                for lane in range(0, step, LANES):
-                    v.labels_of_lanes(each, width, lane, y)
+                v.copy(v.part(y, 0, count), (v.part(label, first, count),))
             else:
-                for lane in range(0, step, LANES):
-                    v.tops_of_lanes(tile, classes, each, width, lane, y, at)
-                for k in range(count):
-                    gap[k], mass[k], y[k], each[v.PART * width + k] = 0, 1, -1, 0
+                v.fill(v.part(y, 0, count), (-1,))
+            for lane in range(0, step, LANES):
+                v.tops_of_lanes(tile, classes, each, width, lane, y, at, 0 if label.shape[0] else 1)
             if job & KNOWN:
                 for k in range(count):
                     i = first + k
@@ -554,48 +360,38 @@ def lanes(
             elif job & STATS:
                 for k in range(count):
                     stats[0, first + k] = m[k]
-            if _any_broken(m, count):
-                for k in range(count):
                     if m[k] - m[k] != 0:
-                        if job & STATS:
-                            row = v.part(tile, np.intp(_place(k, 0, classes)), (classes - 1) * LANES + 1)
-                            stats[0, first + k] = _without_softmax(row, LANES)
-                        m[k] = np.nan
-            for k in range(step):
-                sums[k] = 0
+                        row = v.part(tile, v.place(k, 0, classes), (classes - 1) * LANES + 1)
+                        stats[0, first + k] = _without_softmax(row, LANES)
             for k in range(count):
                 if at[k] >= 0:
-                    tile[_place(k, at[k], classes)] = -np.inf
+                    tile[v.place(k, at[k], classes)] = -np.inf
             # Meanwhile come the next rows, and where these will go.
-            coming = o * outer_step + min(start + width, inner - 1) * inner_step
+            coming = o * outer_step + (start + width if start + width < inner else start) * inner_step
             going = o * out_outer_step + start * out_inner_step
             for lane in range(0, step, LANES):
-                for c in range(0, classes, CHUNK):
+                for c in range(0, classes, v.CHUNK):
                     v.exp_of_lanes(
-                        tile, lane * classes + c * LANES, min(CHUNK, classes - c), m, lane, partial, sums,
+                        tile, lane * classes + c * LANES, classes - c, m, lane, partial, sums, c,
                         x, coming + lane * inner_step + c * ahead, ahead,
                         out, going + lane * out_inner_step + c * out_ahead, out_ahead,
                     )  # fmt: skip
             if job & KNOWN:
                 for k in range(count):
-                    if m[k] == m[k]:
+                    if m[k] - m[k] == 0:
                         sums[k] = stats[1, first + k]
-            for lane in range(0, step, LANES):
+            for lane in range(0, step, HALF):
                 v.finish_lanes(each, width, lane, sums, y, at, z, job & GRAD != 0)
             if job & STATS:
                 for k in range(count):
                     i = first + k
                     stats[1, i], stats[2, i], stats[3, i] = sums[k], gap[k], mass[k]
                     if sums[k] != sums[k]:
-                        stats[0, i] = stats[0, i] if m[k] != m[k] else np.nan
+                        stats[0, i] = stats[0, i] if m[k] - m[k] != 0 else np.nan
                         stats[1, i] = 0 if stats[0, i] == stats[0, i] else np.nan
             if job & LOSS:
-                _copy(v.part(each, v.LOSS * width, count), v.part(loss, first, count))
+                v.copy(v.part(loss, first, count), (v.part(each, v.LOSS * width, count),))
             if job & GRAD:
-                for k in range(count):
-                    if each[v.SCALE * width + k] == 0:
-                        for c in range(classes):
-                            tile[_place(k, c, classes)] = 0
                 to = o * out_outer_step + start * out_inner_step
                 has_marks = is_few and out_inner_step != 1
                 _scatter(

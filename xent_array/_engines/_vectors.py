@@ -8,7 +8,8 @@ exponential and its kin are ours, because a call of the C library for each eleme
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -20,7 +21,9 @@ from numba.extending import intrinsic
 from numba.np.arrayobj import populate_array
 
 LANES = 16  # rows that share a vector
-PARTIAL = 32  # partial sums of a row
+HALF = 8  # of them in float64
+PARTIAL = 32  # partial sums of a chunk
+CHUNK = 512  # numbers that are added up before float64 takes over
 LINE = 64  # bytes of a line of cache
 
 _INDEX, _WORD = ir.IntType(64), ir.IntType(32)
@@ -242,6 +245,17 @@ def finish(_context: Any, m: Any, r: Any, gap: Any, mass: Any, a: Any, factor: A
     return types.UniTuple(types.float64, 4)(*[types.float64] * 8), build
 
 
+@intrinsic
+def make_compact(_context: Any) -> Any:
+    """Has LLVM keep the function small: copies of loops that are made of vectors already win nothing."""
+
+    def build(context: Any, builder: Any, _signature: Any, _arguments: Any) -> Any:
+        builder.function.attributes.add("optsize")
+        return context.get_dummy_value()
+
+    return types.void(), build
+
+
 # Stretches of an array
 
 
@@ -275,6 +289,13 @@ def row(_context: Any, array: Any, start: Any, work: Any) -> Any:
     return types.Array(array.dtype, 1, "C")(array, types.int64, work), build
 
 
+def _repeat(builder: Any, number: Any, length: int) -> Any:
+    """A vector of one number."""
+    alone = ir.Constant(ir.VectorType(number.type, length), ir.Undefined)
+    alone = builder.insert_element(alone, number, _WORD(0))
+    return builder.shuffle_vector(alone, alone, ir.Constant(ir.VectorType(_WORD, length), [0] * length))
+
+
 class _Memory:
     """Vectors of an array's numbers."""
 
@@ -295,76 +316,52 @@ class _Memory:
 
     def all(self, number: Any) -> Value:
         """A vector of one number."""
-        first = self.builder.insert_element(ir.Constant(self.vector, ir.Undefined), number, _WORD(0))
-        zeros = ir.Constant(ir.VectorType(_WORD, self.vector.count), [0] * self.vector.count)
-        return Value(self.builder, self.builder.shuffle_vector(first, first, zeros))
+        return Value(self.builder, _repeat(self.builder, number, self.vector.count))
+
+    def zero(self) -> Value:
+        return Value(self.builder, ir.Constant(self.vector, [0] * self.vector.count))
 
     def index(self, index: Any) -> Value:
         """A vector of one index."""
         return self.all(self.builder.trunc(index, self.vector.element) if self.align < 8 else index)
 
 
-def _larger(one: Value, two: Value) -> Value:
-    """The larger; the second where one of them is NaN."""
-    return one.where(two.below(one), two)
+class _Stack(_Memory):
+    """The same on the stack, where an array of 32 numbers has its place."""
 
-
-# 32 numbers of a row at a time, as a few vectors: more at once need more registers than there are
-
-
-class _Group:
-    """The vectors of 32 numbers of an array."""
-
-    def __init__(self, context: Any, builder: Any, type_: Any, array: Any) -> None:
+    def __init__(self, context: Any, builder: Any, dtype: Any, length: int, data: Any = None) -> None:
         self.builder = builder
-        self.length = 64 // (type_.dtype.bitwidth // 8)
-        self.memory = _Memory(context, builder, type_, array, self.length)
-        self.places = range(0, PARTIAL, self.length)
+        kind = context.get_data_type(dtype)
+        self.vector, self.align = ir.VectorType(kind, length), kind.get_abi_size(context.target_data)
+        if data is None:
+            data = builder.bitcast(cgutils.alloca_once(builder, ir.ArrayType(kind, PARTIAL)), kind.as_pointer())
+        self.data = data
 
-    def load(self, start: Any) -> list[Value]:
-        return [self.memory.load(self.builder.add(start, _INDEX(k))) for k in self.places]
-
-    def store(self, values: list[Value], start: Any) -> None:
-        for k, value in zip(self.places, values, strict=True):
-            self.memory.store(value, self.builder.add(start, _INDEX(k)))
-
-
-class _Held:
-    """Values that a loop changes."""
-
-    def __init__(self, values: list[Value]) -> None:
-        self.builder = values[0].builder
-        self.slots = [cgutils.alloca_once_value(self.builder, value.value) for value in values]
-
-    def get(self) -> list[Value]:
-        return [Value(self.builder, self.builder.load(slot)) for slot in self.slots]
-
-    def set(self, values: list[Value]) -> None:
-        for slot, value in zip(self.slots, values, strict=True):
-            self.builder.store(value.value, slot)
+    def fill(self, number: float) -> None:
+        for k in range(0, PARTIAL, self.vector.count):
+            self.store(Value(self.builder, ir.Constant(self.vector, [number] * self.vector.count)), _INDEX(k))
 
 
-def _on_groups(work: Callable[[Value, Value], Value]) -> Any:
-    """A loop over groups of 32 numbers: ``partial = work(numbers, partial)``."""
+class _Operands:
+    """Arrays, and numbers that are taken for arrays of one number."""
 
-    @intrinsic
-    def on_groups(_context: Any, x: Any, start: Any, groups: Any, partial: Any) -> Any:
-        def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            numbers, kept = (_Group(context, builder, type_, arguments[k]) for k, type_ in ((0, x), (3, partial)))
-            held = _Held(kept.load(_INDEX(0)))
-            with cgutils.for_range(builder, arguments[2]) as loop:
-                here = builder.add(arguments[1], builder.mul(loop.index, _INDEX(PARTIAL)))
-                held.set([work(*pair) for pair in zip(numbers.load(here), held.get(), strict=True)])
-            kept.store(held.get(), _INDEX(0))
-            return context.get_dummy_value()
+    def __init__(self, context: Any, builder: Any, dtype: Any, types_: Any, packed: Any) -> None:
+        self.context, self.builder, self.dtype = context, builder, dtype
+        self.operands = [(type_, builder.extract_value(packed, k)) for k, type_ in enumerate(types_)]
 
-        return types.void(x, types.int64, types.int64, partial), build
-
-    return on_groups
-
-
-add_groups = _on_groups(lambda numbers, partial: partial + numbers)
-raise_groups = _on_groups(_larger)  # NaN is passed over
+    def at(self, place: Any, length: int) -> list[Value]:
+        found = []
+        for type_, operand in self.operands:
+            if isinstance(type_, types.Array):
+                value = _Memory(self.context, self.builder, type_, operand, length).load(place).value
+                if isinstance(self.dtype, types.Integer) and type_.dtype.bitwidth > self.dtype.bitwidth:
+                    kind = ir.VectorType(ir.IntType(self.dtype.bitwidth), length)
+                    value = self.builder.trunc(value, kind)
+                found.append(Value(self.builder, value))
+            else:
+                number = self.context.cast(self.builder, operand, type_, self.dtype)
+                found.append(Value(self.builder, _repeat(self.builder, number, length)))
+        return found
 
 
 class _Ahead:
@@ -394,129 +391,290 @@ class _Ahead:
         self.builder.call(self.fetch, [pointer, self.is_written, _WORD(3), _WORD(1)])
 
 
+def _in_steps(builder: Any, count: Any, length: int, work: Callable[[Any, int], None]) -> None:
+    """Work on so many places at a time, and on what is left over one by one."""
+    whole = builder.and_(count, _INDEX(-length))
+    for first, end, step in ((_INDEX(0), whole, length), (whole, count, 1)):
+        with cgutils.for_range_slice(builder, first, end, _INDEX(step)) as (place, _):
+            work(place, step)
+
+
+def _smaller(builder: Any, one: Any, two: Any) -> Any:
+    return builder.select(builder.icmp_signed("<", one, two), one, two)
+
+
+# A row, number by number
+
+
+def _on_each(function: Callable[..., Value]) -> Any:
+    @intrinsic
+    def on_each(_context: Any, out: Any, operands: Any) -> Any:
+        """``out = function(*operands)``: as many numbers as `out` has room for."""
+
+        def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            of = _Operands(context, builder, out.dtype, operands, arguments[1])
+
+            def work(place: Any, length: int) -> None:
+                _Memory(context, builder, out, arguments[0], length).store(function(*of.at(place, length)), place)
+
+            count = builder.extract_value(context.make_array(out)(context, builder, arguments[0]).shape, 0)
+            _in_steps(builder, count, PARTIAL, work)
+            return context.get_dummy_value()
+
+        return types.void(out, operands), build
+
+    return on_each
+
+
+fill = copy = _on_each(lambda number: number)
+multiply = _on_each(lambda x, by: x * by)
+subtract_product = _on_each(lambda x, a, by: x - by * a)
+logarithms = _on_each(lambda x, m, tail: (x - m) - tail)
+tanh_of_quotient = _on_each(lambda x, cap: _tanh(x / cap))
+slope_of_tanh = _on_each(lambda t: (t.like(1) - t) * (t.like(1) + t))
+
+
+# A row as a whole, in chunks of 512 and groups of 32
+
+
+def _larger(one: Value, two: Value) -> Value:
+    """The larger; the second where one of them is NaN."""
+    return one.where(two.below(one), two)
+
+
+def _folded(partial: _Stack, combine: Callable[[Value, Value], Value]) -> Any:
+    """One number of 32, the upper half combined with the lower again and again."""
+    builder, count = partial.builder, partial.vector.count
+    vectors = [partial.load(_INDEX(k)) for k in range(0, PARTIAL, count)]
+    while len(vectors) > 1:
+        half = len(vectors) // 2
+        vectors = [combine(low, high) for low, high in zip(vectors[:half], vectors[half:], strict=True)]
+    (result,) = vectors
+    while count > 1:
+        count //= 2
+        result = combine(*(_shuffled(result, result, [*range(first, first + count)]) for first in (0, count)))
+    return builder.extract_element(result.value, _WORD(0))
+
+
+class _Partial:
+    """32 partial sums of a chunk, or 32 numbers one of which is the largest."""
+
+    def __init__(self, context: Any, builder: Any, dtype: Any, initial: float) -> None:
+        self.length = LINE // (
+            dtype.bitwidth // 8
+        )  # numbers of a vector: more at once need more registers than there are
+        self.context, self.builder, self.dtype = context, builder, dtype
+        self.vectors = _Stack(context, builder, dtype, self.length)
+        self.vectors.fill(initial)
+
+    def groups(self, start: Any, end: Any, work: Callable[[Value, Any, int], Value]) -> Any:
+        """``partial = work(partial, place, length)`` on whole groups, a vector at a time; where those end."""
+        builder = self.builder
+        whole = builder.and_(builder.sub(end, start), _INDEX(-PARTIAL))
+        with cgutils.for_range_slice(builder, _INDEX(0), whole, _INDEX(PARTIAL)) as (group, _):
+            for k in range(0, PARTIAL, self.length):
+                place = builder.add(builder.add(start, group), _INDEX(k))
+                self.vectors.store(work(self.vectors.load(_INDEX(k)), place, self.length), _INDEX(k))
+        return builder.add(start, whole)
+
+    def rest(self, start: Any, end: Any, work: Callable[[Value, Any, int], Value]) -> None:
+        """The same on less than a group, one by one."""
+        alone = _Stack(self.context, self.builder, self.dtype, 1, self.vectors.data)
+        with cgutils.for_range_slice(self.builder, start, end, _INDEX(1)) as (place, _):
+            k = self.builder.sub(place, start)
+            alone.store(work(alone.load(k), place, 1), k)
+
+    def folded(self, combine: Callable[[Value, Value], Value]) -> Any:
+        """One number, the upper half combined with the lower again and again."""
+        vectors = [self.vectors.load(_INDEX(k)) for k in range(0, PARTIAL, self.length)]
+        while len(vectors) > 1:
+            half = len(vectors) // 2
+            vectors = [combine(low, high) for low, high in zip(vectors[:half], vectors[half:], strict=True)]
+        (result,), count = vectors, self.length
+        while count > 1:
+            count //= 2
+            result = combine(*(_shuffled(result, result, [*range(first, first + count)]) for first in (0, count)))
+        return self.builder.extract_element(result.value, _WORD(0))
+
+
+@contextmanager
+def _chunks(builder: Any, count: Any) -> Iterator[tuple[Any, Any]]:
+    """Start and end of 512 places, again and again."""
+    with cgutils.for_range_slice(builder, _INDEX(0), count, _INDEX(CHUNK)) as (start, _):
+        yield start, _smaller(builder, builder.add(start, _INDEX(CHUNK)), count)
+
+
+def _plus(one: Value, two: Value) -> Value:
+    return one + two
+
+
+class _Total:
+    """A sum in float64."""
+
+    def __init__(self, builder: Any) -> None:
+        self.builder = builder
+        self.slot = cgutils.alloca_once_value(builder, ir.Constant(ir.DoubleType(), 0))
+
+    def add(self, number: Any) -> None:
+        wide = Value(self.builder, number).to(ir.DoubleType()).value
+        self.builder.store(self.builder.fadd(self.builder.load(self.slot), wide), self.slot)
+
+    def get(self) -> Any:
+        return self.builder.load(self.slot)
+
+
+def _summed(term: Callable[..., Value]) -> Any:
+    @intrinsic
+    def summed(_context: Any, count: Any, row: Any, operands: Any) -> Any:
+        """The sum of ``term(*operands)`` over `count` places, in the arithmetic of `row`; over chunks in float64."""
+
+        def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            of, total = _Operands(context, builder, row.dtype, operands, arguments[2]), _Total(builder)
+
+            def work(partial: Value, place: Any, length: int) -> Value:
+                return partial + term(*of.at(place, length))
+
+            with _chunks(builder, arguments[0]) as (start, end):
+                partial = _Partial(context, builder, row.dtype, 0)
+                partial.rest(partial.groups(start, end, work), end, work)
+                total.add(partial.folded(_plus))
+            return total.get()
+
+        return types.float64(types.int64, row, operands), build
+
+    return summed
+
+
+total = _summed(lambda a: a)
+# sum(a·(m - x)), where 0·inf counts 0
+weighed = _summed(lambda a, m, x: a.like(0).where(a.equals(a.like(0)), a * (m - x)))
+
+
 @intrinsic
-def exp_groups(
-    _context: Any, x: Any, e: Any, start: Any, groups: Any, largest: Any, partial: Any,
-    coming: Any, coming_start: Any, out: Any, out_start: Any,
-) -> Any:  # fmt: skip
-    """Groups of exp(x - largest) into `e`, at the same place; added to the 32 partial sums.
+def top(_context: Any, count: Any, x: Any) -> Any:
+    """The first place of the largest of `count` numbers, NaN passed over; 0 if there is none."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        count, x_ = arguments
+        alone = _Memory(context, builder, x, x_, 1)
+        kind = alone.vector.element
+        largest = cgutils.alloca_once_value(builder, ir.Constant(kind, -math.inf))
+        first = cgutils.alloca_once_value(builder, _INDEX(0))
+
+        def work(partial: Value, place: Any, length: int) -> Value:
+            return _larger(_Memory(context, builder, x, x_, length).load(place), partial)
+
+        with _chunks(builder, count) as (start, end):
+            partial = _Partial(context, builder, x.dtype, -math.inf)
+            partial.rest(partial.groups(start, end, work), end, work)
+            here = partial.folded(lambda low, high: _larger(high, low))
+            is_higher = builder.fcmp_ordered(">", here, builder.load(largest))
+            with builder.if_then(is_higher):
+                builder.store(here, largest)
+                builder.store(start, first)
+        length = LINE // (x.dtype.bitwidth // 8)
+        vectors, place = _Memory(context, builder, x, x_, length), cgutils.alloca_once_value(builder, _INDEX(-1))
+        wanted, one = vectors.all(builder.load(largest)), alone.all(builder.load(largest))
+        start = builder.load(first)
+        inside = builder.sub(_smaller(builder, builder.add(start, _INDEX(CHUNK)), count), start)
+        groups = builder.sdiv(inside, _INDEX(PARTIAL))
+        rest = builder.add(start, builder.mul(groups, _INDEX(PARTIAL)))
+        with cgutils.for_range(builder, groups) as loop:
+            here, found = builder.add(start, builder.mul(loop.index, _INDEX(PARTIAL))), _INDEX(0)
+            for k in range(0, PARTIAL, length):
+                is_it = vectors.load(builder.add(here, _INDEX(k))).equals(wanted)
+                mask = builder.zext(builder.bitcast(is_it, ir.IntType(length)), _INDEX)
+                found = builder.or_(found, builder.shl(mask, _INDEX(k)))
+            with builder.if_then(builder.icmp_signed("!=", found, _INDEX(0))):
+                builder.store(builder.add(here, builder.cttz(found, ir.IntType(1)(0))), place)
+                loop.do_break()
+        is_in_rest = builder.icmp_signed("<", builder.load(place), _INDEX(0))
+        left = builder.select(is_in_rest, builder.srem(inside, _INDEX(PARTIAL)), _INDEX(0))
+        with cgutils.for_range(builder, left) as loop:
+            here = builder.add(rest, loop.index)
+            with builder.if_then(builder.extract_element(alone.load(here).equals(one), _WORD(0))):
+                builder.store(here, place)
+                loop.do_break()
+        found = builder.load(place)
+        return builder.select(builder.icmp_signed("<", found, _INDEX(0)), _INDEX(0), found)
+
+    return types.int64(types.int64, x), build
+
+
+@intrinsic
+def exps(
+    _context: Any, x: Any, m: Any, at: Any, e: Any, coming: Any, coming_start: Any, out: Any, out_start: Any
+) -> Any:
+    """Leave exp(x - m) in `e`, which may be `x`, with 0 at `at`, if that is a place; their sum.
 
     Meanwhile as much is brought of `coming`, which will be read, and of `out`, which will be written.
     """
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        x_, e_, start, groups, largest, partial_, coming_, coming_start, out_, out_start = arguments
-        numbers, to, kept = (_Group(context, builder, *of) for of in ((x, x_), (e, e_), (partial, partial_)))
-        read, written = (
-            _Ahead(context, builder, *of, is_written) for is_written, of in enumerate(((coming, coming_), (out, out_)))
-        )
-        m = numbers.memory.all(largest)
-        held = _Held(kept.load(_INDEX(0)))
-        come = read.pointer(builder.add(coming_start, start))
-        go = written.or_else(written.pointer(builder.add(out_start, start)), come)
-        with cgutils.for_range(builder, groups) as loop:
-            many = builder.mul(loop.index, _INDEX(PARTIAL))
-            here = builder.add(start, many)
+        x_, m, at, e_, coming_, coming_start, out_, out_start = arguments
+        count = builder.extract_value(context.make_array(e)(context, builder, e_).shape, 0)
+        read, written = _Ahead(context, builder, coming, coming_, 0), _Ahead(context, builder, out, out_, 1)
+        come = read.pointer(coming_start)
+        go = written.or_else(written.pointer(out_start), come)
+        total, spare = _Total(builder), _Partial(context, builder, x.dtype, -math.inf)
+        length = spare.length
+        source, target = (_Memory(context, builder, *of, length) for of in ((x, x_), (e, e_)))
+        whole_number = ir.IntType(source.align * 8)
+        counted = ir.Constant(ir.VectorType(whole_number, length), [*range(length)])
+        largest = source.all(m)
+
+        def exp_but_one(numbers: Value, place: Any) -> Value:
+            apart = builder.sub(at, place)
+            apart = builder.trunc(apart, whole_number) if source.align < 8 else apart
+            is_it = builder.icmp_signed("==", counted, _repeat(builder, apart, length))
+            return numbers.like(0).where(is_it, _exp(numbers - largest))
+
+        def work(partial: Value, place: Any, length: int) -> Value:
             for ahead, pointer in ((read, come), (written, go)):
-                for k in range(0, PARTIAL * ahead.size, LINE):
-                    ahead.line(pointer, builder.add(ahead.bytes(many), _INDEX(k)))
-            for k, slot in zip(numbers.places, held.slots, strict=True):  # one after another: registers are few
-                place = builder.add(here, _INDEX(k))
-                value = _exp(numbers.memory.load(place) - m)
-                to.memory.store(value, place)
-                builder.store((Value(builder, builder.load(slot)) + value).value, slot)
-        kept.store(held.get(), _INDEX(0))
-        return context.get_dummy_value()
+                for k in range(0, length * ahead.size, LINE):
+                    ahead.line(pointer, builder.add(ahead.bytes(place), _INDEX(k)))
+            value = exp_but_one(source.load(place), place)
+            target.store(value, place)
+            return partial + value
+
+        with _chunks(builder, count) as (start, end):
+            partial = _Partial(context, builder, x.dtype, 0)
+            rest = partial.groups(start, end, work)
+            left = builder.sub(end, rest)
+            with builder.if_then(builder.icmp_signed(">", left, _INDEX(0))):  # as a group, with nothing behind it
+                one, two, three = (
+                    _Memory(context, builder, x, x_, 1),
+                    _Stack(context, builder, x.dtype, 1, spare.vectors.data),
+                    _Memory(context, builder, e, e_, 1),
+                )
+                with cgutils.for_range(builder, left) as loop:
+                    two.store(one.load(builder.add(rest, loop.index)), loop.index)
+                for k in range(0, PARTIAL, length):
+                    value = exp_but_one(spare.vectors.load(_INDEX(k)), builder.add(rest, _INDEX(k)))
+                    spare.vectors.store(value, _INDEX(k))
+                    partial.vectors.store(partial.vectors.load(_INDEX(k)) + value, _INDEX(k))
+                with cgutils.for_range(builder, left) as loop:
+                    three.store(two.load(loop.index), builder.add(rest, loop.index))
+            total.add(partial.folded(_plus))
+        return total.get()
 
     index = types.int64
-    return types.void(x, e, index, index, largest, partial, coming, index, out, index), build
+    return types.float64(x, x.dtype, index, e, coming, index, out, index), build
 
 
-@intrinsic
-def exp_group_but_one(_context: Any, x: Any, e: Any, start: Any, one: Any, largest: Any, partial: Any) -> Any:
-    """The group that starts there, with 0 at `one` of its places."""
+class _Held:
+    """Values that a loop changes."""
 
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        numbers, to, kept = (
-            _Group(context, builder, type_, arguments[k]) for k, type_ in ((0, x), (1, e), (5, partial))
-        )
-        m, zero = numbers.memory.all(arguments[4]), _INDEX(0)
-        which = builder.trunc(arguments[3], _WORD)
-        of_words = ir.VectorType(_WORD, numbers.length)
-        first = builder.insert_element(ir.Constant(of_words, ir.Undefined), which, _WORD(0))
-        wanted = builder.shuffle_vector(first, first, ir.Constant(of_words, [0] * numbers.length))
-        sums = []
-        for k, total in zip(numbers.places, kept.load(zero), strict=True):
-            place = builder.add(arguments[2], _INDEX(k))
-            value = _exp(numbers.memory.load(place) - m)
-            is_one = builder.icmp_signed("==", wanted, ir.Constant(of_words, [*range(k, k + numbers.length)]))
-            value = value.like(0).where(is_one, value)
-            to.memory.store(value, place)
-            sums.append(total + value)
-        kept.store(sums, zero)
-        return context.get_dummy_value()
+    def __init__(self, values: list[Value]) -> None:
+        self.builder = values[0].builder
+        self.slots = [cgutils.alloca_once_value(self.builder, value.value) for value in values]
 
-    return types.void(x, e, types.int64, types.int64, largest, partial), build
+    def get(self) -> list[Value]:
+        return [Value(self.builder, self.builder.load(slot)) for slot in self.slots]
 
-
-def _in_halves(combine: Callable[[Value, Value], Value]) -> Any:
-    """One number of 32, the upper half combined with the lower again and again."""
-
-    @intrinsic
-    def in_halves(_context: Any, partial: Any) -> Any:
-        def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            vectors = _Group(context, builder, partial, arguments[0]).load(_INDEX(0))
-            while len(vectors) > 1:
-                half = len(vectors) // 2
-                vectors = [combine(low, high) for low, high in zip(vectors[:half], vectors[half:], strict=True)]
-            result = vectors[0].value
-            half = result.type.count
-            while half > 1:
-                half //= 2
-                low, high = (
-                    ir.Constant(ir.VectorType(_WORD, half), [*range(first, first + half)]) for first in (0, half)
-                )
-                low, high = (builder.shuffle_vector(result, result, places) for places in (low, high))
-                result = combine(Value(builder, low), Value(builder, high)).value
-            return builder.extract_element(result, _WORD(0))
-
-        return partial.dtype(partial), build
-
-    return in_halves
-
-
-sum_in_halves = _in_halves(lambda low, high: low + high)
-largest_in_halves = _in_halves(lambda low, high: _larger(high, low))
-
-
-@intrinsic
-def first_of_group(_context: Any, x: Any, start: Any, value: Any) -> Any:
-    """Where `value` is, the first time, among the 32 numbers from `start`; 32 if it is not."""
-
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        group = _Group(context, builder, x, arguments[0])
-        same, found = group.memory.all(arguments[2]).value, _INDEX(0)
-        for k, here in zip(group.places, group.load(arguments[1]), strict=True):
-            mask = builder.bitcast(builder.fcmp_ordered("==", here.value, same), ir.IntType(group.length))
-            found = builder.or_(found, builder.shl(builder.zext(mask, _INDEX), _INDEX(k)))
-        return builder.cttz(found, ir.IntType(1)(0))
-
-    return types.int64(x, types.int64, value), build
-
-
-@intrinsic
-def scale_groups(_context: Any, e: Any, out: Any, groups: Any, by: Any) -> Any:
-    """Groups of e·by into `out`."""
-
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        numbers, to = (_Group(context, builder, type_, arguments[k]) for k, type_ in ((0, e), (1, out)))
-        factor = numbers.memory.all(arguments[3])
-        with cgutils.for_range(builder, arguments[2]) as loop:
-            here = builder.mul(loop.index, _INDEX(PARTIAL))
-            to.store([value * factor for value in numbers.load(here)], here)
-        return context.get_dummy_value()
-
-    return types.void(e, out, types.int64, by), build
+    def set(self, values: list[Value]) -> None:
+        for slot, value in zip(self.slots, values, strict=True):
+            self.builder.store(value.value, slot)
 
 
 # What there is of each row while its numbers lie in a tile; one after another in one array
@@ -568,6 +726,17 @@ def _turned(vectors: list[Value]) -> list[Value]:
         pairs = zip(vectors[:half], vectors[half:], strict=True)
         vectors = [_shuffled(*pair, [k + upper for k in low]) for pair in pairs for upper in (0, half)]
     return vectors
+
+
+@intrinsic
+def place(_context: Any, row: Any, c: Any, classes: Any) -> Any:
+    """Where a tile has the number of class c of a row."""
+
+    def build(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        row, c, classes = arguments
+        return _in_tile(builder, classes, row, c)
+
+    return types.uint64(types.int64, types.int64, types.int64), build
 
 
 class _Turn:
@@ -633,109 +802,100 @@ def turn(_context: Any, x: Any, start: Any, x_step: Any, count: Any, classes: An
     return types.void(x, index, index, index, index, tile, index), build
 
 
-def _turned_back(has_marks: bool) -> Any:
-    @intrinsic
-    def turn_back(
-        _context: Any, tile: Any, first: Any, each: Any, width: Any, label: Any, at: Any,
-        out: Any, start: Any, out_step: Any, count: Any, classes: Any,
-    ) -> Any:  # fmt: skip
-        """`count` rows that lie side by side in `tile`, from its row `first` on, each times its own BY, to `out`."""
+@intrinsic
+def turn_back(
+    _context: Any, tile: Any, first: Any, each: Any, width: Any, label: Any, at: Any,
+    out: Any, start: Any, out_step: Any, count: Any, classes: Any, has_marks: Any,
+) -> Any:  # fmt: skip
+    """`count` rows that lie side by side in `tile`, from its row `first` on, each times its own BY, to `out`.
 
-        def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            tile_, first, each_, width, label_, at_, out_, start, out_step, count, classes = arguments
-            turn = _Turn(context, builder, (out, out_), (tile, tile_))
-            side = turn.side
+    If it `has_marks`, TOP and LABEL stand at their places.
+    """
 
-            def rows(row: Any, number: int) -> Callable[[Any], None]:
-                here = builder.add(first, row)
-                by, top, at_label = _Each(context, builder, each, each_, width, here, number).load(BY, TOP, LABEL)
-                numbers = _Memory(context, builder, tile, tile_, number)
-                y, places = (_Memory(context, builder, *of, number) for of in ((label, label_), (at, at_)))
-                marks = [(y.load(here), at_label), (places.load(here), top)] if has_marks else []
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        tile_, first, each_, width, label_, at_, out_, start, out_step, count, classes, has_marks = arguments
+        turn = _Turn(context, builder, (out, out_), (tile, tile_))
+        side = turn.side
 
-                def of_class(c: Any) -> Value:
-                    value = numbers.load(_in_tile(builder, classes, here, c)) * by
+        def rows(row: Any, number: int) -> Callable[[Any], None]:
+            here = builder.add(first, row)
+            by, top, at_label = _Each(context, builder, each, each_, width, here, number).load(BY, TOP, LABEL)
+            numbers = _Memory(context, builder, tile, tile_, number)
+            y, places = (_Memory(context, builder, *of, number) for of in ((label, label_), (at, at_)))
+            marks = [(y.load(here), at_label), (places.load(here), top)]
+            zero, nothing = by.like(0), by.equals(by.like(0))  # of a row that does not count, whatever is in it
+
+            def of_classes(c: Any, many: int) -> list[Value]:
+                at = [builder.add(c, _INDEX(k)) for k in range(many)]
+                found = [numbers.load(_in_tile(builder, classes, here, k)) * by for k in at]
+                held = _Held([zero.where(nothing, value) for value in found])
+                with builder.if_then(has_marks):
                     for place, special in marks:
-                        value = special.where(builder.icmp_signed("==", place.value, y.index(c).value), value)
-                    return value
+                        same = [builder.icmp_signed("==", place.value, y.index(k).value) for k in at]
+                        held.set([special.where(*pair) for pair in zip(same, held.get(), strict=True)])
+                return held.get()
 
-                def one(c: Any) -> None:
-                    _Memory(context, builder, out, out_, 1).store(of_class(c), turn.in_line(start, row, out_step, c))
+            def one(c: Any) -> None:
+                (value,) = of_classes(c, 1)
+                _Memory(context, builder, out, out_, 1).store(value, turn.in_line(start, row, out_step, c))
 
-                def square(c: Any) -> None:
-                    turned = _turned([of_class(builder.add(c, _INDEX(k))) for k in range(side)])
-                    for k, pair in enumerate(turned):
-                        for half in (0, side):
-                            line = _shuffled(pair, pair, [*range(half, half + side)])
-                            turn.line.store(line, turn.in_line(start, builder.add(row, _INDEX(k + half)), out_step, c))
+            def square(c: Any) -> None:
+                for k, pair in enumerate(_turned(of_classes(c, side))):
+                    for half in (0, side):
+                        line = _shuffled(pair, pair, [*range(half, half + side)])
+                        turn.line.store(line, turn.in_line(start, builder.add(row, _INDEX(k + half)), out_step, c))
 
-                return one if number == 1 else square
+            return one if number == 1 else square
 
-            turn.walk(count, classes, rows)
-            return context.get_dummy_value()
+        turn.walk(count, classes, rows)
+        return context.get_dummy_value()
 
-        index = types.int64
-        return types.void(
-            tile, index, each, index, label, at, out, index, index, index, index
-        ), build  # fmt: skip
-
-    return turn_back
-
-
-turn_back = _turned_back(has_marks=False)
-turn_back_marked = _turned_back(has_marks=True)  # and the entries at label and maximum, which are no multiples
+    index = types.int64
+    return types.void(
+        tile, index, each, index, label, at, out, index, index, index, index, types.boolean
+    ), build  # fmt: skip
 
 
 # 16 rows at a time, the numbers of a class side by side
 
 
-def _tops_of_lanes(has_labels: bool) -> Any:
-    @intrinsic
-    def tops_of_lanes(
-        _context: Any, tile: Any, classes: Any, each: Any, width: Any, lane: Any, label: Any, at: Any
-    ) -> Any:
-        """The largest number of 16 rows each, NaN passed over, and its first place into `at`."""
+@intrinsic
+def tops_of_lanes(
+    _context: Any, tile: Any, classes: Any, each: Any, width: Any, lane: Any, label: Any, at: Any, no_label: Any
+) -> Any:
+    """Of 16 rows the largest number, NaN passed over, and its first place into `at`; gap and mass.
 
-        def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            tile_, classes, each_, width, lane, label_, at_ = arguments
-            memory = _Memory(context, builder, tile, tile_, LANES)
-            places = _Memory(context, builder, at, at_, LANES)
-            y = _Memory(context, builder, label, label_, LANES).load(lane)
-            of = _Each(context, builder, each, each_, width, lane, LANES)
-            largest = ir.Constant(memory.vector, [-math.inf] * LANES)
-            none, zero = ir.Constant(places.vector, [0] * LANES), ir.Constant(memory.vector, [0] * LANES)
-            held = _Held([Value(builder, value) for value in (largest, none, zero)])
-            with cgutils.for_range(builder, classes) as loop:
-                here = memory.load(_in_tile(builder, classes, lane, loop.index))
-                index = places.index(loop.index)
-                before, place, at_label = held.get()
-                higher = before.below(here)
-                if has_labels:
-                    at_label = here.where(builder.icmp_signed("==", y.value, index.value), at_label)
-                held.set([here.where(higher, before), index.where(higher, place), at_label])
-            before, place, at_label = held.get()
-            of.store(before, M)
-            places.store(place, lane)
-            if has_labels:
-                of.store(at_label, AT_LABEL)
-            return context.get_dummy_value()
+    A label that is negative is none: then nothing counts (PART is 0), and the mass is `no_label`.
+    """
 
-        index = types.int64
-        return types.void(tile, index, each, index, index, label, at), build
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        tile_, classes, each_, width, lane, label_, at_, no_label = arguments
+        memory = _Memory(context, builder, tile, tile_, LANES)
+        places = _Memory(context, builder, at, at_, LANES)
+        y = _Memory(context, builder, label, label_, LANES).load(lane)
+        of = _Each(context, builder, each, each_, width, lane, LANES)
+        zero, nowhere = memory.zero(), places.zero()
+        held = _Held([zero.like(-math.inf), nowhere, zero])
+        with cgutils.for_range(builder, classes) as loop:
+            here = memory.load(_in_tile(builder, classes, lane, loop.index))
+            index = places.index(loop.index)
+            largest, place, at_label = held.get()
+            higher = largest.below(here)
+            is_label = builder.icmp_signed("==", y.value, index.value)
+            held.set([here.where(higher, largest), index.where(higher, place), here.where(is_label, at_label)])
+        largest, place, at_label = held.get()
+        has_none = builder.icmp_signed("<", y.value, nowhere.value)
+        (part,) = of.load(PART)
+        part = zero.where(has_none, part)
+        gap = part.where(part.equals(zero), part * (largest - at_label))
+        mass = memory.all(builder.sitofp(no_label, memory.vector.element)).where(has_none, part)
+        for value, which in ((largest, M), (at_label, AT_LABEL), (part, PART), (gap, GAP), (mass, MASS)):
+            of.store(value, which)
+        places.store(place, lane)
+        return context.get_dummy_value()
 
-    return tops_of_lanes
-
-
-tops_of_lanes = _tops_of_lanes(has_labels=False)
-tops_and_labels_of_lanes = _tops_of_lanes(has_labels=True)  # and the number at the label
-
-
-def _per_lane(context: Any, builder: Any, count: Any, work: Callable[[Any, int], None]) -> None:
-    """Work on 16 lanes at a time, and on what is left over one by one."""
-    whole = builder.and_(count, _INDEX(-LANES))
-    for first, end, length in ((_INDEX(0), whole, LANES), (whole, count, 1)):
-        with cgutils.for_range_slice(builder, first, end, _INDEX(length)) as (lane, _):
-            work(lane, length)
+    index = types.int64
+    return types.void(tile, index, each, index, index, label, at, index), build
 
 
 @intrinsic
@@ -753,7 +913,7 @@ def take_lanes(
                 source, target = (_Memory(context, builder, *of, length) for of in ((x, x_), (tile, tile_)))
                 target.store(source.load(builder.add(there, lane)), _in_tile(builder, classes, lane, c))
 
-            _per_lane(context, builder, count, work)
+            _in_steps(builder, count, LANES, work)
         return context.get_dummy_value()
 
     index = types.int64
@@ -762,19 +922,22 @@ def take_lanes(
 
 @intrinsic
 def exp_of_lanes(
-    _context: Any, tile: Any, start: Any, classes: Any, m: Any, lane: Any, partial: Any, totals: Any,
+    _context: Any, tile: Any, start: Any, classes: Any, m: Any, lane: Any, partial: Any, totals: Any, before: Any,
     coming: Any, coming_start: Any, coming_step: Any, out: Any, out_start: Any, out_step: Any,
 ) -> Any:  # fmt: skip
-    """exp(x - m) in place of x, for 16 rows and at most 512 classes; their sums, made like those of `rows`, to totals.
+    """exp(x - m) in place of x, for 16 rows and the next 512 classes; their sums, made like those of `rows`, to totals.
 
+    A row whose m is not finite becomes NaN. `before`: how many classes the totals have.
     Meanwhile, with each class, comes a line of `coming`, which will be read, and one of `out`, which will be written.
     """
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        tile_, start, classes, m_, lane, partial_, totals_ = arguments[:7]
-        coming_, coming_start, coming_step, out_, out_start, out_step = arguments[7:]
+        tile_, start, classes, m_, lane, partial_, totals_, before = arguments[:8]
+        coming_, coming_start, coming_step, out_, out_start, out_step = arguments[8:]
         memory, sums = (_Memory(context, builder, *of, LANES) for of in ((tile, tile_), (partial, partial_)))
         largest = _Memory(context, builder, m, m_, LANES).load(lane)
+        largest = largest + (largest - largest)
+        classes = _smaller(builder, classes, _INDEX(CHUNK))
         total = _Memory(context, builder, totals, totals_, LANES)
         read = _Ahead(context, builder, coming, coming_, 0)
         written = _Ahead(context, builder, out, out_, 1)
@@ -795,7 +958,7 @@ def exp_of_lanes(
             return builder.mul(index, _INDEX(LANES))
 
         many = _INDEX(PARTIAL)
-        live = builder.select(builder.icmp_signed("<", classes, many), classes, many)
+        live = _smaller(builder, classes, many)
         with cgutils.for_range(builder, live) as loop:
             sums.store(exps(loop.index), place(loop.index))
         with cgutils.for_range_slice(builder, many, classes, _INDEX(1)) as (index, _):
@@ -807,53 +970,36 @@ def exp_of_lanes(
             with cgutils.for_range(builder, builder.sub(live, _INDEX(half))) as loop:
                 low, high = place(loop.index), place(builder.add(loop.index, _INDEX(half)))
                 sums.store(sums.load(low) + sums.load(high), low)
-            live = builder.select(builder.icmp_signed("<", live, _INDEX(half)), live, _INDEX(half))
-        total.store(total.load(lane) + sums.load(_INDEX(0)).to(ir.DoubleType()), lane)
+            live = _smaller(builder, live, _INDEX(half))
+        added, is_first = total.load(lane), builder.icmp_signed("==", before, _INDEX(0))
+        added = Value(builder, builder.select(is_first, added.like(0).value, added.value))
+        total.store(added + sums.load(_INDEX(0)).to(ir.DoubleType()), lane)
         return context.get_dummy_value()
 
     index = types.int64
     return types.void(
-        tile, index, index, m, index, partial, totals, coming, index, index, out, index, index
+        tile, index, index, m, index, partial, totals, index, coming, index, index, out, index, index
     ), build  # fmt: skip
-
-
-@intrinsic
-def labels_of_lanes(_context: Any, each: Any, width: Any, lane: Any, label: Any) -> Any:
-    """Gap and mass of 16 rows under labels, which count where they are not negative; PART is then what counts."""
-
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        each_, width, lane, label_ = arguments
-        of = _Each(context, builder, each, each_, width, lane, LANES)
-        y = _Memory(context, builder, label, label_, LANES).load(lane)
-        m, x, part = of.load(M, AT_LABEL, PART)
-        zero = part.like(0)
-        part = zero.where(builder.icmp_signed("<", y.value, y.like(0).value), part)
-        of.store(part, PART)
-        of.store(part, MASS)
-        of.store(part.where(part.equals(zero), part * (m - x)), GAP)
-        return context.get_dummy_value()
-
-    return types.void(each, types.int64, types.int64, label), build
 
 
 @intrinsic
 def finish_lanes(
     _context: Any, each: Any, width: Any, lane: Any, totals: Any, label: Any, at: Any, z: Any, has_grad: Any
 ) -> Any:
-    """Of 16 rows LOSS, and where it is asked for, the gradient: BY, TOP, and LABEL where that is not the maximum."""
+    """Of 8 rows LOSS, and where it is asked for, the gradient: BY, TOP, and LABEL where that is not the maximum."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         each_, width, lane, totals_, label_, at_, z, has_grad = arguments
-        of = _Each(context, builder, each, each_, width, lane, LANES)
+        of = _Each(context, builder, each, each_, width, lane, HALF)
         m, part, factor, scale, gap, mass = of.load(M, PART, FACTOR, SCALE, GAP, MASS)
-        sums, double = _Memory(context, builder, totals, totals_, LANES), ir.DoubleType()
+        sums, double = _Memory(context, builder, totals, totals_, HALF), ir.DoubleType()
         r = sums.load(lane).to(m.element).to(double)
         sums.store(r, lane)
         wide_m, wide_gap, wide_mass, wide_factor = (value.to(double) for value in (m, gap, mass, factor))
         loss, _, p, coef = _finish(wide_m, r, wide_gap, wide_mass, wide_factor, sums.all(z), m.is_single)
         of.store(loss, LOSS)
         with builder.if_then(has_grad):
-            y, top = (_Memory(context, builder, *of, LANES).load(lane) for of in ((label, label_), (at, at_)))
+            y, top = (_Memory(context, builder, *of, HALF).load(lane) for of in ((label, label_), (at, at_)))
             zero = scale.like(0)
             nothing = scale.equals(zero)
             by = (scale.to(double) * coef * p).to(m.element)
@@ -893,10 +1039,11 @@ def put_lanes(
                 source, target, factor = (
                     _Memory(context, builder, *of, length) for of in ((tile, tile_), (out, out_), (by, by_))
                 )
-                value = source.load(_in_tile(builder, classes, lane, c)) * factor.load(lane)
-                target.store(value, builder.add(there, lane))
+                each, value = factor.load(lane), source.load(_in_tile(builder, classes, lane, c))
+                zero = each.like(0)
+                target.store(zero.where(each.equals(zero), value * each), builder.add(there, lane))
 
-            _per_lane(context, builder, count, work)
+            _in_steps(builder, count, LANES, work)
         return context.get_dummy_value()
 
     index = types.int64
