@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -182,7 +183,7 @@ def answer():
     return loss.tobytes() + grad.tobytes()
 
 wanted = answer()
-assert cpu._pool is not None
+assert cpu._pool.size == 2
 sys.setswitchinterval(1e-6)
 stop = threading.Event()
 def keep_the_pool_busy():
@@ -196,7 +197,8 @@ for _ in range(30):
     child = os.fork()
     if child == 0:
         signal.alarm(30)  # ends a child that hangs
-        os._exit(0 if answer() == wanted and answer() == wanted else 1)
+        right = answer() == wanted and answer() == wanted
+        os._exit(0 if right and threading.active_count() == 3 else 1)  # with threads of its own
     children.append(child)
 codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 stop.set()
@@ -209,6 +211,56 @@ print(codes)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 def test_forked_children():
     assert run(FORK, XENT_ARRAY_NUM_THREADS="3").strip() == str([0] * 30)
+
+
+ENDING = """
+import atexit, sys
+import numpy as np
+from xent_array import cross_entropy
+
+x, labels = np.zeros((5000, 100), "f4"), np.zeros(5000, int)
+cross_entropy(x[:9], labels[:9], engine="cpu")  # needs no thread
+
+class Last:
+    call = cross_entropy, x, labels, print  # names that the module may have lost by then
+
+    def __del__(self):
+        f, x, labels, show = self.call
+        show(f(x, labels).round(3))
+
+if "exit" in sys.argv:
+    atexit.register(lambda: print(cross_entropy(x, labels).round(3)))
+last = Last()
+if "before" in sys.argv:
+    print(cross_entropy(x, labels).round(3))
+"""
+
+
+@pytest.mark.parametrize("calls", [["before"], ["exit"], []], ids=["before", "exit", "too late for threads"])
+def test_while_the_interpreter_ends(calls):
+    """The threads keep no interpreter from ending, and a call that comes late is answered."""
+    assert run(ENDING, *calls, XENT_ARRAY_NUM_THREADS="3").split() == ["4.605"] * (1 + len(calls))
+
+
+@pytest.mark.parametrize("options", [{}, {"z_loss": 0.1}], ids=["at once", "any"])
+def test_fewer_threads_than_asked_for(small_blocks, body, monkeypatch, options):
+    """None can be started, or all are at work for others: the caller does without, and nothing is left to wait for."""
+    wanted = cross_entropy(LOGITS, LABELS, **options)
+    monkeypatch.setenv("XENT_ARRAY_NUM_THREADS", "3")
+    pool = cpu._Pool()
+    monkeypatch.setattr(cpu, "_pool", pool)
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", mock.Mock(side_effect=RuntimeError("can't start new thread")))
+        assert cross_entropy(LOGITS, LABELS, **options) == wanted
+    assert (pool.size, pool.calls.qsize()) == (0, 0)
+    busy, go_on = threading.Barrier(3), threading.Event()
+    pool.send(lambda: (busy.wait(), go_on.wait()), 2)
+    busy.wait(10)
+    try:
+        assert cross_entropy(LOGITS, LABELS, **options) == wanted
+        assert (pool.size, pool.calls.qsize()) == (2, 2)  # called too late, when all is done
+    finally:
+        go_on.set()
 
 
 # -- small batches, which are answered at once -------------------------------------------------------------------

@@ -15,12 +15,14 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache, lru_cache
+from queue import SimpleQueue
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -33,6 +35,7 @@ ALONE = 1 << 16  # less work than this many logits is not worth waking a thread 
 ROW = 24  # what a row costs beside its logits, in logits
 QUICK = 3  # times as much work is not worth one where loops are compiled
 
+P = TypeVar("P")
 Part = tuple[slice, slice]  # of the outer and of the inner axis
 _WHOLE: Part = (slice(None), slice(None))
 
@@ -103,24 +106,19 @@ class Cpu:
             if count:
                 body(rows, want, _WHOLE, _Scratch(count * min(classes, TILE), rows.acc))
             return
-        team = min(threads(), -(-work // alone))
+        team = _team(work, alone)
         # Small enough for cache, large enough that Python is idle, and some for every thread.
         blocks = max(team if work <= 4 * team * alone else 2 * team, -(-work // block))
         in_block = -(-count // blocks)
         scratch_size = in_block * min(classes, TILE)
-        parts = _Shared(_parts(rows.shape, in_block))
 
-        def work_off() -> None:
+        def work_off(parts: Iterator[Part]) -> None:
             scratch = _Scratch(scratch_size, rows.acc)
-            try:
-                with np.errstate(all="ignore"):  # NumPy's settings are each thread's own
-                    for part in parts:
-                        body(_sliced(rows, part), want, part, scratch)
-            except BaseException:
-                parts.end()
-                raise
+            with np.errstate(all="ignore"):  # NumPy's settings are each thread's own
+                for part in parts:
+                    body(_sliced(rows, part), want, part, scratch)
 
-        _spread(work_off, team - 1)
+        _spread(work_off, _parts(rows.shape, in_block), team)
 
     def _body(self, rows: Rows, want: _Want) -> tuple[Callable[[Rows, _Want, Part, _Scratch], None], int, int]:
         """What does a block of these rows, how much work a block may be, and how much is not worth another thread."""
@@ -539,19 +537,6 @@ def _of(values: Any, who: Any) -> Any:
 
 # Threads
 
-_pool: Any = None
-_pool_lock = threading.Lock()
-
-
-def _after_fork() -> None:
-    """A child has none of its parent's threads: it starts with no pool, and a lock that nobody holds."""
-    global _pool, _pool_lock
-    _pool, _pool_lock = None, threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
-
 
 def threads() -> int:
     """How many threads a large problem may use: XENT_ARRAY_NUM_THREADS, else the cores this process may run on."""
@@ -563,43 +548,100 @@ def threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _spread(work: Callable[[], None], helpers: int) -> None:
-    """Runs `work` here and on up to `helpers` threads of the pool at once; returns when all have ended."""
-    global _pool
-    futures = []
-    if helpers > 0:
-        from concurrent.futures import ThreadPoolExecutor  # slow to import, and small problems need none
+def _team(work: int, alone: int) -> int:
+    """How many threads share so much work, of which `alone` is not worth another one."""
+    return min(threads(), -(-work // alone))
 
-        with _pool_lock:
-            if _pool is None or _pool._max_workers < helpers:
-                _pool = ThreadPoolExecutor(
-                    max_workers=max(helpers, os.cpu_count() or 1), thread_name_prefix="xent_array"
-                )
-            with suppress(RuntimeError):  # the interpreter is ending, or there are no more threads: this one suffices
-                for _ in range(helpers):
-                    futures.append(_pool.submit(work))  # noqa: PERF401  those submitted before an error do run
+
+def _spread(work: Callable[[Iterator[P]], None], parts: Iterator[P], team: int) -> None:
+    """Calls `work(parts)` here and on up to `team` - 1 threads of the pool at once; returns when all have ended.
+
+    Each draws what parts the others have left, and none any more once one has failed.
+    """
+    job = _Job(work, parts)
     try:
-        work()
+        _pool.send(job.help, team - 1)
+        job.run()
     finally:
-        started = [future for future in futures if not future.cancel()]
-        errors = [error for future in started if (error := future.exception()) is not None]
+        errors = job.close()
     if errors:
         raise errors[0]
 
 
-class _Shared:
-    """An iterator that several threads may draw from, until one of them ends it."""
+class _Job(Iterator[P]):
+    """Parts that several threads draw from, and what they do with them."""
 
-    def __init__(self, items: Iterator[Part]) -> None:
-        self.items, self.lock = items, threading.Lock()
+    def __init__(self, work: Callable[[Iterator[P]], None], parts: Iterator[P]) -> None:
+        self.work, self.parts, self.lock = work, parts, threading.Lock()
+        self.is_open, self.helpers = True, 0
+        self.ends: SimpleQueue[BaseException | None] = SimpleQueue()
 
-    def end(self) -> None:
+    def __next__(self) -> P:
         with self.lock:
-            self.items = iter(())
+            return next(self.parts)
 
-    def __iter__(self) -> _Shared:
-        return self
+    def run(self) -> None:
+        try:
+            self.work(self)
+        except BaseException:
+            with self.lock:
+                self.parts = iter(())
+            raise
 
-    def __next__(self) -> Part:
+    def help(self) -> None:
+        """What a thread of the pool calls, now or too late."""
         with self.lock:
-            return next(self.items)
+            if not self.is_open:
+                return
+            self.helpers += 1
+        error = None
+        try:
+            self.run()
+        except BaseException as raised:
+            error = raised
+        self.ends.put(error)
+
+    def close(self) -> list[BaseException]:
+        """Waits for those that help already, and lets no more begin. Returns what they raised."""
+        with self.lock:
+            self.is_open = False
+        ends = [self.ends.get() for _ in range(self.helpers)]
+        return [error for error in ends if error is not None]
+
+
+class _Pool:
+    """Threads that wait for calls. As daemons they keep no interpreter from ending; it leaves them where they are."""
+
+    def __init__(self) -> None:
+        self.calls: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self.size, self.lock = 0, threading.Lock()
+
+    def send(self, call: Callable[[], None], count: int) -> None:
+        """Has it called by `count` threads, or by as many as there can be."""
+        if count > self.size:
+            self._grow(count)
+        for _ in range(min(count, self.size)):
+            self.calls.put(call)
+
+    def _grow(self, size: int) -> None:
+        with self.lock, suppress(RuntimeError):  # there are no more threads: fewer suffice
+            while self.size < size and not sys.is_finalizing():
+                threading.Thread(target=self._run, name=f"xent_array-{self.size}", daemon=True).start()
+                self.size += 1
+
+    def _run(self) -> None:
+        while True:
+            self.calls.get()()
+
+
+_pool = _Pool()
+
+
+def _after_fork() -> None:
+    """A child has none of its parent's threads: it starts with a pool of none, and a lock that nobody holds."""
+    global _pool
+    _pool = _Pool()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
