@@ -150,12 +150,17 @@ def test_number_of_threads(small_blocks, body, monkeypatch, target, options):
 @each_target
 def test_eight_threads_at_once(request, small_blocks, body, monkeypatch, target):
     monkeypatch.setenv("XENT_ARRAY_NUM_THREADS", "3")
-    wanted = rows_of(LOGITS, target, **EVERYTHING)
+
+    def answer(_=None):
+        plain = cross_entropy_value_and_grad(LOGITS, target, reduction="none")
+        return rows_of(LOGITS, target, **EVERYTHING), each_row(*plain)
+
+    wanted = answer()
     switching = sys.getswitchinterval()
     request.addfinalizer(lambda: sys.setswitchinterval(switching))
     sys.setswitchinterval(1e-6)  # threads meet inside of everything
     with ThreadPoolExecutor(8) as callers:
-        for result in callers.map(lambda _: rows_of(LOGITS, target, **EVERYTHING), range(80)):
+        for result in callers.map(answer, range(80)):
             assert result == wanted
 
 
@@ -179,8 +184,8 @@ x = np.random.default_rng(0).normal(size=(420, 1000)).astype("f4")  # a few bloc
 labels = np.arange(420)
 
 def answer():
-    loss, grad = cross_entropy_value_and_grad(x, labels, z_loss=0.1)
-    return loss.tobytes() + grad.tobytes()
+    answers = (cross_entropy_value_and_grad(x, labels, z_loss=z) for z in (0.0, 0.1))
+    return [loss.tobytes() + grad.tobytes() for loss, grad in answers]
 
 wanted = answer()
 assert cpu._pool.size == 2
@@ -263,14 +268,18 @@ def test_fewer_threads_than_asked_for(small_blocks, body, monkeypatch, options):
         go_on.set()
 
 
-# -- small batches, which are answered at once -------------------------------------------------------------------
+# -- what has no options is answered at once ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("shape", [(1, 1), (5, 3), (7, 2, 48), (100, 48), (100, 256), (100, 257), (3, 1000)])
-def test_at_once_or_not(shape, dtype, reduction):
+@pytest.mark.parametrize("shared", [False, True], ids=["alone", "threads"])
+def test_at_once_or_not(monkeypatch, shape, dtype, reduction, shared):
     """The same bits as by way of every check; and where it is not for them, that way is taken."""
+    if shared:
+        monkeypatch.setenv("XENT_ARRAY_NUM_THREADS", "3")
+        monkeypatch.setattr(cpu, "ALONE", 100)
     rng = np.random.default_rng(0)
     x = (5 * rng.normal(size=shape)).astype(dtype)
     labels = rng.integers(shape[-1], size=shape[:-1])
@@ -283,13 +292,65 @@ def test_at_once_or_not(shape, dtype, reduction):
         assert (np.asarray(loss).tobytes(), grad.tobytes()) == (np.asarray(slow).tobytes(), slow_grad.tobytes())
         assert (type(loss), loss.dtype, np.shape(loss)) == (type(slow), slow.dtype, np.shape(slow))
         assert np.asarray(cross_entropy(x, labels, reduction=reduction)).tobytes() == np.asarray(slow).tobytes()
+        copy, other = x.copy(), np.full_like(x, 7)
+        for logits, out in ((x, other), (copy, copy)):
+            loss, grad = cross_entropy_value_and_grad(logits, labels, out=out, **given)
+            assert grad is out
+            assert (np.asarray(loss).tobytes(), out.tobytes()) == (np.asarray(slow).tobytes(), slow_grad.tobytes())
     ignored = np.where(np.arange(labels.size).reshape(labels.shape) % 2 == 0, -100, labels)
     for y in (ignored, labels.astype(np.uint8 if shape[-1] < 256 else np.int32), labels.astype(">i8")):
         one, two = (cross_entropy(x, y, reduction=reduction, engine=engine) for engine in (None, "cpu"))
         assert np.asarray(one).tobytes() == np.asarray(two).tobytes()
     labels[-1] = shape[-1]
+    out = x.copy()
     with pytest.raises(IndexError, match=f"is {shape[-1]}, which is no class"):
         cross_entropy(x, labels)
+    with pytest.raises(IndexError, match=f"is {shape[-1]}, which is no class"):
+        cross_entropy_value_and_grad(out, labels, out=out)
+    assert out.tobytes() == x.tobytes()  # nothing is written before it is known that all is well
+
+
+@pytest.mark.parametrize("count", [3, 30_000])
+@pytest.mark.parametrize(("dtype", "largest"), [("float32", 3e38), ("float64", 1e308)])
+def test_large_losses_at_once(count, dtype, largest):
+    """Their sum is no finite number: no warning comes of it, and logits that are overwritten are not read again."""
+    x, labels = np.array([[largest, 0]] * count, dtype), np.ones(count, int)
+    for reduction in ("mean", "sum"):
+        slow, slow_grad = cross_entropy_value_and_grad(x, labels, reduction=reduction, engine="cpu")
+        out = x.copy()
+        with np.errstate(all="raise"):
+            loss, _ = cross_entropy_value_and_grad(out, labels, reduction=reduction, out=out)
+        assert (loss.tobytes(), out.tobytes()) == (slow.tobytes(), slow_grad.tobytes())
+
+
+def test_what_is_filled_at_once(monkeypatch):
+    """Dense memory, the logits or apart from them; any other `out` goes the way through every check."""
+    if isinstance(cpu.compiled_body(), str):
+        pytest.skip(cpu.compiled_body())
+    general = mock.Mock(side_effect=cpu.engine.loss_and_grad)
+    monkeypatch.setattr(cpu.engine, "loss_and_grad", general)
+    memory, labels = np.zeros(100), np.arange(4)
+    x = memory[8:40].reshape(4, 8)
+    x[...] = np.random.default_rng(0).normal(size=(4, 8))
+    wanted = cross_entropy_value_and_grad(x, labels)[1].copy()
+    for out in (np.empty((4, 8)), memory[40:72].reshape(4, 8)):
+        assert cross_entropy_value_and_grad(x, labels, out=out)[1] is out
+        np.testing.assert_array_equal(out, wanted)
+    assert not general.called
+    for out in (np.empty((8, 4)).T, np.empty((4, 16))[:, ::2], np.empty((4, 8))[::-1]):
+        assert cross_entropy_value_and_grad(x, labels, out=out)[1] is out
+        np.testing.assert_array_equal(out, wanted)
+    assert general.call_count == 3
+    read_only = np.empty((4, 8))
+    read_only.flags.writeable = False
+    inside = np.zeros((4, 8))
+    for target, out, error in [
+        (labels, memory[:32].reshape(4, 8), ValueError), (labels, np.empty((4, 8), "f4"), TypeError),
+        (labels, np.empty((8, 4)), ValueError), (labels, read_only, ValueError), (labels, [0.0], TypeError),
+        (inside.ravel()[:4].view(np.intp), inside, ValueError),
+    ]:  # fmt: skip
+        with pytest.raises(error):
+            cross_entropy_value_and_grad(x, target, out=out)
 
 
 def test_what_is_asked_at_once():
@@ -489,24 +550,34 @@ def test_error_settings_and_warnings(small_blocks, body, monkeypatch, target):
 
 @pytest.mark.parametrize("exception", [KeyboardInterrupt, MemoryError])
 @pytest.mark.parametrize("place", ["caller", "pool"])
-def test_exception_in_a_block(small_blocks, body, monkeypatch, exception, place):
-    """It reaches the caller, no thread goes on writing after that, and the next call works."""
+@pytest.mark.parametrize("way", ["at once", "any"])
+def test_exception_in_a_block(small_blocks, body, monkeypatch, exception, place, way):
+    """It reaches the caller, no other block is begun, no thread goes on writing after that, and the next call works."""
     monkeypatch.setenv("XENT_ARRAY_NUM_THREADS", "4")
     wanted = rows_of(LOGITS, LABELS)
-    sliced, caller, calls = cpu._sliced, threading.current_thread(), itertools.count()
+    module, name, engine = cpu, "_sliced", "cpu"
+    if way == "at once":
+        if ENGINES["cpu"] is cpu.numpy_engine:
+            pytest.skip("compiled loops only")
+        module, name, engine = cpu.compiled_body(), "_plain", None
+    does, caller, calls, later = getattr(module, name), threading.current_thread(), itertools.count(), []
 
-    def fails(rows, part):
+    def fails(*given):
+        is_check = way == "at once" and len(given[5]) == 0
         is_caller = threading.current_thread() is caller
-        if is_caller == (place == "caller") and next(calls) == 0:
+        if not is_check and is_caller == (place == "caller") and next(calls) == 0:
+            later.clear()
             raise exception
+        later.append(given)
         time.sleep(0.002 if is_caller else 0.02)  # the pool is busy when one fails, and when the caller has ended
-        return sliced(rows, part)
+        return does(*given)
 
     out = np.empty_like(LOGITS)
     with monkeypatch.context() as patched:
-        patched.setattr(cpu, "_sliced", fails)
+        patched.setattr(module, name, fails)
         with pytest.raises(exception):
-            cross_entropy_value_and_grad(LOGITS, LABELS, out=out)
+            cross_entropy_value_and_grad(LOGITS, LABELS, out=out, engine=engine)
+        assert len(later) <= 6  # what three others had begun, or did in the meantime
         left = out.copy()
         time.sleep(0.1)
     assert out.tobytes() == left.tobytes()

@@ -367,11 +367,11 @@ def cross_entropy_value_and_grad(
     >>> grad is A
     True
     """
-    plain = out is None and (grad_output is None or grad_output.__class__ is float)
+    plain = grad_output is None or grad_output.__class__ is float
     if plain and _has_no_option(
         axis, weight, sample_weight, ignore_index, label_smoothing, z_loss, softcap, validate, engine
     ):
-        at_once = _engines.at_once(logits, target, reduction, grad_output, wants_grad=True)
+        at_once = _engines.at_once(logits, target, reduction, grad_output, wants_grad=True, out=out)
         if at_once is not None:
             return at_once
     problem = problem_of(

@@ -80,16 +80,16 @@ def named(engine: str | Engine) -> Engine:
 
 
 def at_once(
-    logits: Any, target: Any, reduction: str, upstream: float | None, wants_grad: bool
+    logits: Any, target: Any, reduction: str, upstream: float | None, wants_grad: bool, out: Any = None
 ) -> tuple[Array, Array | None] | None:
-    """Loss and gradient without a look at options, because there are none: for small batches, where looking costs most.
+    """Loss and gradient without a look at options, because there are none: in small batches, looking costs most.
 
-    The first engine is asked with what the user passed as logits and target, classes along the last axis. None where it
-    does not know at once that all is well: then the way through every check is gone.
+    The first engine is asked with what the user passed as logits, target and out, classes along the last axis. None,
+    and nothing written, where it does not know at once that all is well: then the way through every check is gone.
     """
     own = getattr(next(iter(ENGINES.values())), "at_once", None)
     answer: tuple[Array, Array | None] | None = (
-        None if own is None else own(logits, target, reduction, upstream, wants_grad)
+        None if own is None else own(logits, target, reduction, upstream, wants_grad, out)
     )
     return answer
 

@@ -8,6 +8,7 @@ and the steps from row to row and from class to class.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,20 @@ from .. import _rows
 from .._rows import Array, Rows
 from . import _loops, cpu
 from ._vectors import EACH, LANES, PARTIAL
-from .cpu import QUICK, ROW, Part, _dense, _distribution, _Scratch, _store, _sum, _Want
+from .cpu import (
+    QUICK,
+    ROW,
+    Part,
+    _dense,
+    _distribution,
+    _Scratch,
+    _shrinking,
+    _spread,
+    _store,
+    _sum,
+    _team,
+    _Want,
+)
 
 FEW = 256  # rows of up to so many classes share vector instructions
 BESIDE = 8  # and so do rows whose classes lie apart, where at least so many rows lie side by side
@@ -36,12 +50,12 @@ _REDUCTIONS = ("mean", "sum", "none")
 
 
 def at_once(
-    logits: Any, target: Any, reduction: str, upstream: float | None, wants_grad: bool
+    logits: Any, target: Any, reduction: str, upstream: float | None, wants_grad: bool, out: Any
 ) -> tuple[Array, Array | None] | None:
-    """Loss and gradient of a small batch under labels, without options, from the arrays as the user passed them.
+    """Loss and gradient of dense rows under labels, without options, from the arrays as the user passed them.
 
-    None where they are anything else; the way through every check then finds what it is. The numbers are those of
-    `block`, from the same loops.
+    None where they are anything else, before anything is written; the way through every check then finds what it is.
+    The numbers are those of `block`, from the same loops.
     """
     if logits.__class__ is not np.ndarray or target.__class__ is not np.ndarray or reduction not in _REDUCTIONS:
         return None
@@ -50,16 +64,14 @@ def at_once(
     if acc not in _ONE or target.dtype is not _INDEX or count == 0 or not shape or target.shape != shape[:-1]:
         return None
     classes = shape[-1]
-    if classes == 0 or count * (classes + ROW) > cpu.ALONE * QUICK or not (logits.flags.carray and target.flags.carray):
+    if not 0 < classes <= cpu.TILE or not (logits.flags.carray and target.flags.carray):
         return None
-    one = scale = _ONE[acc]
-    loss, grad = np.empty(count, acc), None
-    job = _loops.LOSS | _loops.CHECK
-    out = none = _NONE[acc]
+    if out is not None and not _may_be_filled(out, logits, target):
+        return None
+    scale, grad = _ONE[acc], None
+    job = _loops.LOSS
     if wants_grad:
         job |= _loops.GRAD
-        grad = np.empty(shape, acc)
-        out = grad.reshape(-1)
         factor = 1.0 if upstream is None else upstream
         if not -1e30 < factor < 1e30:
             return None
@@ -67,24 +79,62 @@ def at_once(
             factor /= count
         if factor != 1:
             scale = np.array([factor], acc)
+        grad = np.empty(shape, acc) if out is None else out
+    x, label, loss = logits.ravel(), target.ravel(), np.empty(count, acc)
+    into = _NONE[acc] if grad is None else grad.ravel()
+    work = count * (classes + ROW)
+    if work <= QUICK * cpu.ALONE:
+        if not _plain(x, label, classes, scale, job | _loops.CHECK, loss, into):
+            return None
+    else:  # every label is looked at before any part is written
+        if not _plain(x, label, classes, scale, _loops.CHECK, loss[:0], into):
+            return None
+
+        def work_off(parts: Iterator[slice]) -> None:
+            for part in parts:
+                flat = slice(part.start * classes, part.stop * classes)
+                _plain(x[flat], label[part], classes, scale, job, loss[part], into[flat])
+
+        team = _team(work, QUICK * cpu.ALONE)
+        _spread(work_off, _shrinking(count, max(1, cpu.ALONE // (classes + ROW)), team), team)
+    if reduction == "none":
+        return loss.reshape(target.shape), grad
+    divisor = count if reduction == "mean" else 1
+    if acc.itemsize == 4:  # whose sum in float64 cannot overflow
+        total = _sum(loss)
+        if total < 1e30:
+            return acc.type(total / divisor), grad
+    # To enter this costs as much as the loops do for a few rows.
+    with np.errstate(all="ignore"):
+        return acc.type(_sum(loss) / divisor), grad
+
+
+def _may_be_filled(out: Any, logits: Array, target: Array) -> bool:
+    """Whether the gradient may go there as it is: dense, and either the logits or apart from both."""
+    return (
+        out.__class__ is np.ndarray
+        and (out.dtype is logits.dtype and out.shape == logits.shape and out.flags.carray)
+        and (out is logits or not np.may_share_memory(out, logits))
+        and not np.may_share_memory(out, target)
+    )
+
+
+def _plain(x: Array, label: Array, classes: int, scale: Array, job: int, loss: Array, grad: Array) -> bool:
+    """The loops, on as many dense rows as `loss` has room for, without options."""
+    acc, count = x.dtype, loss.shape[0]
+    one, none = _ONE[acc], _NONE[acc]
+    done: bool
     if classes <= FEW:
         done = _loops.lanes(
-            logits.reshape(-1), 1, count, 0, classes, classes, 1, False, target.reshape(-1), one, 0.0, one, scale,
-            job, _NO_STATS[acc], loss, out, 0, classes, 1, _width(classes), *_own_room(classes, acc),
+            x, 1, count, 0, classes, classes, 1, False, label, one, 0.0, one, scale,
+            job, _NO_STATS[acc], loss, grad, 0, classes, 1, _width(classes), *_own_room(classes, acc),
         )  # fmt: skip
     else:
         done = _loops.rows(
-            logits.reshape(-1), classes, count, classes, False, target.reshape(-1), one, none, none, 0, 0.0, 0.0, one,
-            scale, job, _NO_STATS[acc], loss, out, classes, np.empty(_rows_room(classes), acc),
+            x, classes, count, classes, False, label, one, none, none, 0, 0.0, 0.0, one,
+            scale, job, _NO_STATS[acc], loss, grad, classes, np.empty(_rows_room(classes), acc),
         )  # fmt: skip
-    if not done:
-        return None
-    if reduction == "none":
-        return loss.reshape(target.shape), grad
-    total = _sum(loss)
-    if not total < 1e30:
-        return None
-    return acc.type(total / count if reduction == "mean" else total), grad
+    return done
 
 
 def _rows_room(classes: int) -> int:

@@ -53,12 +53,14 @@ class Cpu:
         return True
 
     def at_once(
-        self, logits: Any, target: Any, reduction: str, upstream: float | None, wants_grad: bool
+        self, logits: Any, target: Any, reduction: str, upstream: float | None, wants_grad: bool, out: Any
     ) -> tuple[Array, Array | None] | None:
         compiled = compiled_body() if self.compile else ""
         if isinstance(compiled, str):
             return None
-        answer: tuple[Array, Array | None] | None = compiled.at_once(logits, target, reduction, upstream, wants_grad)
+        answer: tuple[Array, Array | None] | None = compiled.at_once(
+            logits, target, reduction, upstream, wants_grad, out
+        )
         return answer
 
     def stats(self, rows: Rows) -> RowStats:
@@ -551,6 +553,15 @@ def threads() -> int:
 def _team(work: int, alone: int) -> int:
     """How many threads share so much work, of which `alone` is not worth another one."""
     return min(threads(), -(-work // alone))
+
+
+def _shrinking(count: int, least: int, team: int) -> Iterator[slice]:
+    """Cuts rows into parts, each a thread's share of what is left: threads that begin apart still end together."""
+    start = 0
+    while start < count:
+        stop = min(count, start + max(least, (count - start) // team))
+        yield slice(start, stop)
+        start = stop
 
 
 def _spread(work: Callable[[Iterator[P]], None], parts: Iterator[P], team: int) -> None:
