@@ -92,8 +92,8 @@ def exp_in_rows(x, out, m):
 
 
 @njit
-def exp_in_lanes(x, m, partial, totals):
-    v.exp_of_lanes(x, 0, x.shape[0] // v.LANES, m, 0, partial, totals, 0, x, 0, 0, x, 0, 0)
+def exp_in_lanes(x, m, at, partial):
+    v.exp_of_lanes(x, 0, 0, x.shape[0] // v.LANES, m, at, 0, partial, x, 0, 0, x, 0, 0)
 
 
 @njit
@@ -145,7 +145,7 @@ def test_exp_is_the_same_alone_and_in_vectors(dtype):
     each, rows, lanes, partial = np.empty_like(x), np.empty_like(x), x.copy(), np.zeros(1024, dtype)
     exp_each(x, each)
     exp_in_rows(x, rows, x.dtype.type(0))
-    exp_in_lanes(lanes, np.zeros(16, dtype), partial, np.zeros(16))
+    exp_in_lanes(lanes, np.zeros(16, dtype), np.full(16, -1), partial)
     assert each.tobytes() == rows.tobytes() == lanes.tobytes()
     assert np.array([exp_alone(number) for number in x], dtype).tobytes() == each.tobytes()
 

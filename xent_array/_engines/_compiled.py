@@ -147,7 +147,7 @@ def _width(classes: int) -> int:
 
 
 def _lanes_room(classes: int, width: int, acc: Any) -> tuple[Array, Array, Array]:
-    numbers = np.empty((classes + EACH) * width + PARTIAL * LANES + max(_loops.STRIP * classes, width), acc)
+    numbers = np.empty((classes + EACH + PARTIAL) * width + max(_loops.STRIP * classes, width), acc)
     return numbers, np.empty(width), np.empty(2 * width, _PLACES[acc])
 
 

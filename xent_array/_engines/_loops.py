@@ -323,8 +323,8 @@ def lanes(
         return False
     tile = v.part(work, 0, classes * width)
     each = v.part(work, classes * width, v.EACH * width)
-    partial = v.part(work, (classes + v.EACH) * width, PARTIAL * LANES)
-    strip = v.part(work, (classes + v.EACH) * width + PARTIAL * LANES, max(STRIP * classes, width))
+    partial = v.part(work, (classes + v.EACH) * width, PARTIAL * width)
+    strip = v.part(work, (classes + v.EACH + PARTIAL) * width, max(STRIP * classes, width))
     m, gap, mass = (
         v.part(each, v.M * width, width),
         v.part(each, v.GAP * width, width),
@@ -363,19 +363,19 @@ def lanes(
                     if m[k] - m[k] != 0:
                         row = v.part(tile, v.place(k, 0, classes), (classes - 1) * LANES + 1)
                         stats[0, first + k] = _without_softmax(row, LANES)
-            for k in range(count):
-                if at[k] >= 0:
-                    tile[v.place(k, at[k], classes)] = -np.inf
             # Meanwhile come the next rows, and where these will go.
             coming = o * outer_step + (start + width if start + width < inner else start) * inner_step
             going = o * out_outer_step + start * out_inner_step
-            for lane in range(0, step, LANES):
-                for c in range(0, classes, v.CHUNK):
+            for c in range(0, classes, v.CHUNK):
+                live = v.CHUNK if c + v.CHUNK < classes else classes - c
+                for lane in range(0, step, LANES):
                     v.exp_of_lanes(
-                        tile, lane * classes + c * LANES, classes - c, m, lane, partial, sums, c,
+                        tile, lane * classes + c * LANES, c, live, m, at, lane, partial,
                         x, coming + lane * inner_step + c * ahead, ahead,
                         out, going + lane * out_inner_step + c * out_ahead, out_ahead,
                     )  # fmt: skip
+                for lane in range(0, step, LANES):
+                    v.add_up_lanes(partial, live, m, lane, sums, c > 0)
             if job & KNOWN:
                 for k in range(count):
                     if m[k] - m[k] == 0:

@@ -922,25 +922,24 @@ def take_lanes(
 
 @intrinsic
 def exp_of_lanes(
-    _context: Any, tile: Any, start: Any, classes: Any, m: Any, lane: Any, partial: Any, totals: Any, before: Any,
+    _context: Any, tile: Any, start: Any, first: Any, count: Any, m: Any, at: Any, lane: Any, partial: Any,
     coming: Any, coming_start: Any, coming_step: Any, out: Any, out_start: Any, out_step: Any,
 ) -> Any:  # fmt: skip
-    """exp(x - m) in place of x, for 16 rows and the next 512 classes; their sums, made like those of `rows`, to totals.
+    """exp(x - m) in place of x, or 0 at `at`, for 16 rows and `count` classes from `first` on; the 32 partial sums.
 
-    A row whose m is not finite becomes NaN. `before`: how many classes the totals have.
-    Meanwhile, with each class, comes a line of `coming`, which will be read, and one of `out`, which will be written.
+    A row whose m is not finite becomes NaN. Meanwhile, with each class, comes a line of `coming`, which will be read,
+    and one of `out`, which will be written.
     """
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        tile_, start, classes, m_, lane, partial_, totals_, before = arguments[:8]
+        tile_, start, first, count, m_, at_, lane, partial_ = arguments[:8]
         coming_, coming_start, coming_step, out_, out_start, out_step = arguments[8:]
-        memory, sums = (_Memory(context, builder, *of, LANES) for of in ((tile, tile_), (partial, partial_)))
-        largest = _Memory(context, builder, m, m_, LANES).load(lane)
+        memory, sums, places = (
+            _Memory(context, builder, *of, LANES) for of in ((tile, tile_), (partial, partial_), (at, at_))
+        )
+        largest, apart = _Memory(context, builder, m, m_, LANES).load(lane), places.load(lane)
         largest = largest + (largest - largest)
-        classes = _smaller(builder, classes, _INDEX(CHUNK))
-        total = _Memory(context, builder, totals, totals_, LANES)
-        read = _Ahead(context, builder, coming, coming_, 0)
-        written = _Ahead(context, builder, out, out_, 1)
+        read, written = _Ahead(context, builder, coming, coming_, 0), _Ahead(context, builder, out, out_, 1)
         come = read.pointer(coming_start)
         go = written.or_else(written.pointer(out_start), come)
         come_step = read.bytes(coming_step)
@@ -949,37 +948,56 @@ def exp_of_lanes(
         def exps(index: Any) -> Value:
             read.line(come, builder.mul(index, come_step))
             written.line(go, builder.mul(index, go_step))
-            here = builder.add(start, place(index))
+            here = builder.add(start, builder.mul(index, _INDEX(LANES)))
+            is_apart = builder.icmp_signed("==", places.index(builder.add(first, index)).value, apart.value)
             value = _exp(memory.load(here) - largest)
+            value = value.like(0).where(is_apart, value)
             memory.store(value, here)
             return value
 
         def place(index: Any) -> Any:
-            return builder.mul(index, _INDEX(LANES))
+            return builder.mul(builder.add(builder.mul(lane, _INDEX(PARTIAL // LANES)), index), _INDEX(LANES))
 
-        many = _INDEX(PARTIAL)
-        live = _smaller(builder, classes, many)
-        with cgutils.for_range(builder, live) as loop:
+        with cgutils.for_range(builder, _smaller(builder, count, _INDEX(PARTIAL))) as loop:
             sums.store(exps(loop.index), place(loop.index))
-        with cgutils.for_range_slice(builder, many, classes, _INDEX(1)) as (index, _):
+        with cgutils.for_range_slice(builder, _INDEX(PARTIAL), count, _INDEX(1)) as (index, _):
             turn = place(builder.and_(index, _INDEX(PARTIAL - 1)))
             sums.store(sums.load(turn) + exps(index), turn)
-        half = PARTIAL
-        while half > 1:
-            half //= 2
-            with cgutils.for_range(builder, builder.sub(live, _INDEX(half))) as loop:
-                low, high = place(loop.index), place(builder.add(loop.index, _INDEX(half)))
-                sums.store(sums.load(low) + sums.load(high), low)
-            live = _smaller(builder, live, _INDEX(half))
-        added, is_first = total.load(lane), builder.icmp_signed("==", before, _INDEX(0))
-        added = Value(builder, builder.select(is_first, added.like(0).value, added.value))
-        total.store(added + sums.load(_INDEX(0)).to(ir.DoubleType()), lane)
         return context.get_dummy_value()
 
     index = types.int64
     return types.void(
-        tile, index, index, m, index, partial, totals, index, coming, index, index, out, index, index
+        tile, index, index, index, m, at, index, partial, coming, index, index, out, index, index
     ), build  # fmt: skip
+
+
+@intrinsic
+def add_up_lanes(_context: Any, partial: Any, count: Any, m: Any, lane: Any, totals: Any, has_some: Any) -> Any:
+    """The partial sums of `count` classes, folded like those of `rows`; to totals, if these have some already."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        partial_, count, m_, lane, totals_, has_some = arguments
+        sums, total = (
+            _Memory(context, builder, partial, partial_, LANES),
+            _Memory(context, builder, totals, totals_, LANES),
+        )
+        first = builder.mul(lane, _INDEX(PARTIAL))
+        live, half = _smaller(builder, count, _INDEX(PARTIAL)), PARTIAL
+        while half > 1:
+            half //= 2
+            with cgutils.for_range(builder, builder.sub(live, _INDEX(half))) as loop:
+                low = builder.add(first, builder.mul(loop.index, _INDEX(LANES)))
+                high = builder.add(low, _INDEX(half * LANES))
+                sums.store(sums.load(low) + sums.load(high), low)
+            live = _smaller(builder, live, _INDEX(half))
+        largest = _Memory(context, builder, m, m_, LANES).load(lane)
+        nothing = (largest - largest).to(ir.DoubleType())  # or NaN
+        before = Value(builder, builder.select(has_some, total.load(lane).value, nothing.value))
+        total.store(before + sums.load(first).to(ir.DoubleType()), lane)
+        return context.get_dummy_value()
+
+    index = types.int64
+    return types.void(partial, index, m, index, totals, types.boolean), build
 
 
 @intrinsic

@@ -149,7 +149,7 @@ def compiled_body() -> ModuleType | str:
 
 def _sum(losses: Array) -> float:
     """In float64."""
-    if losses.size <= 4096:
+    if losses.size <= 1024:
         return float(np.add.reduce(losses.astype(np.float64, copy=False)))  # sooner than the next line
     return float(np.add.reduce(losses, dtype=np.float64))
 
