@@ -37,7 +37,7 @@ BESIDE = 8  # and so do rows whose classes lie apart, where at least so many row
 APART = 1 << 17  # logits that are turned at once, of up to 256 rows, and of 32 at least
 LONGEST = 1 << 16  # classes that may be turned
 TURNED = 1 << 12  # logits of dense rows that are turned at once: what stays in the innermost cache
-SIDE_BY_SIDE = 112  # rows of few classes that are turned at once: no power of two, which would fall on few cache lines
+SIDE_BY_SIDE = 128  # of them at most
 
 _ONE = {np.dtype(kind): np.ones(1, kind) for kind in (np.float32, np.float64)}
 _NONE = {np.dtype(kind): np.empty(0, kind) for kind in (np.float32, np.float64, np.intp, np.uint16)}
