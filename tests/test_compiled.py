@@ -35,7 +35,7 @@ from llvmlite import binding
 from numba import config, njit, types
 from numba.core import caching
 
-from xent_array._engines import _compiled, _kept, _loops
+from xent_array._engines import _compiled, _dense, _kept, _loops, _tiles
 from xent_array._engines import _vectors as v
 
 RNG = np.random.default_rng(0)
@@ -88,12 +88,12 @@ def exp_alone(x):
 
 @njit
 def exp_in_rows(x, out, m):
-    return v.exps(x, m, -1, out, x, 0, out, 0)
+    return _dense.exps(x, m, -1, out, x, 0, out, 0)
 
 
 @njit
 def exp_in_lanes(x, m, at, partial):
-    v.exp_of_lanes(x, 0, 0, x.shape[0] // v.LANES, m, at, 0, partial, x, 0, 0, x, 0, 0)
+    _tiles.exp_of_lanes(x, 0, 0, x.shape[0] // _tiles.LANES, m, at, 0, partial, x, 0, 0, x, 0, 0)
 
 
 @njit

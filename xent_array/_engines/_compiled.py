@@ -16,7 +16,8 @@ import numpy as np
 from .. import _rows
 from .._rows import Array, Rows
 from . import _loops, cpu
-from ._vectors import EACH, LANES, PARTIAL
+from ._tiles import EACH, LANES
+from ._vectors import PARTIAL
 from .cpu import (
     QUICK,
     ROW,

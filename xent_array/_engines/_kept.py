@@ -16,7 +16,7 @@ from typing import Any
 
 from numba.core.caching import FunctionCache
 
-SOURCES = ("_loops.py", "_vectors.py")  # what the machine code is made of
+SOURCES = ("_loops.py", "_dense.py", "_tiles.py", "_vectors.py")  # what the machine code is made of
 
 
 def kept(function: Any) -> Any:

@@ -3,8 +3,7 @@
 Imported when first needed, and only where Numba is installed. `rows` takes rows that lie dense, one after another;
 `lanes` takes many rows at once, each in a lane of the vector instructions: rows of few classes, and rows whose classes
 lie apart while the rows lie side by side. Both make, in cache, everything that is asked of a row, and both by the same
-arithmetic in the same order: a sum takes 512 numbers at a time into 32 partial sums, folds these in halves, and adds
-the result up in float64.
+arithmetic in the same order. What they are made of is in `_dense`, `_tiles` and `_vectors`.
 """
 
 from __future__ import annotations
@@ -16,9 +15,12 @@ import numpy as np
 from numba import config, njit, types
 from numba.extending import overload
 
+from . import _dense as dense
+from . import _tiles as tiles
 from . import _vectors as v
 from ._kept import kept
-from ._vectors import HALF, LANES, PARTIAL
+from ._tiles import HALF, LANES
+from ._vectors import PARTIAL
 
 if config.DISABLE_JIT:
     raise ImportError("NUMBA_DISABLE_JIT is set")
@@ -133,38 +135,38 @@ def rows(
         _read(x, i * x_step, is_half, wide)
         row = v.row(x, i * x_step, wide)
         if cap > 0:
-            v.tanh_of_quotient(slope, (row, cap))
-            v.multiply(wide, (slope, cap))
-            v.slope_of_tanh(slope, (slope,))
+            dense.tanh_of_quotient(slope, (row, cap))
+            dense.multiply(wide, (slope, cap))
+            dense.slope_of_tanh(slope, (slope,))
             row = wide
         y = label[i] if label.shape[0] else -1
         on_label = part[i if part.shape[0] > 1 else 0] if y >= 0 else kind(0)
         q = v.part(a, i * a_step, classes) if a.shape[0] else each
         g = v.row(out, i * out_step, e) if job & (GRAD | LOG) else e
-        at = v.top(classes, row)
+        at = dense.top(classes, row)
         m = row[at]
         # Meanwhile come the next row, and where this one will go in a while.
-        coming, going = (i + 1 if i + 1 < count else i) * x_step, i * out_step + v.CHUNK
+        coming, going = (i + 1 if i + 1 < count else i) * x_step, i * out_step + dense.CHUNK
         if job & KNOWN:
             m, r, gap, mass = stats[0, i], stats[1, i], stats[2, i], stats[3, i]
             if row[at] != m:
                 at = -1
             if job & GRAD:
-                v.exps(row, m if m - m == 0 else kind(0), at, g, x, coming, out, going)
+                dense.exps(row, m if m - m == 0 else kind(0), at, g, x, coming, out, going)
         else:
             if a.shape[0]:
-                gap, mass = kind(v.weighed(classes, row, (q, m, row))), kind(v.total(classes, row, (q,)))
+                gap, mass = kind(dense.weighed(classes, row, (q, m, row))), kind(dense.total(classes, row, (q,)))
             elif y >= 0:
                 gap, mass = on_label * (m - row[y]) if on_label != 0 else on_label, on_label
                 if each.shape[0] > 1:
-                    gap = kind(gap + v.weighed(classes, row, (each, m, row)))
-                    mass = kind(mass + v.total(classes, row, (each,)))
+                    gap = kind(gap + dense.weighed(classes, row, (each, m, row)))
+                    mass = kind(mass + dense.total(classes, row, (each,)))
                 elif each.shape[0]:
-                    gap = kind(gap + v.weighed(classes, row, (each[0], m, row)))
+                    gap = kind(gap + dense.weighed(classes, row, (each[0], m, row)))
                     mass = kind(float(mass) + float(each[0]) * classes)
             else:
                 gap, mass = kind(0), kind(0 if label.shape[0] else 1)
-            r = kind(v.exps(row, m, at, g, x, coming, out, going) if m - m == 0 else np.nan)
+            r = kind(dense.exps(row, m, at, g, x, coming, out, going) if m - m == 0 else np.nan)
             if r != r:
                 m = kind(_without_softmax(row, 1))
                 r = m - m if m != m else kind(0)
@@ -182,30 +184,30 @@ def rows(
         if job & LOSS:
             loss[i] = row_loss
         if job & LOG:
-            v.logarithms(g, (row, m, tail))
+            dense.logarithms(g, (row, m, tail))
             _write(g, is_half, out, i * out_step)
         if job & GRAD:
             if s == 0:
-                v.fill(g, (0,))
+                dense.fill(g, (0,))
             else:
-                v.multiply(g, (g, by))
+                dense.multiply(g, (g, by))
                 if a.shape[0]:
-                    v.subtract_product(g, (g, q, s))
+                    dense.subtract_product(g, (g, q, s))
                 elif y >= 0:
                     g[y] -= s * on_label
                     if each.shape[0] > 1:
-                        v.subtract_product(g, (g, each, s))
+                        dense.subtract_product(g, (g, each, s))
                     elif each.shape[0]:
-                        v.subtract_product(g, (g, each[0], s))
+                        dense.subtract_product(g, (g, each[0], s))
                 if at >= 0:
                     g[at] = top
                 if cap > 0:
-                    v.multiply(g, (g, slope))
+                    dense.multiply(g, (g, slope))
             _write(g, is_half, out, i * out_step)
     return True
 
 
-# Many rows at once, in a tile: see `_vectors` for where it has them
+# Many rows at once, in a tile
 
 
 def _gather(x, start, inner_step, class_step, is_half, tile, classes, count, strip):
@@ -221,21 +223,21 @@ def _gather_of(x, start, inner_step, class_step, is_half, tile, classes, count, 
             if inner_step == 1:
                 for c in range(classes):
                     _widen(v.part(x, start + c * class_step, count), is_half, strip)
-                    v.take_lanes(strip, 0, 0, count, tile, c, c + 1, classes)
+                    tiles.take_lanes(strip, 0, 0, count, tile, c, c + 1, classes)
             else:
                 for k in range(0, count, STRIP):
                     beside = min(STRIP, count - k)
                     for i in range(beside):
                         line = v.part(x, start + (k + i) * inner_step, classes)
                         _widen(line, is_half, v.part(strip, i * classes, classes))
-                    v.turn(strip, 0, classes, beside, classes, tile, k)
+                    tiles.turn(strip, 0, classes, beside, classes, tile, k)
     else:
 
         def body(x, start, inner_step, class_step, is_half, tile, classes, count, strip):
             if inner_step == 1:
-                v.take_lanes(x, start, class_step, count, tile, 0, classes, classes)
+                tiles.take_lanes(x, start, class_step, count, tile, 0, classes, classes)
             else:
-                v.turn(x, start, inner_step, count, classes, tile, 0)
+                tiles.turn(x, start, inner_step, count, classes, tile, 0)
 
     return body
 
@@ -255,14 +257,14 @@ def _scatter_of(
             tile, classes, each, width, y, at, is_half, out, start, inner_step, class_step, count, strip, has_marks
         ):  # fmt: skip
             if inner_step == 1:
-                by = v.part(each, v.BY * width, width)
+                by = v.part(each, tiles.BY * width, width)
                 for c in range(classes):
-                    v.put_lanes(tile, c, c + 1, classes, count, by, strip, 0, 0)
+                    tiles.put_lanes(tile, c, c + 1, classes, count, by, strip, 0, 0)
                     _narrow(v.part(strip, 0, count), is_half, v.part(out, start + c * class_step, count))
             else:
                 for k in range(0, count, STRIP):
                     beside = min(STRIP, count - k)
-                    v.turn_back(tile, k, each, width, y, at, strip, 0, classes, beside, classes, has_marks)
+                    tiles.turn_back(tile, k, each, width, y, at, strip, 0, classes, beside, classes, has_marks)
                     for i in range(beside):
                         line = v.part(out, start + (k + i) * inner_step, classes)
                         _narrow(v.part(strip, i * classes, classes), is_half, line)
@@ -272,9 +274,11 @@ def _scatter_of(
             tile, classes, each, width, y, at, is_half, out, start, inner_step, class_step, count, strip, has_marks
         ):  # fmt: skip
             if inner_step == 1:
-                v.put_lanes(tile, 0, classes, classes, count, v.part(each, v.BY * width, width), out, start, class_step)
+                tiles.put_lanes(
+                    tile, 0, classes, classes, count, v.part(each, tiles.BY * width, width), out, start, class_step
+                )
             else:
-                v.turn_back(tile, 0, each, width, y, at, out, start, inner_step, count, classes, has_marks)
+                tiles.turn_back(tile, 0, each, width, y, at, out, start, inner_step, count, classes, has_marks)
 
     return body
 
@@ -302,9 +306,9 @@ def _put_of(number, is_half, out, place):
 def _per_row(values, first, count, to):
     """One number for each row, of as many or of one."""
     if values.shape[0] > 1:
-        v.copy(v.part(to, 0, count), (v.part(values, first, count),))
+        dense.copy(v.part(to, 0, count), (v.part(values, first, count),))
     else:
-        v.fill(v.part(to, 0, count), (values[0],))
+        dense.fill(v.part(to, 0, count), (values[0],))
 
 
 @compiled
@@ -322,13 +326,13 @@ def lanes(
     if job & CHECK and not _are_classes(label, classes):
         return False
     tile = v.part(work, 0, classes * width)
-    each = v.part(work, classes * width, v.EACH * width)
-    partial = v.part(work, (classes + v.EACH) * width, PARTIAL * width)
-    strip = v.part(work, (classes + v.EACH + PARTIAL) * width, max(STRIP * classes, width))
+    each = v.part(work, classes * width, tiles.EACH * width)
+    partial = v.part(work, (classes + tiles.EACH) * width, PARTIAL * width)
+    strip = v.part(work, (classes + tiles.EACH + PARTIAL) * width, max(STRIP * classes, width))
     m, gap, mass = (
-        v.part(each, v.M * width, width),
-        v.part(each, v.GAP * width, width),
-        v.part(each, v.MASS * width, width),
+        v.part(each, tiles.M * width, width),
+        v.part(each, tiles.GAP * width, width),
+        v.part(each, tiles.MASS * width, width),
     )
     at, y = v.part(places, 0, width), v.part(places, width, width)
     is_few = classes <= FEW
@@ -342,15 +346,15 @@ def lanes(
             first = o * inner + start
             from_ = o * outer_step + start * inner_step
             _gather(x, from_, inner_step, class_step, is_half, tile, classes, count, strip)
-            _per_row(factor, first, count, v.part(each, v.FACTOR * width, width))
-            _per_row(scale, first, count, v.part(each, v.SCALE * width, width))
+            _per_row(factor, first, count, v.part(each, tiles.FACTOR * width, width))
+            _per_row(scale, first, count, v.part(each, tiles.SCALE * width, width))
             if label.shape[0]:
-                _per_row(part, first, count, v.part(each, v.PART * width, width))
-                v.copy(v.part(y, 0, count), (v.part(label, first, count),))
+                _per_row(part, first, count, v.part(each, tiles.PART * width, width))
+                dense.copy(v.part(y, 0, count), (v.part(label, first, count),))
             else:
-                v.fill(v.part(y, 0, count), (-1,))
+                dense.fill(v.part(y, 0, count), (-1,))
             for lane in range(0, step, LANES):
-                v.tops_of_lanes(tile, classes, each, width, lane, y, at, 0 if label.shape[0] else 1)
+                tiles.tops_of_lanes(tile, classes, each, width, lane, y, at, 0 if label.shape[0] else 1)
             if job & KNOWN:
                 for k in range(count):
                     i = first + k
@@ -361,27 +365,27 @@ def lanes(
                 for k in range(count):
                     stats[0, first + k] = m[k]
                     if m[k] - m[k] != 0:
-                        row = v.part(tile, v.place(k, 0, classes), (classes - 1) * LANES + 1)
+                        row = v.part(tile, tiles.place(k, 0, classes), (classes - 1) * LANES + 1)
                         stats[0, first + k] = _without_softmax(row, LANES)
             # Meanwhile come the next rows, and where these will go.
             coming = o * outer_step + (start + width if start + width < inner else start) * inner_step
             going = o * out_outer_step + start * out_inner_step
-            for c in range(0, classes, v.CHUNK):
-                live = v.CHUNK if c + v.CHUNK < classes else classes - c
+            for c in range(0, classes, dense.CHUNK):
+                live = dense.CHUNK if c + dense.CHUNK < classes else classes - c
                 for lane in range(0, step, LANES):
-                    v.exp_of_lanes(
+                    tiles.exp_of_lanes(
                         tile, lane * classes + c * LANES, c, live, m, at, lane, partial,
                         x, coming + lane * inner_step + c * ahead, ahead,
                         out, going + lane * out_inner_step + c * out_ahead, out_ahead,
                     )  # fmt: skip
                 for lane in range(0, step, LANES):
-                    v.add_up_lanes(partial, live, m, lane, sums, c > 0)
+                    tiles.add_up_lanes(partial, live, m, lane, sums, c > 0)
             if job & KNOWN:
                 for k in range(count):
                     if m[k] - m[k] == 0:
                         sums[k] = stats[1, first + k]
             for lane in range(0, step, HALF):
-                v.finish_lanes(each, width, lane, sums, y, at, z, job & GRAD != 0)
+                tiles.finish_lanes(each, width, lane, sums, y, at, z, job & GRAD != 0)
             if job & STATS:
                 for k in range(count):
                     i = first + k
@@ -390,7 +394,7 @@ def lanes(
                         stats[0, i] = stats[0, i] if m[k] - m[k] != 0 else np.nan
                         stats[1, i] = 0 if stats[0, i] == stats[0, i] else np.nan
             if job & LOSS:
-                v.copy(v.part(loss, first, count), (v.part(each, v.LOSS * width, count),))
+                dense.copy(v.part(loss, first, count), (v.part(each, tiles.LOSS * width, count),))
             if job & GRAD:
                 to = o * out_outer_step + start * out_inner_step
                 has_marks = is_few and out_inner_step != 1
@@ -402,7 +406,7 @@ def lanes(
                     for k in range(count):
                         here = to + k * out_inner_step
                         if y[k] >= 0:
-                            _put(each[v.LABEL * width + k], is_half, out, here + y[k] * out_class_step)
+                            _put(each[tiles.LABEL * width + k], is_half, out, here + y[k] * out_class_step)
                         if at[k] >= 0:
-                            _put(each[v.TOP * width + k], is_half, out, here + at[k] * out_class_step)
+                            _put(each[tiles.TOP * width + k], is_half, out, here + at[k] * out_class_step)
     return True

@@ -1,0 +1,419 @@
+"""Many rows at once, each in a lane of the vector instructions: rows of few classes, and rows that lie side by side.
+
+In LLVM's own terms, see `_vectors`. In a tile 16 rows lie side by side, so that the numbers of a class are one vector;
+then come the next 16. Sums are made by the same additions as those of `_dense`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from ._vectors import (
+    _INDEX,
+    PARTIAL,
+    Value,
+    _Ahead,
+    _exp,
+    _finish,
+    _Held,
+    _in_steps,
+    _Memory,
+    _shuffled,
+    _smaller,
+    _top,
+)
+
+LANES = 16  # rows that share a vector
+HALF = 8  # of them in float64
+
+
+# What there is of each row while its numbers lie in a tile; one after another in one array
+M, AT_LABEL, PART, FACTOR, SCALE, GAP, MASS, LOSS, BY, TOP, LABEL = range(11)
+EACH = 11
+
+
+class _Each:
+    """A vector of each, from row `lane` on."""
+
+    def __init__(
+        self, context: Any, builder: Any, type_: Any, numbers: Any, width: Any, lane: Any, length: int
+    ) -> None:
+        self.memory, self.width, self.lane = _Memory(context, builder, type_, numbers, length), width, lane
+        self.builder = builder
+
+    def place(self, which: int) -> Any:
+        return self.builder.add(self.builder.mul(self.width, _INDEX(which)), self.lane)
+
+    def load(self, *which: int) -> list[Value]:
+        return [self.memory.load(self.place(of)) for of in which]
+
+    def store(self, value: Value, which: int) -> None:
+        self.memory.store(value.to(self.memory.vector.element), self.place(which))
+
+
+# Rows turned
+
+
+def _in_tile(builder: Any, classes: Any, row: Any, c: Any) -> Any:
+    """Where a tile has the number of a class of a row."""
+    lane = builder.and_(row, _INDEX(LANES - 1))
+    block = builder.mul(builder.sub(row, lane), classes)
+    return builder.add(builder.add(block, builder.mul(c, _INDEX(LANES))), lane)
+
+
+def _turned(vectors: list[Value]) -> list[Value]:
+    """Squares of as many numbers as there are vectors, two of them side by side, each turned by itself."""
+    side, half = len(vectors), len(vectors) // 2
+    mixed = [k + other for k in range(half) for other in (0, 2 * side)]  # of the lower halves of two vectors
+    low = mixed + [k + side for k in mixed]
+    for _ in range(side.bit_length() - 1):
+        pairs = zip(vectors[:half], vectors[half:], strict=True)
+        vectors = [_shuffled(*pair, [k + upper for k in low]) for pair in pairs for upper in (0, half)]
+    return vectors
+
+
+@intrinsic
+def place(_context: Any, row: Any, c: Any, classes: Any) -> Any:
+    """Where a tile has the number of class c of a row."""
+
+    def build(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        row, c, classes = arguments
+        return _in_tile(builder, classes, row, c)
+
+    return types.uint64(types.int64, types.int64, types.int64), build
+
+
+class _Turn:
+    """Loops over all rows and classes, a square at a time; what is left over one by one."""
+
+    def __init__(self, context: Any, builder: Any, line: tuple[Any, Any], tile: tuple[Any, Any]) -> None:
+        self.builder = builder
+        self.side = 16 // (line[0].dtype.bitwidth // 8)  # numbers of a row that are taken at once, of 128 bits
+        self.line, self.tile = (_Memory(context, builder, *of, length=self.side) for of in (line, tile))
+        self.wide = _Memory(context, builder, *tile, length=2 * self.side)
+
+    def walk(self, count: Any, classes: Any, rows: Callable[[Any, int], Callable[[Any], None]]) -> None:
+        """`rows(row, number)` is said which rows come next, and answers what to do with them at a class."""
+        builder, side = self.builder, _INDEX(self.side)
+        whole = builder.and_(count, _INDEX(-2 * self.side))
+        whole = builder.select(builder.icmp_signed("<", classes, side), _INDEX(0), whole)
+        last = builder.sub(classes, side)
+        with cgutils.for_range_slice(builder, _INDEX(0), whole, _INDEX(2 * self.side)) as (row, _):
+            work = rows(row, 2 * self.side)
+            with cgutils.for_range_slice(builder, _INDEX(0), classes, side) as (c, _):
+                work(builder.select(builder.icmp_signed("<", c, last), c, last))  # the last square may lap over
+        with cgutils.for_range_slice(builder, whole, count, _INDEX(1)) as (row, _):
+            work = rows(row, 1)
+            with cgutils.for_range(builder, classes) as loop:
+                work(loop.index)
+
+    def in_line(self, start: Any, row: Any, step: Any, c: Any) -> Any:
+        return self.builder.add(start, self.builder.add(self.builder.mul(row, step), c))
+
+
+@intrinsic
+def turn(_context: Any, x: Any, start: Any, x_step: Any, count: Any, classes: Any, tile: Any, first: Any) -> Any:
+    """`count` rows, `x_step` apart from `start` on, to lie side by side in `tile`, from its row `first` on."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        x_, start, x_step, count, classes, tile_, first = arguments
+        turn = _Turn(context, builder, (x, x_), (tile, tile_))
+        side = turn.side
+
+        def rows(row: Any, number: int) -> Callable[[Any], None]:
+            def one(c: Any) -> None:
+                value = builder.load(builder.gep(turn.line.data, [turn.in_line(start, row, x_step, c)]))
+                builder.store(
+                    value, builder.gep(turn.tile.data, [_in_tile(builder, classes, builder.add(first, row), c)])
+                )
+
+            def square(c: Any) -> None:
+                lines = [
+                    turn.line.load(turn.in_line(start, builder.add(row, _INDEX(k)), x_step, c)) for k in range(number)
+                ]
+                pairs = [_shuffled(lines[k], lines[k + side], [*range(number)]) for k in range(side)]
+                for k, numbers in enumerate(_turned(pairs)):
+                    turn.wide.store(
+                        numbers, _in_tile(builder, classes, builder.add(first, row), builder.add(c, _INDEX(k)))
+                    )
+
+            return one if number == 1 else square
+
+        turn.walk(count, classes, rows)
+        return context.get_dummy_value()
+
+    index = types.int64
+    return types.void(x, index, index, index, index, tile, index), build
+
+
+@intrinsic
+def turn_back(
+    _context: Any, tile: Any, first: Any, each: Any, width: Any, label: Any, at: Any,
+    out: Any, start: Any, out_step: Any, count: Any, classes: Any, has_marks: Any,
+) -> Any:  # fmt: skip
+    """`count` rows that lie side by side in `tile`, from its row `first` on, each times its own BY, to `out`.
+
+    If it `has_marks`, TOP and LABEL stand at their places.
+    """
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        tile_, first, each_, width, label_, at_, out_, start, out_step, count, classes, has_marks = arguments
+        turn = _Turn(context, builder, (out, out_), (tile, tile_))
+        side = turn.side
+
+        def rows(row: Any, number: int) -> Callable[[Any], None]:
+            here = builder.add(first, row)
+            by, top, at_label = _Each(context, builder, each, each_, width, here, number).load(BY, TOP, LABEL)
+            numbers = _Memory(context, builder, tile, tile_, number)
+            y, places = (_Memory(context, builder, *of, number) for of in ((label, label_), (at, at_)))
+            marks = [(y.load(here), at_label), (places.load(here), top)]
+            zero, nothing = by.like(0), by.equals(by.like(0))  # of a row that does not count, whatever is in it
+
+            def of_classes(c: Any, many: int) -> list[Value]:
+                at = [builder.add(c, _INDEX(k)) for k in range(many)]
+                found = [numbers.load(_in_tile(builder, classes, here, k)) * by for k in at]
+                held = _Held([zero.where(nothing, value) for value in found])
+                with builder.if_then(has_marks):
+                    for place, special in marks:
+                        same = [builder.icmp_signed("==", place.value, y.index(k).value) for k in at]
+                        held.set([special.where(*pair) for pair in zip(same, held.get(), strict=True)])
+                return held.get()
+
+            def one(c: Any) -> None:
+                (value,) = of_classes(c, 1)
+                _Memory(context, builder, out, out_, 1).store(value, turn.in_line(start, row, out_step, c))
+
+            def square(c: Any) -> None:
+                for k, pair in enumerate(_turned(of_classes(c, side))):
+                    for half in (0, side):
+                        line = _shuffled(pair, pair, [*range(half, half + side)])
+                        turn.line.store(line, turn.in_line(start, builder.add(row, _INDEX(k + half)), out_step, c))
+
+            return one if number == 1 else square
+
+        turn.walk(count, classes, rows)
+        return context.get_dummy_value()
+
+    index = types.int64
+    return types.void(
+        tile, index, each, index, label, at, out, index, index, index, index, types.boolean
+    ), build  # fmt: skip
+
+
+# 16 rows at a time, the numbers of a class side by side
+
+
+@intrinsic
+def tops_of_lanes(
+    _context: Any, tile: Any, classes: Any, each: Any, width: Any, lane: Any, label: Any, at: Any, no_label: Any
+) -> Any:
+    """Of 16 rows the largest number, NaN passed over, and its first place into `at`; gap and mass.
+
+    A label that is negative is none: then nothing counts (PART is 0), and the mass is `no_label`.
+    """
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        tile_, classes, each_, width, lane, label_, at_, no_label = arguments
+        memory = _Memory(context, builder, tile, tile_, LANES)
+        places = _Memory(context, builder, at, at_, LANES)
+        y = _Memory(context, builder, label, label_, LANES).load(lane)
+        of = _Each(context, builder, each, each_, width, lane, LANES)
+        zero, nowhere = memory.zero(), places.zero()
+        held = _Held([zero.like(-math.inf), nowhere, zero])
+        with cgutils.for_range(builder, classes) as loop:
+            here = memory.load(_in_tile(builder, classes, lane, loop.index))
+            index = places.index(loop.index)
+            largest, place, at_label = held.get()
+            higher = largest.below(here)
+            is_label = builder.icmp_signed("==", y.value, index.value)
+            held.set([here.where(higher, largest), index.where(higher, place), here.where(is_label, at_label)])
+        largest, place, at_label = held.get()
+        has_none = builder.icmp_signed("<", y.value, nowhere.value)
+        (part,) = of.load(PART)
+        part = zero.where(has_none, part)
+        gap = part.where(part.equals(zero), part * (largest - at_label))
+        mass = memory.all(builder.sitofp(no_label, memory.vector.element)).where(has_none, part)
+        for value, which in ((largest, M), (at_label, AT_LABEL), (part, PART), (gap, GAP), (mass, MASS)):
+            of.store(value, which)
+        places.store(place, lane)
+        return context.get_dummy_value()
+
+    index = types.int64
+    return types.void(tile, index, each, index, index, label, at, index), build
+
+
+@intrinsic
+def take_lanes(
+    _context: Any, x: Any, start: Any, x_step: Any, count: Any, tile: Any, first: Any, end: Any, classes: Any
+) -> Any:
+    """The numbers of the classes from `first` to `end` of `count` rows that lie side by side in `x`, to the tile."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        x_, start, x_step, count, tile_, first, end, classes = arguments
+        with cgutils.for_range_slice(builder, first, end, _INDEX(1)) as (c, loop):
+            there = builder.add(start, builder.mul(loop, x_step))
+
+            def work(lane: Any, length: int) -> None:
+                source, target = (_Memory(context, builder, *of, length) for of in ((x, x_), (tile, tile_)))
+                target.store(source.load(builder.add(there, lane)), _in_tile(builder, classes, lane, c))
+
+            _in_steps(builder, count, LANES, work)
+        return context.get_dummy_value()
+
+    index = types.int64
+    return types.void(x, index, index, index, tile, index, index, index), build
+
+
+@intrinsic
+def exp_of_lanes(
+    _context: Any, tile: Any, start: Any, first: Any, count: Any, m: Any, at: Any, lane: Any, partial: Any,
+    coming: Any, coming_start: Any, coming_step: Any, out: Any, out_start: Any, out_step: Any,
+) -> Any:  # fmt: skip
+    """exp(x - m) in place of x, or 0 at `at`, for 16 rows and `count` classes from `first` on; the 32 partial sums.
+
+    A row whose m is not finite becomes NaN. Meanwhile, with each class, comes a line of `coming`, which will be read,
+    and one of `out`, which will be written.
+    """
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        tile_, start, first, count, m_, at_, lane, partial_ = arguments[:8]
+        coming_, coming_start, coming_step, out_, out_start, out_step = arguments[8:]
+        memory, sums, places = (
+            _Memory(context, builder, *of, LANES) for of in ((tile, tile_), (partial, partial_), (at, at_))
+        )
+        largest, apart = _Memory(context, builder, m, m_, LANES).load(lane), places.load(lane)
+        largest = largest + (largest - largest)
+        read, written = _Ahead(context, builder, coming, coming_, 0), _Ahead(context, builder, out, out_, 1)
+        come = read.pointer(coming_start)
+        go = written.or_else(written.pointer(out_start), come)
+        come_step = read.bytes(coming_step)
+        go_step = written.or_else(written.bytes(out_step), come_step)
+
+        def exps(index: Any) -> Value:
+            read.line(come, builder.mul(index, come_step))
+            written.line(go, builder.mul(index, go_step))
+            here = builder.add(start, builder.mul(index, _INDEX(LANES)))
+            is_apart = builder.icmp_signed("==", places.index(builder.add(first, index)).value, apart.value)
+            value = _exp(memory.load(here) - largest)
+            value = value.like(0).where(is_apart, value)
+            memory.store(value, here)
+            return value
+
+        def place(index: Any) -> Any:
+            return builder.mul(builder.add(builder.mul(lane, _INDEX(PARTIAL // LANES)), index), _INDEX(LANES))
+
+        with cgutils.for_range(builder, _smaller(builder, count, _INDEX(PARTIAL))) as loop:
+            sums.store(exps(loop.index), place(loop.index))
+        with cgutils.for_range_slice(builder, _INDEX(PARTIAL), count, _INDEX(1)) as (index, _):
+            turn = place(builder.and_(index, _INDEX(PARTIAL - 1)))
+            sums.store(sums.load(turn) + exps(index), turn)
+        return context.get_dummy_value()
+
+    index = types.int64
+    return types.void(
+        tile, index, index, index, m, at, index, partial, coming, index, index, out, index, index
+    ), build  # fmt: skip
+
+
+@intrinsic
+def add_up_lanes(_context: Any, partial: Any, count: Any, m: Any, lane: Any, totals: Any, has_some: Any) -> Any:
+    """The partial sums of `count` classes, folded like those of `rows`; to totals, if these have some already."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        partial_, count, m_, lane, totals_, has_some = arguments
+        sums, total = (
+            _Memory(context, builder, partial, partial_, LANES),
+            _Memory(context, builder, totals, totals_, LANES),
+        )
+        first = builder.mul(lane, _INDEX(PARTIAL))
+        live, half = _smaller(builder, count, _INDEX(PARTIAL)), PARTIAL
+        while half > 1:
+            half //= 2
+            with cgutils.for_range(builder, builder.sub(live, _INDEX(half))) as loop:
+                low = builder.add(first, builder.mul(loop.index, _INDEX(LANES)))
+                high = builder.add(low, _INDEX(half * LANES))
+                sums.store(sums.load(low) + sums.load(high), low)
+            live = _smaller(builder, live, _INDEX(half))
+        largest = _Memory(context, builder, m, m_, LANES).load(lane)
+        nothing = (largest - largest).to(ir.DoubleType())  # or NaN
+        before = Value(builder, builder.select(has_some, total.load(lane).value, nothing.value))
+        total.store(before + sums.load(first).to(ir.DoubleType()), lane)
+        return context.get_dummy_value()
+
+    index = types.int64
+    return types.void(partial, index, m, index, totals, types.boolean), build
+
+
+@intrinsic
+def finish_lanes(
+    _context: Any, each: Any, width: Any, lane: Any, totals: Any, label: Any, at: Any, z: Any, has_grad: Any
+) -> Any:
+    """Of 8 rows LOSS, and where it is asked for, the gradient: BY, TOP, and LABEL where that is not the maximum."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        each_, width, lane, totals_, label_, at_, z, has_grad = arguments
+        of = _Each(context, builder, each, each_, width, lane, HALF)
+        m, part, factor, scale, gap, mass = of.load(M, PART, FACTOR, SCALE, GAP, MASS)
+        sums, double = _Memory(context, builder, totals, totals_, HALF), ir.DoubleType()
+        r = sums.load(lane).to(m.element).to(double)
+        sums.store(r, lane)
+        wide_m, wide_gap, wide_mass, wide_factor = (value.to(double) for value in (m, gap, mass, factor))
+        loss, _, p, coef = _finish(wide_m, r, wide_gap, wide_mass, wide_factor, sums.all(z), m.is_single)
+        of.store(loss, LOSS)
+        with builder.if_then(has_grad):
+            y, top = (_Memory(context, builder, *of, HALF).load(lane) for of in ((label, label_), (at, at_)))
+            zero = scale.like(0)
+            nothing = scale.equals(zero)
+            by = (scale.to(double) * coef * p).to(m.element)
+            (x,) = of.load(AT_LABEL)
+            at_label = by * _exp(x - m) - scale * part
+            a = part.where(builder.icmp_signed("==", y.value, top.value), zero).to(double)
+            at_top = (scale.to(double) * _top(r, p, coef, a)).to(m.element)
+            for value, which in ((by, BY), (at_label, LABEL), (at_top, TOP)):
+                of.store(zero.where(nothing, value), which)
+        return context.get_dummy_value()
+
+    index = types.int64
+    return types.void(each, index, index, totals, label, at, types.float64, types.boolean), build
+
+
+@intrinsic
+def put_lanes(
+    _context: Any,
+    tile: Any,
+    first: Any,
+    end: Any,
+    classes: Any,
+    count: Any,
+    by: Any,
+    out: Any,
+    start: Any,
+    out_step: Any,
+) -> Any:
+    """The reverse: each row's numbers times its number `by`, to where rows lie side by side in `out`."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        tile_, first, end, classes, count, by_, out_, start, out_step = arguments
+        with cgutils.for_range_slice(builder, first, end, _INDEX(1)) as (c, loop):
+            there = builder.add(start, builder.mul(loop, out_step))
+
+            def work(lane: Any, length: int) -> None:
+                source, target, factor = (
+                    _Memory(context, builder, *of, length) for of in ((tile, tile_), (out, out_), (by, by_))
+                )
+                each, value = factor.load(lane), source.load(_in_tile(builder, classes, lane, c))
+                zero = each.like(0)
+                target.store(zero.where(each.equals(zero), value * each), builder.add(there, lane))
+
+            _in_steps(builder, count, LANES, work)
+        return context.get_dummy_value()
+
+    index = types.int64
+    return types.void(tile, index, index, index, index, by, out, index, index), build
