@@ -97,7 +97,8 @@ def at_once(
                 _plain(x[flat], label[part], classes, scale, job, loss[part], into[flat])
 
         team = _team(work, QUICK * cpu.ALONE)
-        _spread(work_off, _shrinking(count, max(1, cpu.ALONE // (classes + ROW)), team), team)
+        least, most = (max(1, size // (classes + ROW)) for size in (cpu.ALONE, 4 * cpu.BLOCK))
+        _spread(work_off, _shrinking(count, least, most, team), team)
     if reduction == "none":
         return loss.reshape(target.shape), grad
     divisor = count if reduction == "mean" else 1

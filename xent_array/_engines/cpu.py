@@ -555,11 +555,14 @@ def _team(work: int, alone: int) -> int:
     return min(threads(), -(-work // alone))
 
 
-def _shrinking(count: int, least: int, team: int) -> Iterator[slice]:
-    """Cuts rows into parts, each a thread's share of what is left: threads that begin apart still end together."""
+def _shrinking(count: int, least: int, most: int, team: int) -> Iterator[slice]:
+    """Cuts rows into parts, each a thread's share of what is left: threads that begin apart still end together.
+
+    No part is so large that an interrupt would have to wait for long.
+    """
     start = 0
     while start < count:
-        stop = min(count, start + max(least, (count - start) // team))
+        stop = min(count, start + max(least, min(most, (count - start) // team)))
         yield slice(start, stop)
         start = stop
 
