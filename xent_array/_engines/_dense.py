@@ -102,9 +102,8 @@ class _Partial:
     """32 partial sums of a chunk, or 32 numbers one of which is the largest."""
 
     def __init__(self, context: Any, builder: Any, dtype: Any, initial: float) -> None:
-        self.length = LINE // (
-            dtype.bitwidth // 8
-        )  # numbers of a vector: more at once need more registers than there are
+        # Numbers of a vector; more at once would need more registers than there are.
+        self.length = LINE // (dtype.bitwidth // 8)
         self.context, self.builder, self.dtype = context, builder, dtype
         self.vectors = _Stack(context, builder, dtype, self.length)
         self.vectors.fill(initial)
@@ -284,11 +283,8 @@ def exps(
             rest = partial.groups(start, end, work)
             left = builder.sub(end, rest)
             with builder.if_then(builder.icmp_signed(">", left, _INDEX(0))):  # as a group, with nothing behind it
-                one, two, three = (
-                    _Memory(context, builder, x, x_, 1),
-                    _Stack(context, builder, x.dtype, 1, spare.vectors.data),
-                    _Memory(context, builder, e, e_, 1),
-                )
+                one, three = (_Memory(context, builder, *of, 1) for of in ((x, x_), (e, e_)))
+                two = _Stack(context, builder, x.dtype, 1, spare.vectors.data)
                 with cgutils.for_range(builder, left) as loop:
                     two.store(one.load(builder.add(rest, loop.index)), loop.index)
                 for k in range(0, PARTIAL, length):
