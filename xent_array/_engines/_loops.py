@@ -257,9 +257,8 @@ def _scatter_of(
             tile, classes, each, width, y, at, is_half, out, start, inner_step, class_step, count, strip, has_marks
         ):  # fmt: skip
             if inner_step == 1:
-                by = v.part(each, tiles.BY * width, width)
                 for c in range(classes):
-                    tiles.put_lanes(tile, c, c + 1, classes, count, by, strip, 0, 0)
+                    tiles.put_lanes(tile, c, c + 1, each, width, y, at, strip, 0, 0, count, classes, has_marks)
                     _narrow(v.part(strip, 0, count), is_half, v.part(out, start + c * class_step, count))
             else:
                 for k in range(0, count, STRIP):
@@ -274,9 +273,7 @@ def _scatter_of(
             tile, classes, each, width, y, at, is_half, out, start, inner_step, class_step, count, strip, has_marks
         ):  # fmt: skip
             if inner_step == 1:
-                tiles.put_lanes(
-                    tile, 0, classes, classes, count, v.part(each, tiles.BY * width, width), out, start, class_step
-                )
+                tiles.put_lanes(tile, 0, classes, each, width, y, at, out, start, class_step, count, classes, has_marks)
             else:
                 tiles.turn_back(tile, 0, each, width, y, at, out, start, inner_step, count, classes, has_marks)
 
@@ -397,12 +394,11 @@ def lanes(
                 dense.copy(v.part(loss, first, count), (v.part(each, tiles.LOSS * width, count),))
             if job & GRAD:
                 to = o * out_outer_step + start * out_inner_step
-                has_marks = is_few and out_inner_step != 1
                 _scatter(
                     tile, classes, each, width, y, at,
-                    is_half, out, to, out_inner_step, out_class_step, count, strip, has_marks,
+                    is_half, out, to, out_inner_step, out_class_step, count, strip, is_few,
                 )  # fmt: skip
-                if not has_marks:
+                if not is_few:
                     for k in range(count):
                         here = to + k * out_inner_step
                         if y[k] >= 0:

@@ -58,6 +58,12 @@ class _Each:
         self.memory.store(value.to(self.memory.vector.element), self.place(which))
 
 
+def _times(value: Value, by: Value) -> Value:
+    """Their product; 0 by 0, whatever there is in a row that does not count."""
+    zero = by.like(0)
+    return zero.where(by.equals(zero), value * by)
+
+
 # Rows turned
 
 
@@ -174,12 +180,10 @@ def turn_back(
             numbers = _Memory(context, builder, tile, tile_, number)
             y, places = (_Memory(context, builder, *of, number) for of in ((label, label_), (at, at_)))
             marks = [(y.load(here), at_label), (places.load(here), top)]
-            zero, nothing = by.like(0), by.equals(by.like(0))  # of a row that does not count, whatever is in it
 
             def of_classes(c: Any, many: int) -> list[Value]:
                 at = [builder.add(c, _INDEX(k)) for k in range(many)]
-                found = [numbers.load(_in_tile(builder, classes, here, k)) * by for k in at]
-                held = _Held([zero.where(nothing, value) for value in found])
+                held = _Held([_times(numbers.load(_in_tile(builder, classes, here, k)), by) for k in at])
                 with builder.if_then(has_marks):
                     for place, special in marks:
                         same = [builder.icmp_signed("==", place.value, y.index(k).value) for k in at]
@@ -386,34 +390,34 @@ def finish_lanes(
 
 @intrinsic
 def put_lanes(
-    _context: Any,
-    tile: Any,
-    first: Any,
-    end: Any,
-    classes: Any,
-    count: Any,
-    by: Any,
-    out: Any,
-    start: Any,
-    out_step: Any,
-) -> Any:
-    """The reverse: each row's numbers times its number `by`, to where rows lie side by side in `out`."""
+    _context: Any, tile: Any, first: Any, end: Any, each: Any, width: Any, label: Any, at: Any,
+    out: Any, start: Any, out_step: Any, count: Any, classes: Any, has_marks: Any,
+) -> Any:  # fmt: skip
+    """The reverse of `take_lanes`, each row's numbers times its own BY; see `turn_back` for the marks."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        tile_, first, end, classes, count, by_, out_, start, out_step = arguments
+        tile_, first, end, each_, width, label_, at_, out_, start, out_step, count, classes, has_marks = arguments
         with cgutils.for_range_slice(builder, first, end, _INDEX(1)) as (c, loop):
             there = builder.add(start, builder.mul(loop, out_step))
 
             def work(lane: Any, length: int) -> None:
-                source, target, factor = (
-                    _Memory(context, builder, *of, length) for of in ((tile, tile_), (out, out_), (by, by_))
+                source, target, y, places = (
+                    _Memory(context, builder, *of, length)
+                    for of in ((tile, tile_), (out, out_), (label, label_), (at, at_))
                 )
-                each, value = factor.load(lane), source.load(_in_tile(builder, classes, lane, c))
-                zero = each.like(0)
-                target.store(zero.where(each.equals(zero), value * each), builder.add(there, lane))
+                by, top, at_label = _Each(context, builder, each, each_, width, lane, length).load(BY, TOP, LABEL)
+                held = _Held([_times(source.load(_in_tile(builder, classes, lane, c)), by)])
+                with builder.if_then(has_marks):
+                    for place, special in ((y, at_label), (places, top)):
+                        is_it = builder.icmp_signed("==", place.load(lane).value, place.index(c).value)
+                        held.set([special.where(is_it, *held.get())])
+                (value,) = held.get()
+                target.store(value, builder.add(there, lane))
 
             _in_steps(builder, count, LANES, work)
         return context.get_dummy_value()
 
     index = types.int64
-    return types.void(tile, index, index, index, index, by, out, index, index), build
+    return types.void(
+        tile, index, index, each, index, label, at, out, index, index, index, index, types.boolean
+    ), build  # fmt: skip
