@@ -310,7 +310,9 @@ CLASSES = (1, 2, 3, 4, 5, 9, 31, 32, 33, 64, 255, 256, 257, 512, 513, 1000)
 
 
 @each_dtype
-@pytest.mark.parametrize("names", [(), *((name,) for name in OPTIONS), tuple(OPTIONS)], ids="-".join)
+@pytest.mark.parametrize(
+    "names", [(), *((name,) for name in OPTIONS), ("weight", "grad_output"), tuple(OPTIONS)], ids="-".join
+)
 def test_rows_and_lanes_are_bit_identical(monkeypatch, dtype, names):
     """The same rows dense and with classes apart, by the path that is taken and by `rows` alone."""
     rows, lanes = Spy(monkeypatch, "rows"), Spy(monkeypatch, "lanes")

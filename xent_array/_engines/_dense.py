@@ -31,6 +31,7 @@ from ._vectors import (
     _smaller,
     _Stack,
     _tanh,
+    _times,
 )
 
 GROUP = 16  # numbers that are done at once where each is for itself
@@ -84,6 +85,7 @@ def _on_each(function: Callable[..., Value]) -> Any:
 
 fill = copy = _on_each(lambda number: number)
 multiply = _on_each(lambda x, by: x * by)
+scale = _on_each(_times)
 subtract_product = _on_each(lambda x, a, by: x - by * a)
 logarithms = _on_each(lambda x, m, tail: (x - m) - tail)
 tanh_of_quotient = _on_each(lambda x, cap: _tanh(x / cap))

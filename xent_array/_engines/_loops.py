@@ -190,7 +190,7 @@ def rows(
             if s == 0:
                 dense.fill(g, (0,))
             else:
-                dense.multiply(g, (g, by))
+                dense.scale(g, (g, by))
                 if a.shape[0]:
                     dense.subtract_product(g, (g, q, s))
                 elif y >= 0:

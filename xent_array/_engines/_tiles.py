@@ -27,6 +27,7 @@ from ._vectors import (
     _Memory,
     _shuffled,
     _smaller,
+    _times,
     _top,
 )
 
@@ -56,12 +57,6 @@ class _Each:
 
     def store(self, value: Value, which: int) -> None:
         self.memory.store(value.to(self.memory.vector.element), self.place(which))
-
-
-def _times(value: Value, by: Value) -> Value:
-    """Their product; 0 by 0, whatever there is in a row that does not count."""
-    zero = by.like(0)
-    return zero.where(by.equals(zero), value * by)
 
 
 # Rows turned

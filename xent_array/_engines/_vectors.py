@@ -190,6 +190,12 @@ def _log1p(r: Value, is_rough: bool) -> tuple[Value, Value]:
     return exponent.times_plus(r.like(math.log(2)), atanh.times_plus(r.like(2), lost)), inverse
 
 
+def _times(value: Value, by: Value) -> Value:
+    """Their product; 0 by 0, whatever there is in a row that does not count."""
+    zero = by.like(0)
+    return zero.where(by.equals(zero), value * by)
+
+
 def _of_a_number(function: Callable[[Value], Value]) -> Any:
     @intrinsic
     def of_a_number(_context: Any, x: Any) -> Any:
