@@ -34,6 +34,7 @@ if isinstance(cpu.compiled_body(), str):
 from llvmlite import binding
 from numba import config, njit, types
 from numba.core import caching
+from numba.extending import intrinsic
 
 from xent_array._engines import _compiled, _dense, _kept, _loops, _tiles
 from xent_array._engines import _vectors as v
@@ -75,15 +76,26 @@ def exact(x):
 # -- numbers -----------------------------------------------------------------------------------------------------
 
 
+def of_a_number(function):
+    @intrinsic
+    def of_a_number(_context, x):
+        return x(x), lambda _context, builder, _signature, arguments: function(v.Value(builder, arguments[0])).value
+
+    return of_a_number
+
+
+exp, tanh = map(of_a_number, (v._exp, v._tanh))
+
+
 @njit
 def exp_each(x, out):
     for k in range(x.shape[0]):
-        out[k] = v.exp(x[k])
+        out[k] = exp(x[k])
 
 
 @njit
 def exp_alone(x):
-    return v.exp(x)
+    return exp(x)
 
 
 @njit
@@ -99,7 +111,7 @@ def exp_in_lanes(x, m, at, partial):
 @njit
 def tanh_each(x, out):
     for k in range(x.shape[0]):
-        out[k] = v.tanh(x[k])
+        out[k] = tanh(x[k])
 
 
 @njit

@@ -196,17 +196,6 @@ def _times(value: Value, by: Value) -> Value:
     return zero.where(by.equals(zero), value * by)
 
 
-def _of_a_number(function: Callable[[Value], Value]) -> Any:
-    @intrinsic
-    def of_a_number(_context: Any, x: Any) -> Any:
-        return x(x), lambda _context, builder, _signature, arguments: function(Value(builder, arguments[0])).value
-
-    return of_a_number
-
-
-exp, tanh = map(_of_a_number, (_exp, _tanh))
-
-
 # What follows for a row once its sum is known, in float64
 
 
