@@ -36,7 +36,7 @@ from numba import config, njit, types
 from numba.core import caching
 from numba.extending import intrinsic
 
-from xent_array._engines import _compiled, _dense, _kept, _loops, _tiles
+from xent_array._engines import _compiled, _dense, _kept, _loops, _memory, _tiles
 from xent_array._engines import _vectors as v
 
 RNG = np.random.default_rng(0)
@@ -104,8 +104,9 @@ def exp_in_rows(x, out, m):
 
 
 @njit
-def exp_in_lanes(x, m, at, partial):
-    _tiles.exp_of_lanes(x, 0, 0, x.shape[0] // _tiles.LANES, m, at, 0, partial, x, 0, 0, x, 0, 0)
+def exp_in_lanes(x, m, partial):
+    at = np.full(_tiles.LANES, -1)
+    _tiles.exp_of_lanes(x, 0, x.shape[0] // _tiles.LANES, 0, m, at, 0, True, partial, x, 0, 0, x, 0, 0)
 
 
 @njit
@@ -157,7 +158,7 @@ def test_exp_is_the_same_alone_and_in_vectors(dtype):
     each, rows, lanes, partial = np.empty_like(x), np.empty_like(x), x.copy(), np.zeros(1024, dtype)
     exp_each(x, each)
     exp_in_rows(x, rows, x.dtype.type(0))
-    exp_in_lanes(lanes, np.zeros(16, dtype), np.full(16, -1), partial)
+    exp_in_lanes(lanes, np.zeros(16, dtype), partial)
     assert each.tobytes() == rows.tobytes() == lanes.tobytes()
     assert np.array([exp_alone(number) for number in x], dtype).tobytes() == each.tobytes()
 
@@ -263,6 +264,7 @@ class Spy:
 
     def __call__(self, *arguments):
         self.calls += 1
+        self.arguments = arguments
         return self.function(*arguments)
 
 
@@ -327,7 +329,7 @@ CLASSES = (1, 2, 3, 4, 5, 9, 31, 32, 33, 64, 255, 256, 257, 512, 513, 1000)
 )
 def test_rows_and_lanes_are_bit_identical(monkeypatch, dtype, names):
     """The same rows dense and with classes apart, by the path that is taken and by `rows` alone."""
-    rows, lanes = Spy(monkeypatch, "rows"), Spy(monkeypatch, "lanes")
+    rows, lanes, beside = (Spy(monkeypatch, name) for name in ("rows", "lanes", "beside"))
     for classes in CLASSES:
         for outer, inner in [(1, 8), (1, 17), (2, 40)] if classes > 64 else [(1, 8), (3, 13), (1, 113), (2, 300)]:
             x, labels, options = problem(classes, outer * inner, DTYPES[dtype], names, seed=classes + inner)
@@ -335,15 +337,55 @@ def test_rows_and_lanes_are_bit_identical(monkeypatch, dtype, names):
             apart = np.ascontiguousarray(np.moveaxis(x.reshape(outer, inner, classes), 2, 1))
             with monkeypatch.context() as patched:
                 patched.setattr(_compiled, "_turned", lambda *_: None)
-                before = lanes.calls
+                before = lanes.calls, beside.calls
                 assert all_that_comes_out(x, labels, 1, labels.shape, **options) == by_rows
-                assert lanes.calls == before
+                assert (lanes.calls, beside.calls) == before
             before = rows.calls
             labels = labels.reshape(outer, inner)
             assert all_that_comes_out(apart, labels, 1, labels.shape, **options) == by_rows
             assert rows.calls == before
     assert lanes.calls > 0
+    assert beside.calls > 0
     assert rows.calls > 0
+
+
+@each_dtype
+@pytest.mark.parametrize("names", [(), ("weight", "z_loss")], ids="-".join)
+@pytest.mark.parametrize(("classes", "inner"), [(5, 16), (17, 272), (40, 608), (300, 272), (1030, 160)])
+def test_rows_side_by_side_in_tiles(monkeypatch, dtype, names, classes, inner):
+    """However many share a tile; and past the caches, wherever in a line of cache the gradient begins."""
+    x, labels, options = problem(classes, 2 * inner, DTYPES[dtype], names, seed=classes + inner)
+    options |= {"reduction": "none", "engine": "cpu", "validate": False}
+    apart, labels = np.ascontiguousarray(np.moveaxis(x.reshape(2, inner, classes), 2, 1)), labels.reshape(2, inner)
+    with monkeypatch.context() as patched:
+        patched.setattr(_compiled, "_turned", lambda *_: None)
+        wanted = [*map(words_of, cross_entropy_value_and_grad(apart, labels, axis=1, **options))]
+    for tile in (1, 1 << 12, 1 << 17):
+        monkeypatch.setattr(_compiled, "APART", tile)
+        assert [*map(words_of, cross_entropy_value_and_grad(apart, labels, axis=1, **options))] == wanted
+    monkeypatch.setattr(_memory, "LARGE", 0)
+    beside, size = Spy(monkeypatch, "beside"), apart.itemsize
+    for start in range(0, 64, 3 * size):
+        memory = np.zeros(apart.nbytes + 192, np.uint8)
+        first = -memory.ctypes.data % 64 + 64 + start
+        out = memory[first : first + apart.nbytes].view(apart.dtype).reshape(apart.shape)
+        loss, _ = cross_entropy_value_and_grad(apart, labels, axis=1, out=out, **options)
+        assert [words_of(loss), words_of(out)] == wanted
+        assert not memory[:first].any()
+        assert not memory[first + apart.nbytes :].any()
+        is_streamed = size > 2  # numbers of 16 bits are narrowed before they are written
+        assert bool(beside.arguments[12] & _loops.STREAM) is is_streamed
+        assert beside.arguments[19] == (start // size if is_streamed else 0)
+
+
+def test_what_does_not_lie_in_whole_lines_is_not_streamed(monkeypatch):
+    monkeypatch.setattr(_memory, "LARGE", 0)
+    beside = Spy(monkeypatch, "beside")
+    for inner, is_streamed in [(32, True), (40, False)]:
+        x, labels = RNG.standard_normal((2, 50, inner), dtype=np.float32), RNG.integers(50, size=(2, inner))
+        grad = cross_entropy_grad(x, labels, axis=1, engine="cpu")
+        assert bool(beside.arguments[12] & _loops.STREAM) is is_streamed
+        assert_grad(grad, oracle(x, labels, axis=1))
 
 
 @each_dtype

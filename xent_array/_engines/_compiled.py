@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from .. import _rows
 from .._rows import Array, Rows
-from . import _loops, cpu
+from . import _loops, _memory, cpu
 from ._tiles import EACH, LANES
-from ._vectors import PARTIAL
+from ._vectors import LINE, PARTIAL
 from .cpu import (
     QUICK,
     ROW,
@@ -28,7 +29,6 @@ from .cpu import (
     _shrinking,
     _spread,
     _store,
-    _sum,
     _team,
     _Want,
 )
@@ -70,7 +70,7 @@ def at_once(
     if out is not None and not _may_be_filled(out, logits, target):
         return None
     scale, grad = _ONE[acc], None
-    job = _loops.LOSS
+    job, total = _loops.LOSS, None
     if wants_grad:
         job |= _loops.GRAD
         factor = 1.0 if upstream is None else upstream
@@ -79,14 +79,16 @@ def at_once(
         if reduction == "mean":
             factor /= count
         if factor != 1:
-            scale = np.array([factor], acc)
-        grad = np.empty(shape, acc) if out is None else out
+            scale = _scale(factor, acc)
+        grad = _memory.empty(shape, acc) if out is None else out
     x, label, loss = logits.ravel(), target.ravel(), np.empty(count, acc)
     into = _NONE[acc] if grad is None else grad.ravel()
     work = count * (classes + ROW)
     if work <= QUICK * cpu.ALONE:
-        if not _plain(x, label, classes, scale, job | _loops.CHECK, loss, into):
+        if not _plain(x, label, classes, scale, job | _loops.CHECK | _loops.SUM, loss, into):
             return None
+        if classes <= FEW:
+            total = float(_own.room[1][0])
     else:  # every label is looked at before any part is written
         if not _plain(x, label, classes, scale, _loops.CHECK, loss[:0], into):
             return None
@@ -101,14 +103,20 @@ def at_once(
         _spread(work_off, _shrinking(count, least, most, team), team)
     if reduction == "none":
         return loss.reshape(target.shape), grad
-    divisor = count if reduction == "mean" else 1
-    if acc.itemsize == 4:  # whose sum in float64 cannot overflow
-        total = _sum(loss)
-        if total < 1e30:
-            return acc.type(total / divisor), grad
-    # To enter this costs as much as the loops do for a few rows.
-    with np.errstate(all="ignore"):
-        return acc.type(_sum(loss) / divisor), grad
+    if total is None:
+        total = _loops.total(loss)
+    if reduction == "mean":
+        total /= count
+    if acc.itemsize == 4 and not total < 1e30:  # where to say that nothing is wrong costs as much as a few rows
+        with np.errstate(all="ignore"):
+            return acc.type(total), grad
+    return acc.type(total), grad
+
+
+@lru_cache(maxsize=64)
+def _scale(factor: float, acc: Any) -> Array:
+    """What gradients are multiplied by; nothing writes to it."""
+    return np.array([factor], acc)
 
 
 def _may_be_filled(out: Any, logits: Array, target: Array) -> bool:
@@ -128,8 +136,8 @@ def _plain(x: Array, label: Array, classes: int, scale: Array, job: int, loss: A
     done: bool
     if classes <= FEW:
         done = _loops.lanes(
-            x, 1, count, 0, classes, classes, 1, False, label, one, 0.0, one, scale,
-            job, _NO_STATS[acc], loss, grad, 0, classes, 1, _width(classes), *_own_room(classes, acc),
+            x, classes, count, classes, False, label, one, 0.0, one, scale,
+            job, _NO_STATS[acc], loss, grad, classes, _width(classes), *_own_room(classes, acc),
         )  # fmt: skip
     else:
         done = _loops.rows(
@@ -149,8 +157,13 @@ def _width(classes: int) -> int:
 
 
 def _lanes_room(classes: int, width: int, acc: Any) -> tuple[Array, Array, Array]:
-    numbers = np.empty((classes + EACH + PARTIAL) * width + max(_loops.STRIP * classes, width), acc)
+    numbers = np.empty((classes + EACH + PARTIAL) * width + _loops.STRIP * classes, acc)
     return numbers, np.empty(width), np.empty(2 * width, _PLACES[acc])
+
+
+def _beside_room(classes: int, width: int, acc: Any) -> tuple[Array, Array, Array]:
+    numbers = np.empty((2 * classes + 3 * EACH + PARTIAL + 1) * width, acc)
+    return numbers, np.empty(width), np.empty(6 * width, _PLACES[acc])
 
 
 class _Own(threading.local):
@@ -169,6 +182,12 @@ def _own_room(classes: int, acc: Any) -> tuple[Array, Array, Array]:
         _own.key, _own.room = key, _lanes_room(classes, _width(classes), acc)
     room: tuple[Array, Array, Array] = _own.room
     return room
+
+
+def total(losses: Array) -> float:
+    """The sum of contiguous losses."""
+    found: float = _loops.total(losses)
+    return found
 
 
 def block(rows: Rows, want: _Want, part: Part, scratch: _Scratch) -> None:
@@ -198,7 +217,8 @@ def block(rows: Rows, want: _Want, part: Part, scratch: _Scratch) -> None:
         job |= _loops.LOG
         made = want.log[part[0], :, part[1]]
     target = label, on_label, rows.z_loss, one if factor is None else _flat(factor, acc), scale, job, stats, loss
-    if job & _loops.LOG or not _in_lanes(rows, made, target, scratch):
+    is_large = want.grad is not None and want.grad.nbytes >= _memory.LARGE
+    if job & _loops.LOG or not _in_lanes(rows, made, is_large, target, scratch):
         _in_rows(rows, made, target, scratch)
     if want.loss is not None:
         want.loss[part] = loss.reshape(rows.shape)
@@ -231,24 +251,42 @@ def _turned(rows: Rows, grad: Array | None) -> tuple[bool, Any, Any] | None:
     return None if x is None or out is None else (inner > 1, x, out)
 
 
-def _in_lanes(rows: Rows, grad: Array | None, target: tuple[Any, ...], scratch: _Scratch) -> bool:
+def _in_lanes(rows: Rows, grad: Array | None, is_large: bool, target: tuple[Any, ...], scratch: _Scratch) -> bool:
     """The block by `_loops.lanes`; False if that does not take it."""
     found = _turned(rows, grad)
     if found is None:
         return False
     beside, x, out = found
     acc, (outer, classes, inner) = rows.acc, rows.logits.shape
-    if not beside:
-        outer, inner = 1, outer
-    width = max(32, min(256, APART // classes // LANES * LANES)) if beside else _width(classes)
-    room = scratch.keep("lanes", lambda: _lanes_room(classes, width, acc))
-    label, on_label, z_loss, *rest = target
-    _loops.lanes(
-        _first(rows.logits, beside), outer, inner, *x[:2], classes, x[2], rows.grad_dtype == np.float16,
-        label, on_label, z_loss, *rest,
-        _nothing(rows) if grad is None else _first(grad, beside), *out, width, *room,
-    )  # fmt: skip
+    is_half, made = rows.grad_dtype == np.float16, _nothing(rows) if grad is None else _first(grad, beside)
+    logits, count = _first(rows.logits, beside), outer * inner
+    if beside:
+        width = max(32, min(256, APART // classes // LANES * LANES))
+        room = scratch.keep("beside", lambda: _beside_room(classes, width, acc))
+        label, on_label, z_loss, factor, scale, job, *rest = target
+        lead = _lead(grad, out) if is_large else None
+        if lead is not None:
+            job |= _loops.STREAM
+        _loops.beside(
+            logits, outer, inner, x[0], classes, x[2], is_half, label, on_label, z_loss, factor, scale,
+            job, *rest, made, out[0], out[2], width, lead or 0, *room,
+        )  # fmt: skip
+    else:
+        width = _width(classes)
+        room = scratch.keep("lanes", lambda: _lanes_room(classes, width, acc))
+        _loops.lanes(logits, x[1], count, classes, is_half, *target, made, out[1], width, *room)
     return True
+
+
+def _lead(grad: Array | None, steps: tuple[int, int, int]) -> int | None:
+    """How many rows lie before the gradient's first one in its line of cache; None if classes differ in that.
+
+    Nor is there an answer for 16 bits, which come out of the loops one by one.
+    """
+    if grad is None or grad.itemsize == 2 or any(step * grad.itemsize % LINE for step in steps[::2]):
+        return None
+    address = grad.__array_interface__["data"][0]
+    return int(address % LINE // grad.itemsize)
 
 
 def _in_rows(rows: Rows, grad: Array | None, target: tuple[Any, ...], scratch: _Scratch) -> None:

@@ -24,6 +24,7 @@ from ._vectors import (
     Value,
     _Ahead,
     _exp,
+    _Held,
     _in_steps,
     _Memory,
     _repeat,
@@ -300,3 +301,27 @@ def exps(
 
     index = types.int64
     return types.float64(x, x.dtype, index, e, coming, index, out, index), build
+
+
+@intrinsic
+def add_up(_context: Any, x: Any, count: Any) -> Any:
+    """The sum of the first `count` numbers, in float64."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        x_, count = arguments
+        double, vectors = ir.DoubleType(), _Stack(context, builder, types.float64, GROUP)
+        zero = Value(builder, ir.Constant(vectors.vector, [0] * GROUP))
+        held = _Held([zero])
+        with cgutils.for_range_slice(builder, _INDEX(0), builder.and_(count, _INDEX(-GROUP)), _INDEX(GROUP)) as (at, _):
+            (value,) = held.get()
+            held.set([value + _Memory(context, builder, x, x_, GROUP).load(at).to(double)])
+        (value,) = held.get()
+        vectors.store(value, _INDEX(0))
+        total = _Total(builder)
+        with cgutils.for_range(builder, _INDEX(GROUP)) as loop:
+            total.add(builder.load(builder.gep(vectors.data, [loop.index])))
+        with cgutils.for_range_slice(builder, builder.and_(count, _INDEX(-GROUP)), count, _INDEX(1)) as (at, _):
+            total.add(builder.load(builder.gep(_Memory(context, builder, x, x_, 1).data, [at])))
+        return total.get()
+
+    return types.float64(x, types.int64), build

@@ -1,9 +1,9 @@
 """The block body of the cpu engine, compiled by Numba: the loops that touch logits, and nothing else.
 
 Imported when first needed, and only where Numba is installed. `rows` takes rows that lie dense, one after another;
-`lanes` takes many rows at once, each in a lane of the vector instructions: rows of few classes, and rows whose classes
-lie apart while the rows lie side by side. Both make, in cache, everything that is asked of a row, and both by the same
-arithmetic in the same order. What they are made of is in `_dense`, `_tiles` and `_vectors`.
+`lanes` takes many rows of few classes at once, each in a lane of the vector instructions, and `beside` rows whose
+classes lie apart while the rows lie side by side. All make, in cache, everything that is asked of a row, and all by the
+same arithmetic in the same order. What they are made of is in `_dense`, `_tiles` and `_vectors`.
 """
 
 from __future__ import annotations
@@ -26,9 +26,10 @@ if config.DISABLE_JIT:
     raise ImportError("NUMBA_DISABLE_JIT is set")
 
 FEW = 32  # classes of which each is compared with the label and the place of the maximum, rather than looked up
+AT_ONCE = 16  # classes of a tile that are worked on before those of the next are read
 STRIP = 8  # rows of 16 bits that are widened, or narrowed, before they are turned, or after
 
-STATS, LOSS, GRAD, LOG, KNOWN, CHECK = 1, 2, 4, 8, 16, 32  # the bits of a job; see `rows`
+STATS, LOSS, GRAD, LOG, KNOWN, CHECK, STREAM, SUM = 1, 2, 4, 8, 16, 32, 64, 128  # the bits of a job
 
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "_nrt": False, "no_cfunc_wrapper": True}
 # What only compiled code calls: without the way in from Python, which takes as long to make as the rest.
@@ -112,6 +113,12 @@ def _narrow(values, is_half, out):
 
 
 # What is called
+
+
+@compiled
+def total(losses):
+    """Their sum, in float64."""
+    return dense.add_up(losses, losses.shape[0])
 
 
 @compiled
@@ -210,72 +217,102 @@ def rows(
 # Many rows at once, in a tile
 
 
-def _gather(x, start, inner_step, class_step, is_half, tile, classes, count, strip):
-    """Logits of `count` rows into a tile; `strip` has room for `STRIP` rows, and for a class of a tile."""
+def _gather(x, start, step, is_half, tile, classes, count, strip):
+    """`count` rows of logits, one after another, into a tile; `strip` has room for `STRIP` of them."""
     raise NotImplementedError
 
 
 @overload(_gather, jit_options=_INNER)
-def _gather_of(x, start, inner_step, class_step, is_half, tile, classes, count, strip):
+def _gather_of(x, start, step, is_half, tile, classes, count, strip):
     if x.dtype == types.uint16:
 
-        def body(x, start, inner_step, class_step, is_half, tile, classes, count, strip):
-            if inner_step == 1:
-                for c in range(classes):
-                    _widen(v.part(x, start + c * class_step, count), is_half, strip)
-                    tiles.take_lanes(strip, 0, 0, count, tile, c, c + 1, classes)
-            else:
-                for k in range(0, count, STRIP):
-                    beside = min(STRIP, count - k)
-                    for i in range(beside):
-                        line = v.part(x, start + (k + i) * inner_step, classes)
-                        _widen(line, is_half, v.part(strip, i * classes, classes))
-                    tiles.turn(strip, 0, classes, beside, classes, tile, k)
+        def body(x, start, step, is_half, tile, classes, count, strip):
+            for k in range(0, count, STRIP):
+                beside = min(STRIP, count - k)
+                for i in range(beside):
+                    line = v.part(x, start + (k + i) * step, classes)
+                    _widen(line, is_half, v.part(strip, i * classes, classes))
+                tiles.turn(strip, 0, classes, beside, classes, tile, k)
     else:
 
-        def body(x, start, inner_step, class_step, is_half, tile, classes, count, strip):
-            if inner_step == 1:
-                tiles.take_lanes(x, start, class_step, count, tile, 0, classes, classes)
-            else:
-                tiles.turn(x, start, inner_step, count, classes, tile, 0)
+        def body(x, start, step, is_half, tile, classes, count, strip):
+            tiles.turn(x, start, step, count, classes, tile, 0)
 
     return body
 
 
-def _scatter(tile, classes, each, width, y, at, is_half, out, start, inner_step, class_step, count, strip, has_marks):
+def _scatter(tile, classes, each, width, y, at, is_half, out, start, step, count, strip, has_marks):
     """The numbers of `count` rows, each times its own, to where they belong; with what is none, if `has_marks`."""
     raise NotImplementedError
 
 
 @overload(_scatter, jit_options=_INNER)
-def _scatter_of(
-    tile, classes, each, width, y, at, is_half, out, start, inner_step, class_step, count, strip, has_marks
+def _scatter_of(tile, classes, each, width, y, at, is_half, out, start, step, count, strip, has_marks):
+    if out.dtype == types.uint16:
+
+        def body(tile, classes, each, width, y, at, is_half, out, start, step, count, strip, has_marks):
+            for k in range(0, count, STRIP):
+                beside = min(STRIP, count - k)
+                tiles.turn_back(tile, k, each, width, y, at, strip, 0, classes, beside, classes, has_marks)
+                for i in range(beside):
+                    line = v.part(out, start + (k + i) * step, classes)
+                    _narrow(v.part(strip, i * classes, classes), is_half, line)
+    else:
+
+        def body(tile, classes, each, width, y, at, is_half, out, start, step, count, strip, has_marks):
+            tiles.turn_back(tile, 0, each, width, y, at, out, start, step, count, classes, has_marks)
+
+    return body
+
+
+def _take(x, start, step, is_half, tile, c, end, classes, count, strip):
+    """The logits of `count` rows side by side, of the classes from `c` to `end`, `step` apart, into a tile."""
+    raise NotImplementedError
+
+
+@overload(_take, jit_options=_INNER)
+def _take_of(x, start, step, is_half, tile, c, end, classes, count, strip):
+    if x.dtype == types.uint16:
+
+        def body(x, start, step, is_half, tile, c, end, classes, count, strip):
+            for k in range(c, end):
+                _widen(v.part(x, start + (k - c) * step, count), is_half, strip)
+                tiles.take_lanes(strip, 0, 0, count, tile, k, k + 1, classes)
+    else:
+
+        def body(x, start, step, is_half, tile, c, end, classes, count, strip):
+            tiles.take_lanes(x, start, step, count, tile, c, end, classes)
+
+    return body
+
+
+def _give(
+    tile, c, end, classes, each, width, y, at, is_half, out, start, step, count, strip, has_marks, is_streamed
+):  # fmt: skip
+    """The reverse of `_take`; see `_scatter`."""
+    raise NotImplementedError
+
+
+@overload(_give, jit_options=_INNER)
+def _give_of(
+    tile, c, end, classes, each, width, y, at, is_half, out, start, step, count, strip, has_marks, is_streamed
 ):  # fmt: skip
     if out.dtype == types.uint16:
 
         def body(
-            tile, classes, each, width, y, at, is_half, out, start, inner_step, class_step, count, strip, has_marks
+            tile, c, end, classes, each, width, y, at, is_half, out, start, step, count, strip, has_marks, is_streamed
         ):  # fmt: skip
-            if inner_step == 1:
-                for c in range(classes):
-                    tiles.put_lanes(tile, c, c + 1, each, width, y, at, strip, 0, 0, count, classes, has_marks)
-                    _narrow(v.part(strip, 0, count), is_half, v.part(out, start + c * class_step, count))
-            else:
-                for k in range(0, count, STRIP):
-                    beside = min(STRIP, count - k)
-                    tiles.turn_back(tile, k, each, width, y, at, strip, 0, classes, beside, classes, has_marks)
-                    for i in range(beside):
-                        line = v.part(out, start + (k + i) * inner_step, classes)
-                        _narrow(v.part(strip, i * classes, classes), is_half, line)
+            for k in range(c, end):
+                tiles.put_lanes(tile, k, k + 1, each, width, y, at, strip, 0, 0, count, classes, has_marks, False)
+                _narrow(v.part(strip, 0, count), is_half, v.part(out, start + (k - c) * step, count))
     else:
 
         def body(
-            tile, classes, each, width, y, at, is_half, out, start, inner_step, class_step, count, strip, has_marks
+            tile, c, end, classes, each, width, y, at, is_half, out, start, step, count, strip, has_marks, is_streamed
         ):  # fmt: skip
-            if inner_step == 1:
-                tiles.put_lanes(tile, 0, classes, each, width, y, at, out, start, class_step, count, classes, has_marks)
-            else:
-                tiles.turn_back(tile, 0, each, width, y, at, out, start, inner_step, count, classes, has_marks)
+            tiles.put_lanes(
+                tile, c, end, each, width, y, at, out, start, step, count, classes, has_marks, is_streamed
+            )  # fmt: skip
 
     return body
 
@@ -308,16 +345,91 @@ def _per_row(values, first, count, to):
         dense.fill(v.part(to, 0, count), (values[0],))
 
 
+@inner
+def _prepare(each, width, y, label, part, factor, scale, first, count):
+    """What there is of the rows from `first` on before their logits are read."""
+    _per_row(factor, first, count, v.part(each, tiles.FACTOR * width, width))
+    _per_row(scale, first, count, v.part(each, tiles.SCALE * width, width))
+    if label.shape[0]:
+        _per_row(part, first, count, v.part(each, tiles.PART * width, width))
+        dense.copy(v.part(y, 0, count), (v.part(label, first, count),))
+    else:
+        dense.fill(v.part(y, 0, count), (-1,))
+
+
+@inner
+def _know_tops(tile, classes, each, width, y, at, is_few, has_labels, job, stats, first, count):
+    """What follows from their maxima; these are then -inf in the tile, so that their exponentials are 0, if not few."""
+    if not is_few:
+        for k in range(count):
+            if y[k] >= 0:
+                each[tiles.AT_LABEL * width + k] = tile[tiles.place(k, y[k], classes)]
+    for lane in range(0, count, LANES):
+        tiles.gaps_of_lanes(each, width, lane, y, 0 if has_labels else 1)
+    if job & KNOWN:
+        for k in range(count):
+            i = first + k
+            if each[tiles.M * width + k] != stats[0, i]:
+                at[k] = -1
+            each[tiles.M * width + k] = stats[0, i]
+            each[tiles.GAP * width + k], each[tiles.MASS * width + k] = stats[2, i], stats[3, i]
+    elif job & STATS:
+        for k in range(count):
+            m = each[tiles.M * width + k]
+            stats[0, first + k] = m
+            if m - m != 0:
+                row = v.part(tile, tiles.place(k, 0, classes), (classes - 1) * LANES + 1)
+                stats[0, first + k] = _without_softmax(row, LANES)
+    if not is_few:
+        for k in range(count):
+            if at[k] >= 0:
+                tile[tiles.place(k, at[k], classes)] = -np.inf
+
+
+@inner
+def _conclude(each, width, sums, y, at, z, job, stats, loss, first, count):
+    """Their losses, and what their gradients are made with, once their sums are there."""
+    if job & KNOWN:
+        for k in range(count):
+            m = each[tiles.M * width + k]
+            if m - m == 0:
+                sums[k] = stats[1, first + k]
+    for lane in range(0, count, HALF):
+        tiles.finish_lanes(each, width, lane, sums, y, at, z, job & GRAD != 0)
+    if job & STATS:
+        for k in range(count):
+            i, m = first + k, each[tiles.M * width + k]
+            stats[1, i], stats[2, i], stats[3, i] = (
+                sums[k],
+                each[tiles.GAP * width + k],
+                each[tiles.MASS * width + k],
+            )
+            if sums[k] != sums[k]:
+                stats[0, i] = stats[0, i] if m - m != 0 else np.nan
+                stats[1, i] = 0 if stats[0, i] == stats[0, i] else np.nan
+    if job & LOSS:
+        dense.copy(v.part(loss, first, count), (v.part(each, tiles.LOSS * width, count),))
+
+
+@inner
+def _put_marks(each, width, y, at, is_half, out, start, row_step, class_step, count):
+    """What is not exp(x - m) times something, one by one."""
+    for k in range(count):
+        here = start + k * row_step
+        if y[k] >= 0:
+            _put(each[tiles.LABEL * width + k], is_half, out, here + y[k] * class_step)
+        if at[k] >= 0:
+            _put(each[tiles.TOP * width + k], is_half, out, here + at[k] * class_step)
+
+
 @compiled
 def lanes(
-    x, outer, inner, outer_step, inner_step, classes, class_step, is_half, label, part, z, factor, scale,
-    job, stats, loss, out, out_outer_step, out_inner_step, out_class_step,
-    width, work, sums, places,
+    x, x_step, count, classes, is_half, label, part, z, factor, scale,
+    job, stats, loss, out, out_step, width, work, sums, places,
 ):  # fmt: skip
-    """`outer`·`inner` rows, `width` of them at a time, under labels or no target; see `rows` for the rest.
+    """What `rows` does, for `width` rows at a time, a multiple of 16, under labels or no target.
 
-    The element (o, c, i) of (outer, C, inner) is x[o·outer_step + c·class_step + i·inner_step]; `width` is a multiple
-    of 16.
+    With job & SUM, `sums` then begins with the `total` of the losses.
     """
     v.make_compact()
     if job & CHECK and not _are_classes(label, classes):
@@ -325,84 +437,121 @@ def lanes(
     tile = v.part(work, 0, classes * width)
     each = v.part(work, classes * width, tiles.EACH * width)
     partial = v.part(work, (classes + tiles.EACH) * width, PARTIAL * width)
-    strip = v.part(work, (classes + tiles.EACH + PARTIAL) * width, max(STRIP * classes, width))
-    m, gap, mass = (
-        v.part(each, tiles.M * width, width),
-        v.part(each, tiles.GAP * width, width),
-        v.part(each, tiles.MASS * width, width),
-    )
-    at, y = v.part(places, 0, width), v.part(places, width, width)
+    strip = v.part(work, (classes + tiles.EACH + PARTIAL) * width, STRIP * classes)
+    at, y, m = v.part(places, 0, width), v.part(places, width, width), v.part(each, tiles.M * width, width)
     is_few = classes <= FEW
-    # What the next 16 rows take is 16 numbers more with each class. Where classes lie apart, nothing is brought ahead:
-    # numbers a power of two apart drive each other out of a cache.
-    ahead, out_ahead = 0 if inner_step == 1 else LANES, 0 if out_inner_step == 1 else LANES
-    for o in range(outer):
-        for start in range(0, inner, width):
-            count = min(width, inner - start)
-            step = (count + LANES - 1) // LANES * LANES
-            first = o * inner + start
-            from_ = o * outer_step + start * inner_step
-            _gather(x, from_, inner_step, class_step, is_half, tile, classes, count, strip)
-            _per_row(factor, first, count, v.part(each, tiles.FACTOR * width, width))
-            _per_row(scale, first, count, v.part(each, tiles.SCALE * width, width))
-            if label.shape[0]:
-                _per_row(part, first, count, v.part(each, tiles.PART * width, width))
-                dense.copy(v.part(y, 0, count), (v.part(label, first, count),))
-            else:
-                dense.fill(v.part(y, 0, count), (-1,))
-            for lane in range(0, step, LANES):
-                tiles.tops_of_lanes(tile, classes, each, width, lane, y, at, 0 if label.shape[0] else 1)
-            if job & KNOWN:
-                for k in range(count):
-                    i = first + k
-                    if m[k] != stats[0, i]:
-                        at[k] = -1
-                    m[k], gap[k], mass[k] = stats[0, i], stats[2, i], stats[3, i]
-            elif job & STATS:
-                for k in range(count):
-                    stats[0, first + k] = m[k]
-                    if m[k] - m[k] != 0:
-                        row = v.part(tile, tiles.place(k, 0, classes), (classes - 1) * LANES + 1)
-                        stats[0, first + k] = _without_softmax(row, LANES)
-            # Meanwhile come the next rows, and where these will go.
-            coming = o * outer_step + (start + width if start + width < inner else start) * inner_step
-            going = o * out_outer_step + start * out_inner_step
-            for c in range(0, classes, dense.CHUNK):
-                live = dense.CHUNK if c + dense.CHUNK < classes else classes - c
-                for lane in range(0, step, LANES):
-                    tiles.exp_of_lanes(
-                        tile, lane * classes + c * LANES, c, live, m, at, lane, partial,
-                        x, coming + lane * inner_step + c * ahead, ahead,
-                        out, going + lane * out_inner_step + c * out_ahead, out_ahead,
-                    )  # fmt: skip
-                for lane in range(0, step, LANES):
-                    tiles.add_up_lanes(partial, live, m, lane, sums, c > 0)
-            if job & KNOWN:
-                for k in range(count):
-                    if m[k] - m[k] == 0:
-                        sums[k] = stats[1, first + k]
-            for lane in range(0, step, HALF):
-                tiles.finish_lanes(each, width, lane, sums, y, at, z, job & GRAD != 0)
-            if job & STATS:
-                for k in range(count):
-                    i = first + k
-                    stats[1, i], stats[2, i], stats[3, i] = sums[k], gap[k], mass[k]
-                    if sums[k] != sums[k]:
-                        stats[0, i] = stats[0, i] if m[k] - m[k] != 0 else np.nan
-                        stats[1, i] = 0 if stats[0, i] == stats[0, i] else np.nan
-            if job & LOSS:
-                dense.copy(v.part(loss, first, count), (v.part(each, tiles.LOSS * width, count),))
-            if job & GRAD:
-                to = o * out_outer_step + start * out_inner_step
-                _scatter(
-                    tile, classes, each, width, y, at,
-                    is_half, out, to, out_inner_step, out_class_step, count, strip, is_few,
+    for first in range(0, count, width):
+        here = min(width, count - first)
+        _gather(x, first * x_step, x_step, is_half, tile, classes, here, strip)
+        _prepare(each, width, y, label, part, factor, scale, first, here)
+        for lane in range(0, here, LANES):
+            tiles.tops_of_lanes(tile, 0, classes, classes, each, width, lane, y, at, is_few)
+        _know_tops(tile, classes, each, width, y, at, is_few, label.shape[0] > 0, job, stats, first, here)
+        # Meanwhile come the next rows, and where these will go: with each class 16 numbers more.
+        coming, going = (first + width if first + width < count else first) * x_step, first * out_step
+        for c in range(0, classes, dense.CHUNK):
+            live = dense.CHUNK if c + dense.CHUNK < classes else classes - c
+            for lane in range(0, here, LANES):
+                tiles.exp_of_lanes(
+                    tile, lane * classes + c * LANES, live, 0, m, at, lane, is_few, partial,
+                    x, coming + lane * x_step + c * LANES, LANES, out, going + lane * out_step + c * LANES, LANES,
                 )  # fmt: skip
-                if not is_few:
-                    for k in range(count):
-                        here = to + k * out_inner_step
-                        if y[k] >= 0:
-                            _put(each[tiles.LABEL * width + k], is_half, out, here + y[k] * out_class_step)
-                        if at[k] >= 0:
-                            _put(each[tiles.TOP * width + k], is_half, out, here + at[k] * out_class_step)
+            for lane in range(0, here, LANES):
+                tiles.add_up_lanes(partial, live, m, lane, sums, c > 0)
+        _conclude(each, width, sums, y, at, z, job, stats, loss, first, here)
+        if job & GRAD:
+            to = first * out_step
+            _scatter(tile, classes, each, width, y, at, is_half, out, to, out_step, here, strip, is_few)
+            if not is_few:
+                _put_marks(each, width, y, at, is_half, out, to, out_step, 1, here)
+    if job & SUM:
+        sums[0] = dense.add_up(loss, count)
+    return True
+
+
+@inner
+def _slot(t, work, start, own, places, width):
+    """Where there is room for what there is of a tile's rows beside their numbers: three tiles take turns."""
+    slot = t % 3
+    return (
+        v.part(work, start + slot * own, own),
+        v.part(places, 2 * slot * width, width),
+        v.part(places, (2 * slot + 1) * width, width),
+    )
+
+
+@inner
+def _tile(t, inner, width, lead):
+    """Of a tile, the outer index of its rows, the first inner one, and how many there are."""
+    in_outer = (inner + lead + width - 1) // width
+    o = t // in_outer
+    start = (t - o * in_outer) * width - lead
+    return o, max(0, start), min(width, inner - start) + min(0, start)
+
+
+@compiled
+def beside(
+    x, outer, inner, outer_step, classes, class_step, is_half, label, part, z, factor, scale,
+    job, stats, loss, out, out_outer_step, out_class_step, width, lead, work, sums, places,
+):  # fmt: skip
+    """What `lanes` does, for rows that lie side by side.
+
+    The element (o, c, i) of (outer, C, inner) is x[o·outer_step + c·class_step + i]. While a tile is worked on, the one
+    before it is written and the one after it is read, a few classes at a time, so that memory is never idle; and no
+    more than a few, because classes a power of two apart drive each other out of a cache. With job & STREAM gradients
+    go past the caches: `lead` rows are missing in the first tile, so that all others begin with a line of cache.
+    """
+    v.make_compact()
+    size, own = classes * width, tiles.EACH * width
+    partial = v.part(work, 2 * size + 3 * own, PARTIAL * width)
+    strip = v.part(work, 2 * size + 3 * own + PARTIAL * width, width)
+    is_few = classes <= FEW
+    soon = v.part(out, 0, 0 if job & STREAM else out.shape[0])
+    number = outer * ((inner + lead + width - 1) // width)
+    for t in range(number + 2):
+        # This tile is read, the one before is worked on, the one before that is written.
+        tile, tile_before = v.part(work, (t & 1) * size, size), v.part(work, (~t & 1) * size, size)
+        each, y, at = _slot(t, work, 2 * size, own, places, width)
+        each_before, y_before, at_before = _slot(t + 2, work, 2 * size, own, places, width)
+        each_written, y_written, at_written = _slot(t + 1, work, 2 * size, own, places, width)
+        m = v.part(each_before, tiles.M * width, width)
+        is_read, is_worked_on, is_written = t < number, 0 < t <= number, t > 1 and job & GRAD
+        o, start, count = _tile(t, inner, width, lead)
+        o_before, start_before, count_before = _tile(t - 1, inner, width, lead)
+        o_written, start_written, count_written = _tile(t - 2, inner, width, lead)
+        from_, first, first_before = o * outer_step + start, o * inner + start, o_before * inner + start_before
+        to = o_written * out_outer_step + start_written
+        is_streamed = job & STREAM and (start_written or not lead)
+        if is_read:
+            _prepare(each, width, y, label, part, factor, scale, first, count)
+        for c in range(0, classes, AT_ONCE):
+            end = min(c + AT_ONCE, classes)
+            if is_written:
+                _give(
+                    tile, c, end, classes, each_written, width, y_written, at_written, is_half,
+                    out, to + c * out_class_step, out_class_step, count_written, strip, is_few, is_streamed != 0,
+                )  # fmt: skip
+            if is_read:
+                _take(x, from_ + c * class_step, class_step, is_half, tile, c, end, classes, count, strip)
+                for lane in range(0, count, LANES):
+                    tiles.tops_of_lanes(tile, c, end, classes, each, width, lane, y, at, is_few)
+            if is_worked_on:
+                in_chunk = c & (dense.CHUNK - 1)
+                for lane in range(0, count_before, LANES):
+                    tiles.exp_of_lanes(
+                        tile_before, lane * classes + c * LANES, end - c, in_chunk, m, at_before, lane, is_few, partial,
+                        x, from_ + end * class_step + lane, class_step,
+                        soon, to + end * out_class_step + lane, out_class_step,
+                    )  # fmt: skip
+                if end == classes or end & (dense.CHUNK - 1) == 0:
+                    for lane in range(0, count_before, LANES):
+                        tiles.add_up_lanes(partial, in_chunk + end - c, m, lane, sums, c >= dense.CHUNK)
+        if is_written and not is_few:
+            _put_marks(each_written, width, y_written, at_written, is_half, out, to, 1, out_class_step, count_written)
+        if is_read:
+            _know_tops(tile, classes, each, width, y, at, is_few, label.shape[0] > 0, job, stats, first, count)
+        if is_worked_on:
+            _conclude(each_before, width, sums, y_before, at_before, z, job, stats, loss, first_before, count_before)
+    if job & STREAM:
+        v.fence()
     return True

@@ -211,41 +211,65 @@ def turn_back(
 
 @intrinsic
 def tops_of_lanes(
-    _context: Any, tile: Any, classes: Any, each: Any, width: Any, lane: Any, label: Any, at: Any, no_label: Any
-) -> Any:
-    """Of 16 rows the largest number, NaN passed over, and its first place into `at`; gap and mass.
+    _context: Any, tile: Any, first: Any, end: Any, classes: Any,
+    each: Any, width: Any, lane: Any, label: Any, at: Any, is_few: Any,
+) -> Any:  # fmt: skip
+    """Of 16 rows the largest number, NaN passed over, and its first place into `at`; of few classes the label's, too.
+
+    It is told the classes from `first` to `end`, all of them in turn.
+    """
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        tile_, first, end, classes, each_, width, lane, label_, at_, is_few = arguments
+        memory = _Memory(context, builder, tile, tile_, LANES)
+        places = _Memory(context, builder, at, at_, LANES)
+        y = _Memory(context, builder, label, label_, LANES).load(lane)
+        of = _Each(context, builder, each, each_, width, lane, LANES)
+        held, at_label = _Held([memory.zero().like(-math.inf), places.zero()]), _Held([memory.zero()])
+        with builder.if_then(builder.icmp_signed("!=", first, _INDEX(0))):
+            held.set([*of.load(M), places.load(lane)])
+            at_label.set(of.load(AT_LABEL))
+        with cgutils.for_range_slice(builder, first, end, _INDEX(1)) as (c, _):
+            here, index = memory.load(_in_tile(builder, classes, lane, c)), places.index(c)
+            largest, place = held.get()
+            higher = largest.below(here)
+            held.set([here.where(higher, largest), index.where(higher, place)])
+            with builder.if_then(is_few):
+                is_it = builder.icmp_signed("==", y.value, index.value)
+                at_label.set([here.where(is_it, *at_label.get())])
+        largest, place = held.get()
+        of.store(largest, M)
+        of.store(at_label.get()[0], AT_LABEL)
+        places.store(place, lane)
+        return context.get_dummy_value()
+
+    index = types.int64
+    return types.void(tile, index, index, index, each, index, index, label, at, types.boolean), build
+
+
+@intrinsic
+def gaps_of_lanes(_context: Any, each: Any, width: Any, lane: Any, label: Any, no_label: Any) -> Any:
+    """Of 16 rows the gap and the mass.
 
     A label that is negative is none: then nothing counts (PART is 0), and the mass is `no_label`.
     """
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        tile_, classes, each_, width, lane, label_, at_, no_label = arguments
-        memory = _Memory(context, builder, tile, tile_, LANES)
-        places = _Memory(context, builder, at, at_, LANES)
-        y = _Memory(context, builder, label, label_, LANES).load(lane)
+        each_, width, lane, label_, no_label = arguments
         of = _Each(context, builder, each, each_, width, lane, LANES)
-        zero, nowhere = memory.zero(), places.zero()
-        held = _Held([zero.like(-math.inf), nowhere, zero])
-        with cgutils.for_range(builder, classes) as loop:
-            here = memory.load(_in_tile(builder, classes, lane, loop.index))
-            index = places.index(loop.index)
-            largest, place, at_label = held.get()
-            higher = largest.below(here)
-            is_label = builder.icmp_signed("==", y.value, index.value)
-            held.set([here.where(higher, largest), index.where(higher, place), here.where(is_label, at_label)])
-        largest, place, at_label = held.get()
-        has_none = builder.icmp_signed("<", y.value, nowhere.value)
-        (part,) = of.load(PART)
+        memory = _Memory(context, builder, label, label_, LANES)
+        has_none = builder.icmp_signed("<", memory.load(lane).value, memory.zero().value)
+        largest, at_label, part = of.load(M, AT_LABEL, PART)
+        zero = part.like(0)
         part = zero.where(has_none, part)
         gap = part.where(part.equals(zero), part * (largest - at_label))
-        mass = memory.all(builder.sitofp(no_label, memory.vector.element)).where(has_none, part)
-        for value, which in ((largest, M), (at_label, AT_LABEL), (part, PART), (gap, GAP), (mass, MASS)):
+        mass = of.memory.all(builder.sitofp(no_label, of.memory.vector.element)).where(has_none, part)
+        for value, which in ((part, PART), (gap, GAP), (mass, MASS)):
             of.store(value, which)
-        places.store(place, lane)
         return context.get_dummy_value()
 
     index = types.int64
-    return types.void(tile, index, each, index, index, label, at, index), build
+    return types.void(each, index, index, label, index), build
 
 
 @intrinsic
@@ -272,18 +296,18 @@ def take_lanes(
 
 @intrinsic
 def exp_of_lanes(
-    _context: Any, tile: Any, start: Any, first: Any, count: Any, m: Any, at: Any, lane: Any, partial: Any,
-    coming: Any, coming_start: Any, coming_step: Any, out: Any, out_start: Any, out_step: Any,
+    _context: Any, tile: Any, start: Any, count: Any, turn: Any, m: Any, at: Any, lane: Any, is_few: Any,
+    partial: Any, coming: Any, coming_start: Any, coming_step: Any, out: Any, out_start: Any, out_step: Any,
 ) -> Any:  # fmt: skip
-    """exp(x - m) in place of x, or 0 at `at`, for 16 rows and `count` classes from `first` on; the 32 partial sums.
+    """exp(x - m) in place of x, for 16 rows and `count` classes, after `turn` others; the 32 partial sums.
 
-    A row whose m is not finite becomes NaN. Meanwhile, with each class, comes a line of `coming`, which will be read,
-    and one of `out`, which will be written.
+    Of few classes, there is 0 at `at`. A row whose m is not finite becomes NaN. Meanwhile, with each class, comes a
+    line of `coming`, which will be read, and one of `out`, which will be written.
     """
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        tile_, start, first, count, m_, at_, lane, partial_ = arguments[:8]
-        coming_, coming_start, coming_step, out_, out_start, out_step = arguments[8:]
+        tile_, start, count, turn, m_, at_, lane, is_few, partial_ = arguments[:9]
+        coming_, coming_start, coming_step, out_, out_start, out_step = arguments[9:]
         memory, sums, places = (
             _Memory(context, builder, *of, LANES) for of in ((tile, tile_), (partial, partial_), (at, at_))
         )
@@ -299,25 +323,30 @@ def exp_of_lanes(
             read.line(come, builder.mul(index, come_step))
             written.line(go, builder.mul(index, go_step))
             here = builder.add(start, builder.mul(index, _INDEX(LANES)))
-            is_apart = builder.icmp_signed("==", places.index(builder.add(first, index)).value, apart.value)
-            value = _exp(memory.load(here) - largest)
-            value = value.like(0).where(is_apart, value)
+            held = _Held([_exp(memory.load(here) - largest)])
+            with builder.if_then(is_few):
+                is_apart = builder.icmp_signed("==", places.index(builder.add(turn, index)).value, apart.value)
+                held.set([largest.like(0).where(is_apart, *held.get())])
+            (value,) = held.get()
             memory.store(value, here)
             return value
 
         def place(index: Any) -> Any:
+            index = builder.and_(builder.add(turn, index), _INDEX(PARTIAL - 1))
             return builder.mul(builder.add(builder.mul(lane, _INDEX(PARTIAL // LANES)), index), _INDEX(LANES))
 
-        with cgutils.for_range(builder, _smaller(builder, count, _INDEX(PARTIAL))) as loop:
+        empty = builder.sub(_INDEX(PARTIAL), turn)  # partial sums that have nothing yet
+        empty = builder.select(builder.icmp_signed("<", empty, _INDEX(0)), _INDEX(0), empty)
+        with cgutils.for_range(builder, _smaller(builder, count, empty)) as loop:
             sums.store(exps(loop.index), place(loop.index))
-        with cgutils.for_range_slice(builder, _INDEX(PARTIAL), count, _INDEX(1)) as (index, _):
-            turn = place(builder.and_(index, _INDEX(PARTIAL - 1)))
-            sums.store(sums.load(turn) + exps(index), turn)
+        with cgutils.for_range_slice(builder, empty, count, _INDEX(1)) as (index, _):
+            value = exps(index)
+            sums.store(sums.load(place(index)) + value, place(index))
         return context.get_dummy_value()
 
     index = types.int64
     return types.void(
-        tile, index, index, index, m, at, index, partial, coming, index, index, out, index, index
+        tile, index, index, index, m, at, index, types.boolean, partial, coming, index, index, out, index, index
     ), build  # fmt: skip
 
 
@@ -386,12 +415,16 @@ def finish_lanes(
 @intrinsic
 def put_lanes(
     _context: Any, tile: Any, first: Any, end: Any, each: Any, width: Any, label: Any, at: Any,
-    out: Any, start: Any, out_step: Any, count: Any, classes: Any, has_marks: Any,
+    out: Any, start: Any, out_step: Any, count: Any, classes: Any, has_marks: Any, is_streamed: Any,
 ) -> Any:  # fmt: skip
-    """The reverse of `take_lanes`, each row's numbers times its own BY; see `turn_back` for the marks."""
+    """The reverse of `take_lanes`, each row's numbers times its own BY; see `turn_back` for the marks.
+
+    What is streamed goes past the caches, to lines that are written as a whole: 16 numbers have to lie in whole lines.
+    """
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        tile_, first, end, each_, width, label_, at_, out_, start, out_step, count, classes, has_marks = arguments
+        tile_, first, end, each_, width, label_, at_, out_, start, out_step, count, classes = arguments[:12]
+        has_marks, is_streamed = arguments[12:]
         with cgutils.for_range_slice(builder, first, end, _INDEX(1)) as (c, loop):
             there = builder.add(start, builder.mul(loop, out_step))
 
@@ -407,12 +440,17 @@ def put_lanes(
                         is_it = builder.icmp_signed("==", place.load(lane).value, place.index(c).value)
                         held.set([special.where(is_it, *held.get())])
                 (value,) = held.get()
-                target.store(value, builder.add(there, lane))
+                place = builder.add(there, lane)
+                with builder.if_else(is_streamed) as (streamed, kept):
+                    with streamed:
+                        target.stream(value, place)
+                    with kept:
+                        target.store(value, place)
 
             _in_steps(builder, count, LANES, work)
         return context.get_dummy_value()
 
     index = types.int64
     return types.void(
-        tile, index, index, each, index, label, at, out, index, index, index, index, types.boolean
+        tile, index, index, each, index, label, at, out, index, index, index, index, types.boolean, types.boolean
     ), build  # fmt: skip

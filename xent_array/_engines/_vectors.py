@@ -43,6 +43,25 @@ class Value:
         """That number, as often as there are numbers here, of another type if one is given."""
         return Value(self.builder, ir.Constant(*_repeated(self.value.type, type_ or self.element, number)))
 
+    def fixed(self, number: float) -> Value:
+        """`like`, of a number that loops are to find ready: LLVM would make it anew at each use.
+
+        It is kept from LLVM which number it is, by assembly of no instructions; then it stays in a register, or in
+        memory that an instruction reads by itself.
+        """
+        builder, type_ = self.builder, self.value.type
+        kept = builder.function.__dict__.setdefault("_fixed", {})
+        constant = self.like(number).value
+        key = str(constant)
+        if key not in kept:
+            with builder.goto_entry_block():
+                of = ir.IntType(32 if self.is_single else 64)
+                first = ir.Constant(self.element, float(np.float32(number)) if self.is_single else number)
+                hidden = builder.asm(ir.FunctionType(of, [of]), "", "=r,0", [builder.bitcast(first, of)], False)
+                hidden = builder.bitcast(hidden, self.element)
+                kept[key] = _repeat(builder, hidden, type_.count) if isinstance(type_, ir.VectorType) else hidden
+        return Value(builder, kept[key])
+
     def __add__(self, other: Value) -> Value:
         return Value(self.builder, self.builder.fadd(self.value, other.value))
 
@@ -87,9 +106,9 @@ class Value:
 
     def horner(self, coefficients: list[float]) -> Value:
         """A polynomial, the highest coefficient first, to about half a unit where the later terms are small."""
-        value = self.like(coefficients[0])
+        value = self.fixed(coefficients[0])
         for coefficient in coefficients[1:]:
-            value = value.times_plus(self, self.like(coefficient))
+            value = value.times_plus(self, self.fixed(coefficient))
         return value
 
     def in_pairs(self, coefficients: list[float]) -> Value:
@@ -123,12 +142,12 @@ def _exp_parts(x: Value) -> tuple[Value, Value]:
         degree, mantissa, bias, high, low = 4, 23, 127, 0.693145751953125, 1.4286068203094173e-06
     else:
         degree, mantissa, bias, high, low = 10, 52, 1023, 0.6931471803691238, 1.9082149292705877e-10
-    least = x.like(-bias * math.log(2))  # there n is -bias, and the exponent 0
+    least = x.fixed(-bias * math.log(2))  # there n is -bias, and the exponent 0
     x = least.where(x.below(least), x)
-    magic = x.like(1.5 * 2**mantissa + bias)
-    shifted = x.times_plus(x.like(1 / math.log(2)), magic)
+    magic = x.fixed(1.5 * 2**mantissa + bias)
+    shifted = x.times_plus(x.fixed(1 / math.log(2)), magic)
     n = shifted - magic
-    r = n.times_plus(x.like(-low), n.times_plus(x.like(-high), x))
+    r = n.times_plus(x.fixed(-low), n.times_plus(x.fixed(-high), x))
     less_one = r.in_pairs(_exp_terms(degree)).times_plus(r * r, r)
     integer, builder = ir.IntType(32 if x.is_single else 64), x.builder
     bits = builder.bitcast(shifted.value, x.like(0, integer).value.type)
@@ -248,6 +267,17 @@ def make_compact(_context: Any) -> Any:
     return types.void(), build
 
 
+@intrinsic
+def fence(_context: Any) -> Any:
+    """What was streamed is there before anything that is stored later."""
+
+    def build(context: Any, builder: Any, _signature: Any, _arguments: Any) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), build
+
+
 # Stretches of an array
 
 
@@ -305,6 +335,13 @@ class _Memory:
 
     def store(self, value: Value, start: Any) -> None:
         self.builder.store(value.value, self.pointer(start), align=self.align)
+
+    def stream(self, value: Value, start: Any) -> None:
+        """Store to memory, past the caches; whole lines if there are more numbers than one. Needs a `fence`."""
+        align = self.align if self.vector.count == 1 else LINE
+        stored = self.builder.store(value.value, self.pointer(start), align=align)
+        if self.vector.count > 1:
+            stored.set_metadata("nontemporal", self.builder.module.add_metadata([_WORD(1)]))
 
     def all(self, number: Any) -> Value:
         """A vector of one number."""

@@ -28,6 +28,7 @@ import numpy as np
 
 from .. import _rows
 from .._rows import Array, Rows, RowStats
+from . import _memory
 
 BLOCK = 1 << 18  # logits in a block, at most: its scratch is 1 MiB in float32
 TILE = 1 << 20  # a row of more classes is read in tiles of this many, so that scratch stays bounded
@@ -96,7 +97,8 @@ class Cpu:
         self._drive(rows, _Want(loss=losses, stats=stats, grad=out, divisor=divisor))
         if rows.reduction == "none":
             return losses
-        total = _sum(losses.reshape(-1))
+        compiled = compiled_body() if self.compile else ""
+        total = _sum(losses) if isinstance(compiled, str) else compiled.total(losses.reshape(-1))
         return rows.acc.type(total if divisor is None else _rows.divide(np, total, divisor))
 
     def _drive(self, rows: Rows, want: _Want) -> None:
@@ -127,7 +129,7 @@ class Cpu:
         if self.compile and rows.classes <= TILE:
             compiled = compiled_body()
             if isinstance(compiled, ModuleType):
-                return compiled.block, BLOCK if compiled.converts(rows, want) else 4 * BLOCK, QUICK * ALONE
+                return compiled.block, BLOCK if compiled.converts(rows, want) else 16 * BLOCK, QUICK * ALONE
         return _plain_block if _is_plain(rows, want) else _block, BLOCK, ALONE
 
 
@@ -148,10 +150,7 @@ def compiled_body() -> ModuleType | str:
 
 
 def _sum(losses: Array) -> float:
-    """In float64."""
-    if losses.size <= 1024:
-        return float(np.add.reduce(losses.astype(np.float64, copy=False)))  # sooner than the next line
-    return float(np.add.reduce(losses, dtype=np.float64))
+    return float(np.add.reduce(losses, axis=None, dtype=np.float64))
 
 
 def _stats(rows: Rows) -> RowStats:
@@ -159,7 +158,7 @@ def _stats(rows: Rows) -> RowStats:
 
 
 def _gradient(rows: Rows) -> Array:
-    return np.empty(rows.logits.shape, rows.grad_dtype)
+    return _memory.empty(rows.logits.shape, rows.grad_dtype)
 
 
 def _divisor(rows: Rows) -> float:

@@ -1,0 +1,57 @@
+"""Memory for large gradients, which is kept from one to the next.
+
+What is larger than 32 MiB, malloc gives back to the system when it is freed, and the next gradient would be made of
+pages that the system has to clear first: that takes as long as the gradient itself. So when the last array over such
+memory is gone, the memory stays mapped for one more gradient of about that size, marked as free: the system takes it
+back as soon as it needs it.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import weakref
+from collections import deque
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+
+from .._rows import Array
+
+LARGE = 1 << 25  # bytes
+
+_CAN_KEEP = hasattr(mmap, "MADV_FREE")
+_kept: deque[mmap.mmap] = deque(maxlen=1)
+
+
+def empty(shape: tuple[int, ...], dtype: Any) -> Array:
+    """`np.empty`; of memory that was used before, where there is some."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    if size < LARGE or not _CAN_KEEP:
+        return np.empty(shape, dtype)
+    memory = None
+    with suppress(IndexError):
+        memory = _kept.pop()
+    if memory is None or not size <= len(memory) <= 2 * size:
+        memory = None  # before there is more
+        try:
+            memory = _mapped(size)
+        except OSError:
+            return np.empty(shape, dtype)  # which says what there is too little of
+    held = np.frombuffer(memory, np.uint8)
+    weakref.finalize(held, _keep, memory).atexit = False
+    return np.ndarray(shape, dtype, held)
+
+
+def _mapped(size: int) -> mmap.mmap:
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError, AttributeError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
+def _keep(memory: mmap.mmap) -> None:
+    with suppress(OSError):
+        memory.madvise(mmap.MADV_FREE)
+        _kept.append(memory)
