@@ -106,7 +106,7 @@ def exp_in_rows(x, out, m):
 @njit
 def exp_in_lanes(x, m, partial):
     at = np.full(_tiles.LANES, -1)
-    _tiles.exp_of_lanes(x, 0, x.shape[0] // _tiles.LANES, 0, m, at, 0, True, partial, x, 0, 0, x, 0, 0)
+    _tiles.exp_of_lanes(x, 0, x.shape[0] // _tiles.LANES, 0, m, at, 0, True, True, partial, x, 0, 0, x, 0, 0)
 
 
 @njit

@@ -87,10 +87,38 @@ def _on_each(function: Callable[..., Value]) -> Any:
 fill = copy = _on_each(lambda number: number)
 multiply = _on_each(lambda x, by: x * by)
 scale = _on_each(_times)
+subtract = _on_each(lambda x, by: x - by)
 subtract_product = _on_each(lambda x, a, by: x - by * a)
 logarithms = _on_each(lambda x, m, tail: (x - m) - tail)
 tanh_of_quotient = _on_each(lambda x, cap: _tanh(x / cap))
 slope_of_tanh = _on_each(lambda t: (t.like(1) - t) * (t.like(1) + t))
+
+
+@intrinsic
+def spread(_context: Any, values: Any, first: Any, out: Any, is_new: Any) -> Any:
+    """To each of `out` its own number, from that at `first` on; or the only one there is, if `out` is new."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        values_, first, out_, is_new = arguments
+        length, count = (
+            builder.extract_value(context.make_array(type_)(context, builder, array).shape, 0)
+            for type_, array in ((values, values_), (out, out_))
+        )
+        is_one = builder.icmp_signed("==", length, _INDEX(1))
+
+        def work(place: Any, length: int) -> None:
+            source, target = (_Memory(context, builder, *of, length) for of in ((values, values_), (out, out_)))
+            with builder.if_else(is_one) as (one, many):
+                with one:
+                    target.store(target.all(builder.load(source.data)), place)
+                with many:
+                    target.store(source.load(builder.add(first, place)), place)
+
+        with builder.if_then(builder.or_(is_new, builder.not_(is_one))):
+            _in_steps(builder, count, GROUP, work)
+        return context.get_dummy_value()
+
+    return types.void(values, types.int64, out, types.boolean), build
 
 
 # A row as a whole, in chunks of 512 and groups of 32

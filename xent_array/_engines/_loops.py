@@ -19,7 +19,7 @@ from . import _dense as dense
 from . import _tiles as tiles
 from . import _vectors as v
 from ._kept import kept
-from ._tiles import HALF, LANES
+from ._tiles import AT_LABEL, BY, EACH, FACTOR, GAP, HALF, LABEL, LANES, MASS, OF_ROW, PART, SCALE, TOP, M
 from ._vectors import PARTIAL
 
 if config.DISABLE_JIT:
@@ -337,21 +337,12 @@ def _put_of(number, is_half, out, place):
 
 
 @inner
-def _per_row(values, first, count, to):
-    """One number for each row, of as many or of one."""
-    if values.shape[0] > 1:
-        dense.copy(v.part(to, 0, count), (v.part(values, first, count),))
-    else:
-        dense.fill(v.part(to, 0, count), (values[0],))
-
-
-@inner
-def _prepare(each, width, y, label, part, factor, scale, first, count):
+def _prepare(each, width, y, label, part, factor, scale, first, count, is_new):
     """What there is of the rows from `first` on before their logits are read."""
-    _per_row(factor, first, count, v.part(each, tiles.FACTOR * width, width))
-    _per_row(scale, first, count, v.part(each, tiles.SCALE * width, width))
+    dense.spread(factor, first, v.part(each, FACTOR * width, count), is_new)
+    dense.spread(scale, first, v.part(each, SCALE * width, count), is_new)
     if label.shape[0]:
-        _per_row(part, first, count, v.part(each, tiles.PART * width, width))
+        dense.spread(part, first, v.part(each, PART * width, count), True)
         dense.copy(v.part(y, 0, count), (v.part(label, first, count),))
     else:
         dense.fill(v.part(y, 0, count), (-1,))
@@ -360,55 +351,52 @@ def _prepare(each, width, y, label, part, factor, scale, first, count):
 @inner
 def _know_tops(tile, classes, each, width, y, at, is_few, has_labels, job, stats, first, count):
     """What follows from their maxima; these are then -inf in the tile, so that their exponentials are 0, if not few."""
+    m = v.part(each, M * width, count)
     if not is_few:
-        for k in range(count):
-            if y[k] >= 0:
-                each[tiles.AT_LABEL * width + k] = tile[tiles.place(k, y[k], classes)]
+        tiles.look_up(tile, classes, y, v.part(each, AT_LABEL * width, count), count)
     for lane in range(0, count, LANES):
         tiles.gaps_of_lanes(each, width, lane, y, 0 if has_labels else 1)
     if job & KNOWN:
         for k in range(count):
-            i = first + k
-            if each[tiles.M * width + k] != stats[0, i]:
+            if m[k] != stats[0, first + k]:
                 at[k] = -1
-            each[tiles.M * width + k] = stats[0, i]
-            each[tiles.GAP * width + k], each[tiles.MASS * width + k] = stats[2, i], stats[3, i]
+            m[k] = stats[0, first + k]
+        dense.copy(v.part(each, GAP * width, count), (v.part(stats[2], first, count),))
+        dense.copy(v.part(each, MASS * width, count), (v.part(stats[3], first, count),))
     elif job & STATS:
         for k in range(count):
-            m = each[tiles.M * width + k]
-            stats[0, first + k] = m
-            if m - m != 0:
-                row = v.part(tile, tiles.place(k, 0, classes), (classes - 1) * LANES + 1)
-                stats[0, first + k] = _without_softmax(row, LANES)
+            if m[k] - m[k] != 0:
+                m[k] = _without_softmax(v.part(tile, tiles.place(k, 0, classes), (classes - 1) * LANES + 1), LANES)
     if not is_few:
-        for k in range(count):
-            if at[k] >= 0:
-                tile[tiles.place(k, at[k], classes)] = -np.inf
+        tiles.hide(tile, classes, at, count)
 
 
 @inner
-def _conclude(each, width, sums, y, at, z, job, stats, loss, first, count):
-    """Their losses, and what their gradients are made with, once their sums are there."""
+def _conclude(tile, classes, each, width, sums, y, at, is_few, z, job, stats, loss, first, count):
+    """Their losses, and what their gradients are made of, once their sums are there."""
+    m = v.part(each, M * width, count)
     if job & KNOWN:
         for k in range(count):
-            m = each[tiles.M * width + k]
-            if m - m == 0:
+            if m[k] - m[k] == 0:
                 sums[k] = stats[1, first + k]
     for lane in range(0, count, HALF):
         tiles.finish_lanes(each, width, lane, sums, y, at, z, job & GRAD != 0)
     if job & STATS:
+        dense.copy(v.part(stats[2], first, count), (v.part(each, GAP * width, count),))
+        dense.copy(v.part(stats[3], first, count), (v.part(each, MASS * width, count),))
         for k in range(count):
-            i, m = first + k, each[tiles.M * width + k]
-            stats[1, i], stats[2, i], stats[3, i] = (
-                sums[k],
-                each[tiles.GAP * width + k],
-                each[tiles.MASS * width + k],
-            )
-            if sums[k] != sums[k]:
-                stats[0, i] = stats[0, i] if m - m != 0 else np.nan
-                stats[1, i] = 0 if stats[0, i] == stats[0, i] else np.nan
+            top, rest = m[k], sums[k]
+            if rest != rest:
+                top = top if top - top != 0 else np.nan
+                rest = 0 if top == top else np.nan
+            stats[0, first + k], stats[1, first + k] = top, rest
     if job & LOSS:
-        dense.copy(v.part(loss, first, count), (v.part(each, tiles.LOSS * width, count),))
+        dense.copy(v.part(loss, first, count), (v.part(each, OF_ROW * width, count),))
+    if job & GRAD and not is_few:
+        at_label = v.part(each, AT_LABEL * width, count)
+        tiles.look_up(tile, classes, y, at_label, count)
+        dense.scale(at_label, (at_label, v.part(each, BY * width, count)))
+        dense.subtract(v.part(each, LABEL * width, count), (at_label, v.part(each, LABEL * width, count)))
 
 
 @inner
@@ -417,9 +405,9 @@ def _put_marks(each, width, y, at, is_half, out, start, row_step, class_step, co
     for k in range(count):
         here = start + k * row_step
         if y[k] >= 0:
-            _put(each[tiles.LABEL * width + k], is_half, out, here + y[k] * class_step)
+            _put(each[LABEL * width + k], is_half, out, here + y[k] * class_step)
         if at[k] >= 0:
-            _put(each[tiles.TOP * width + k], is_half, out, here + at[k] * class_step)
+            _put(each[TOP * width + k], is_half, out, here + at[k] * class_step)
 
 
 @compiled
@@ -435,15 +423,15 @@ def lanes(
     if job & CHECK and not _are_classes(label, classes):
         return False
     tile = v.part(work, 0, classes * width)
-    each = v.part(work, classes * width, tiles.EACH * width)
-    partial = v.part(work, (classes + tiles.EACH) * width, PARTIAL * width)
-    strip = v.part(work, (classes + tiles.EACH + PARTIAL) * width, STRIP * classes)
-    at, y, m = v.part(places, 0, width), v.part(places, width, width), v.part(each, tiles.M * width, width)
-    is_few = classes <= FEW
+    each = v.part(work, classes * width, EACH * width)
+    partial = v.part(work, (classes + EACH) * width, PARTIAL * width)
+    strip = v.part(work, (classes + EACH + PARTIAL) * width, STRIP * classes)
+    at, y, m = v.part(places, 0, width), v.part(places, width, width), v.part(each, M * width, width)
+    is_few, is_kept = classes <= FEW, job & GRAD != 0
     for first in range(0, count, width):
         here = min(width, count - first)
         _gather(x, first * x_step, x_step, is_half, tile, classes, here, strip)
-        _prepare(each, width, y, label, part, factor, scale, first, here)
+        _prepare(each, width, y, label, part, factor, scale, first, here, first == 0)
         for lane in range(0, here, LANES):
             tiles.tops_of_lanes(tile, 0, classes, classes, each, width, lane, y, at, is_few)
         _know_tops(tile, classes, each, width, y, at, is_few, label.shape[0] > 0, job, stats, first, here)
@@ -453,12 +441,12 @@ def lanes(
             live = dense.CHUNK if c + dense.CHUNK < classes else classes - c
             for lane in range(0, here, LANES):
                 tiles.exp_of_lanes(
-                    tile, lane * classes + c * LANES, live, 0, m, at, lane, is_few, partial,
+                    tile, lane * classes + c * LANES, live, 0, m, at, lane, is_few, is_kept, partial,
                     x, coming + lane * x_step + c * LANES, LANES, out, going + lane * out_step + c * LANES, LANES,
                 )  # fmt: skip
             for lane in range(0, here, LANES):
                 tiles.add_up_lanes(partial, live, m, lane, sums, c > 0)
-        _conclude(each, width, sums, y, at, z, job, stats, loss, first, here)
+        _conclude(tile, classes, each, width, sums, y, at, is_few, z, job, stats, loss, first, here)
         if job & GRAD:
             to = first * out_step
             _scatter(tile, classes, each, width, y, at, is_half, out, to, out_step, here, strip, is_few)
@@ -502,10 +490,10 @@ def beside(
     go past the caches: `lead` rows are missing in the first tile, so that all others begin with a line of cache.
     """
     v.make_compact()
-    size, own = classes * width, tiles.EACH * width
+    size, own = classes * width, EACH * width
     partial = v.part(work, 2 * size + 3 * own, PARTIAL * width)
     strip = v.part(work, 2 * size + 3 * own + PARTIAL * width, width)
-    is_few = classes <= FEW
+    is_few, is_kept = classes <= FEW, job & GRAD != 0
     soon = v.part(out, 0, 0 if job & STREAM else out.shape[0])
     number = outer * ((inner + lead + width - 1) // width)
     for t in range(number + 2):
@@ -514,7 +502,7 @@ def beside(
         each, y, at = _slot(t, work, 2 * size, own, places, width)
         each_before, y_before, at_before = _slot(t + 2, work, 2 * size, own, places, width)
         each_written, y_written, at_written = _slot(t + 1, work, 2 * size, own, places, width)
-        m = v.part(each_before, tiles.M * width, width)
+        m = v.part(each_before, M * width, width)
         is_read, is_worked_on, is_written = t < number, 0 < t <= number, t > 1 and job & GRAD
         o, start, count = _tile(t, inner, width, lead)
         o_before, start_before, count_before = _tile(t - 1, inner, width, lead)
@@ -523,7 +511,7 @@ def beside(
         to = o_written * out_outer_step + start_written
         is_streamed = job & STREAM and (start_written or not lead)
         if is_read:
-            _prepare(each, width, y, label, part, factor, scale, first, count)
+            _prepare(each, width, y, label, part, factor, scale, first, count, t < 3)
         for c in range(0, classes, AT_ONCE):
             end = min(c + AT_ONCE, classes)
             if is_written:
@@ -539,7 +527,8 @@ def beside(
                 in_chunk = c & (dense.CHUNK - 1)
                 for lane in range(0, count_before, LANES):
                     tiles.exp_of_lanes(
-                        tile_before, lane * classes + c * LANES, end - c, in_chunk, m, at_before, lane, is_few, partial,
+                        tile_before, lane * classes + c * LANES, end - c, in_chunk,
+                        m, at_before, lane, is_few, is_kept, partial,
                         x, from_ + end * class_step + lane, class_step,
                         soon, to + end * out_class_step + lane, out_class_step,
                     )  # fmt: skip
@@ -551,7 +540,10 @@ def beside(
         if is_read:
             _know_tops(tile, classes, each, width, y, at, is_few, label.shape[0] > 0, job, stats, first, count)
         if is_worked_on:
-            _conclude(each_before, width, sums, y_before, at_before, z, job, stats, loss, first_before, count_before)
+            _conclude(
+                tile_before, classes, each_before, width, sums, y_before, at_before, is_few, z,
+                job, stats, loss, first_before, count_before,
+            )  # fmt: skip
     if job & STREAM:
         v.fence()
     return True

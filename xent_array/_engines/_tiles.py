@@ -7,7 +7,8 @@ then come the next 16. Sums are made by the same additions as those of `_dense`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from llvmlite import ir
@@ -36,7 +37,7 @@ HALF = 8  # of them in float64
 
 
 # What there is of each row while its numbers lie in a tile; one after another in one array
-M, AT_LABEL, PART, FACTOR, SCALE, GAP, MASS, LOSS, BY, TOP, LABEL = range(11)
+M, AT_LABEL, PART, FACTOR, SCALE, GAP, MASS, OF_ROW, BY, TOP, LABEL = range(11)
 EACH = 11
 
 
@@ -154,6 +155,12 @@ def turn(_context: Any, x: Any, start: Any, x_step: Any, count: Any, classes: An
     return types.void(x, index, index, index, index, tile, index), build
 
 
+def _marked(value: Value, c: Value, label: Value, at_label: Value, at: Value, top: Value) -> Value:
+    """The gradient of a class: that value but at the label, where something is taken away, and at the maximum."""
+    is_label, is_top = (value.builder.icmp_signed("==", place.value, c.value) for place in (label, at))
+    return top.where(is_top, (value - at_label).where(is_label, value))
+
+
 @intrinsic
 def turn_back(
     _context: Any, tile: Any, first: Any, each: Any, width: Any, label: Any, at: Any,
@@ -161,7 +168,7 @@ def turn_back(
 ) -> Any:  # fmt: skip
     """`count` rows that lie side by side in `tile`, from its row `first` on, each times its own BY, to `out`.
 
-    If it `has_marks`, TOP and LABEL stand at their places.
+    If it `has_marks`, label and maximum have what is theirs.
     """
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -174,15 +181,13 @@ def turn_back(
             by, top, at_label = _Each(context, builder, each, each_, width, here, number).load(BY, TOP, LABEL)
             numbers = _Memory(context, builder, tile, tile_, number)
             y, places = (_Memory(context, builder, *of, number) for of in ((label, label_), (at, at_)))
-            marks = [(y.load(here), at_label), (places.load(here), top)]
+            marks = y.load(here), at_label, places.load(here), top
 
             def of_classes(c: Any, many: int) -> list[Value]:
                 at = [builder.add(c, _INDEX(k)) for k in range(many)]
                 held = _Held([_times(numbers.load(_in_tile(builder, classes, here, k)), by) for k in at])
                 with builder.if_then(has_marks):
-                    for place, special in marks:
-                        same = [builder.icmp_signed("==", place.value, y.index(k).value) for k in at]
-                        held.set([special.where(*pair) for pair in zip(same, held.get(), strict=True)])
+                    held.set([_marked(value, y.index(k), *marks) for k, value in zip(at, held.get(), strict=True)])
                 return held.get()
 
             def one(c: Any) -> None:
@@ -204,6 +209,55 @@ def turn_back(
     return types.void(
         tile, index, each, index, label, at, out, index, index, index, index, types.boolean
     ), build  # fmt: skip
+
+
+# Of each row the number of one class, one by one
+
+
+class _Marked:
+    """Loops over the rows that have such a class, and where their tile has its number."""
+
+    def __init__(self, context: Any, builder: Any, tile: tuple[Any, Any], classes: Any, place: tuple[Any, Any]) -> None:
+        self.builder, self.classes = builder, classes
+        self.tile, self.place = (
+            context.make_array(type_)(context, builder, array).data for type_, array in (tile, place)
+        )
+
+    @contextmanager
+    def rows(self, count: Any) -> Iterator[tuple[Any, Any]]:
+        builder = self.builder
+        with cgutils.for_range(builder, count) as loop:
+            c = builder.load(builder.gep(self.place, [loop.index]))
+            with builder.if_then(builder.icmp_signed(">=", c, c.type(0))):
+                c = c if c.type == _INDEX else builder.sext(c, _INDEX)
+                yield loop.index, builder.gep(self.tile, [_in_tile(builder, self.classes, loop.index, c)])
+
+
+@intrinsic
+def look_up(_context: Any, tile: Any, classes: Any, place: Any, out: Any, count: Any) -> Any:
+    """``out[k] = tile[k, place[k]]``, if that is a class."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        tile_, classes, place_, out_, count = arguments
+        data = context.make_array(out)(context, builder, out_).data
+        with _Marked(context, builder, (tile, tile_), classes, (place, place_)).rows(count) as (k, there):
+            builder.store(builder.load(there), builder.gep(data, [k]))
+        return context.get_dummy_value()
+
+    return types.void(tile, types.int64, place, out, types.int64), build
+
+
+@intrinsic
+def hide(_context: Any, tile: Any, classes: Any, place: Any, count: Any) -> Any:
+    """``tile[k, place[k]] = -inf``, if that is a class."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        tile_, classes, place_, count = arguments
+        with _Marked(context, builder, (tile, tile_), classes, (place, place_)).rows(count) as (_, there):
+            builder.store(ir.Constant(there.type.pointee, -math.inf), there)
+        return context.get_dummy_value()
+
+    return types.void(tile, types.int64, place, types.int64), build
 
 
 # 16 rows at a time, the numbers of a class side by side
@@ -296,18 +350,18 @@ def take_lanes(
 
 @intrinsic
 def exp_of_lanes(
-    _context: Any, tile: Any, start: Any, count: Any, turn: Any, m: Any, at: Any, lane: Any, is_few: Any,
+    _context: Any, tile: Any, start: Any, count: Any, turn: Any, m: Any, at: Any, lane: Any, is_few: Any, is_kept: Any,
     partial: Any, coming: Any, coming_start: Any, coming_step: Any, out: Any, out_start: Any, out_step: Any,
 ) -> Any:  # fmt: skip
-    """exp(x - m) in place of x, for 16 rows and `count` classes, after `turn` others; the 32 partial sums.
+    """exp(x - m) of 16 rows and `count` classes, after `turn` others; in place of x if kept, and the 32 partial sums.
 
     Of few classes, there is 0 at `at`. A row whose m is not finite becomes NaN. Meanwhile, with each class, comes a
     line of `coming`, which will be read, and one of `out`, which will be written.
     """
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        tile_, start, count, turn, m_, at_, lane, is_few, partial_ = arguments[:9]
-        coming_, coming_start, coming_step, out_, out_start, out_step = arguments[9:]
+        tile_, start, count, turn, m_, at_, lane, is_few, is_kept, partial_ = arguments[:10]
+        coming_, coming_start, coming_step, out_, out_start, out_step = arguments[10:]
         memory, sums, places = (
             _Memory(context, builder, *of, LANES) for of in ((tile, tile_), (partial, partial_), (at, at_))
         )
@@ -328,7 +382,8 @@ def exp_of_lanes(
                 is_apart = builder.icmp_signed("==", places.index(builder.add(turn, index)).value, apart.value)
                 held.set([largest.like(0).where(is_apart, *held.get())])
             (value,) = held.get()
-            memory.store(value, here)
+            with builder.if_then(is_kept):
+                memory.store(value, here)
             return value
 
         def place(index: Any) -> Any:
@@ -346,7 +401,8 @@ def exp_of_lanes(
 
     index = types.int64
     return types.void(
-        tile, index, index, index, m, at, index, types.boolean, partial, coming, index, index, out, index, index
+        tile, index, index, index, m, at, index, types.boolean, types.boolean, partial,
+        coming, index, index, out, index, index,
     ), build  # fmt: skip
 
 
@@ -383,7 +439,7 @@ def add_up_lanes(_context: Any, partial: Any, count: Any, m: Any, lane: Any, tot
 def finish_lanes(
     _context: Any, each: Any, width: Any, lane: Any, totals: Any, label: Any, at: Any, z: Any, has_grad: Any
 ) -> Any:
-    """Of 8 rows LOSS, and where it is asked for, the gradient: BY, TOP, and LABEL where that is not the maximum."""
+    """Of 8 rows the loss, OF_ROW; where it is asked for, what the gradient is made of: BY, TOP, and LABEL, to take away."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         each_, width, lane, totals_, label_, at_, z, has_grad = arguments
@@ -393,18 +449,16 @@ def finish_lanes(
         r = sums.load(lane).to(m.element).to(double)
         sums.store(r, lane)
         wide_m, wide_gap, wide_mass, wide_factor = (value.to(double) for value in (m, gap, mass, factor))
-        loss, _, p, coef = _finish(wide_m, r, wide_gap, wide_mass, wide_factor, sums.all(z), m.is_single)
-        of.store(loss, LOSS)
+        loss, _, p, coef = _finish(wide_m, r, wide_gap, wide_mass, wide_factor, z, m.is_single)
+        of.store(loss, OF_ROW)
         with builder.if_then(has_grad):
             y, top = (_Memory(context, builder, *of, HALF).load(lane) for of in ((label, label_), (at, at_)))
             zero = scale.like(0)
             nothing = scale.equals(zero)
             by = (scale.to(double) * coef * p).to(m.element)
-            (x,) = of.load(AT_LABEL)
-            at_label = by * _exp(x - m) - scale * part
             a = part.where(builder.icmp_signed("==", y.value, top.value), zero).to(double)
             at_top = (scale.to(double) * _top(r, p, coef, a)).to(m.element)
-            for value, which in ((by, BY), (at_label, LABEL), (at_top, TOP)):
+            for value, which in ((by, BY), (scale * part, LABEL), (at_top, TOP)):
                 of.store(zero.where(nothing, value), which)
         return context.get_dummy_value()
 
@@ -436,9 +490,8 @@ def put_lanes(
                 by, top, at_label = _Each(context, builder, each, each_, width, lane, length).load(BY, TOP, LABEL)
                 held = _Held([_times(source.load(_in_tile(builder, classes, lane, c)), by)])
                 with builder.if_then(has_marks):
-                    for place, special in ((y, at_label), (places, top)):
-                        is_it = builder.icmp_signed("==", place.load(lane).value, place.index(c).value)
-                        held.set([special.where(is_it, *held.get())])
+                    marks = y.load(lane), at_label, places.load(lane), top
+                    held.set([_marked(held.get()[0], y.index(c), *marks)])
                 (value,) = held.get()
                 place = builder.add(there, lane)
                 with builder.if_else(is_streamed) as (streamed, kept):

@@ -49,17 +49,16 @@ class Value:
         It is kept from LLVM which number it is, by assembly of no instructions; then it stays in a register, or in
         memory that an instruction reads by itself.
         """
-        builder, type_ = self.builder, self.value.type
+        builder = self.builder
         kept = builder.function.__dict__.setdefault("_fixed", {})
-        constant = self.like(number).value
-        key = str(constant)
+        key = str(self.value.type), number
         if key not in kept:
             with builder.goto_entry_block():
                 of = ir.IntType(32 if self.is_single else 64)
                 first = ir.Constant(self.element, float(np.float32(number)) if self.is_single else number)
                 hidden = builder.asm(ir.FunctionType(of, [of]), "", "=r,0", [builder.bitcast(first, of)], False)
                 hidden = builder.bitcast(hidden, self.element)
-                kept[key] = _repeat(builder, hidden, type_.count) if isinstance(type_, ir.VectorType) else hidden
+                kept[key] = _as_many(self, hidden)
         return Value(builder, kept[key])
 
     def __add__(self, other: Value) -> Value:
@@ -219,16 +218,17 @@ def _times(value: Value, by: Value) -> Value:
 
 
 def _finish(
-    m: Value, r: Value, gap: Value, mass: Value, factor: Value, z: Value, is_rough: bool
+    m: Value, r: Value, gap: Value, mass: Value, factor: Value, z: Any, is_rough: bool
 ) -> tuple[Value, Value, Value, Value]:
     """The loss of a row; log(1 + r); p = 1/(1 + r); and coef, what p is multiplied by in the gradient."""
-    zero = r.like(0)
+    builder, zero = r.builder, r.like(0)
     tail, p = _log1p(r, is_rough)
-    lse = m + tail
-    has_z = zero.below(z)
-    loss = gap + mass * tail
-    loss = (loss + (z * lse) * lse).where(has_z, loss)
-    coef = (mass + (z + z) * lse).where(has_z, mass)
+    held = _Held([gap + mass * tail, mass])
+    with builder.if_then(builder.fcmp_ordered(">", z, ir.Constant(z.type, 0))):
+        lse, weight = m + tail, Value(builder, _as_many(r, z))
+        loss, coef = held.get()
+        held.set([loss + (weight * lse) * lse, coef + (weight + weight) * lse])
+    loss, coef = held.get()
     return zero.where(factor.equals(zero), factor * loss), tail, p, coef
 
 
@@ -248,7 +248,8 @@ def finish(_context: Any, m: Any, r: Any, gap: Any, mass: Any, a: Any, factor: A
     is_rough = m == types.float32
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        m, r, gap, mass, a, factor, scale, z = (Value(builder, number) for number in arguments)
+        m, r, gap, mass, a, factor, scale = (Value(builder, number) for number in arguments[:7])
+        z = arguments[7]
         loss, tail, p, coef = _finish(m, r, gap, mass, factor, z, is_rough)
         found = loss, scale * coef * p, scale * _top(r, p, coef, a), tail
         return context.make_tuple(builder, signature.return_type, [value.value for value in found])
@@ -316,6 +317,12 @@ def _repeat(builder: Any, number: Any, length: int) -> Any:
     alone = ir.Constant(ir.VectorType(number.type, length), ir.Undefined)
     alone = builder.insert_element(alone, number, _WORD(0))
     return builder.shuffle_vector(alone, alone, ir.Constant(ir.VectorType(_WORD, length), [0] * length))
+
+
+def _as_many(like: Value, number: Any) -> Any:
+    """That number, as often as there are numbers there."""
+    type_ = like.value.type
+    return _repeat(like.builder, number, type_.count) if isinstance(type_, ir.VectorType) else number
 
 
 class _Memory:
