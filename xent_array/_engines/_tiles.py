@@ -439,7 +439,7 @@ def add_up_lanes(_context: Any, partial: Any, count: Any, m: Any, lane: Any, tot
 def finish_lanes(
     _context: Any, each: Any, width: Any, lane: Any, totals: Any, label: Any, at: Any, z: Any, has_grad: Any
 ) -> Any:
-    """Of 8 rows the loss, OF_ROW; if it is asked for, what the gradient is made of: BY, TOP, and LABEL, to take away."""
+    """Of 8 rows the loss, OF_ROW; if it is asked for, what the gradient is made of: BY, TOP, and LABEL to take away."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         each_, width, lane, totals_, label_, at_, z, has_grad = arguments
