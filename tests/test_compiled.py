@@ -378,6 +378,58 @@ def test_rows_side_by_side_in_tiles(monkeypatch, dtype, names, classes, inner):
         assert beside.arguments[19] == (start // size if is_streamed else 0)
 
 
+@each_dtype
+@pytest.mark.parametrize(("classes", "inner"), [(1, 40), (5, 33), (40, 47), (255, 40), (300, 63)])
+def test_short_tiles_among_others(monkeypatch, dtype, classes, inner):
+    """Nothing is taken from where a tile did not reach that had its place before: there is NaN to begin with."""
+
+    def poisoned(make):
+        def made(*arguments):
+            numbers, sums, places = make(*arguments)
+            numbers.fill(np.nan)
+            sums.fill(np.nan)
+            places.fill(1 << 30)
+            return numbers, sums, places
+
+        return made
+
+    for room in ("_lanes_room", "_beside_room"):
+        monkeypatch.setattr(_compiled, room, poisoned(getattr(_compiled, room)))
+    monkeypatch.setattr(_compiled, "_own", _compiled._Own())
+    monkeypatch.setattr(_compiled, "SIDE_BY_SIDE", 32)
+    monkeypatch.setattr(_compiled, "APART", 1)
+    for names, large in itertools.product([(), ("weight", "z_loss"), ("sample_weight", "grad_output")], (0, 1 << 60)):
+        monkeypatch.setattr(_memory, "LARGE", large)
+        x, labels, options = problem(classes, 7 * inner, DTYPES[dtype], names, seed=inner)
+        apart = np.ascontiguousarray(np.moveaxis(x.reshape(7, inner, classes), 2, 1))
+        with monkeypatch.context() as patched:
+            patched.setattr(_compiled, "_turned", lambda *_: None)
+            wanted = all_that_comes_out(x, labels, 1, labels.shape, **options)
+        assert all_that_comes_out(x, labels, 1, labels.shape, **options) == wanted
+        labels = labels.reshape(7, inner)
+        assert all_that_comes_out(apart, labels, 1, labels.shape, **options) == wanted
+        buffer = np.zeros(apart.nbytes + 64, np.uint8)
+        start = -buffer.ctypes.data % 64 + apart.itemsize
+        out = buffer[start : start + apart.nbytes].view(apart.dtype).reshape(apart.shape)
+        for name in {"sample_weight", "grad_output"} & set(options):
+            options[name] = options[name].reshape(labels.shape)
+        options |= {"reduction": "none", "validate": False, "engine": "cpu"}
+        loss, _ = cross_entropy_value_and_grad(apart, labels, axis=1, out=out, **options)
+        assert [words_of(loss), words_of(np.moveaxis(out, 1, -1))] == [wanted[0], wanted[6]]
+
+
+@pytest.mark.parametrize("count", [1, 15, 16, 17, 1000, 300_001])
+def test_sum_of_losses(count):
+    """To a unit, and what infinity makes of it."""
+    losses = RNG.exponential(size=count) * RNG.choice([1e-8, 1, 1e8], count)
+    assert abs(_loops.total(losses) - math.fsum(losses)) <= 2**-52 * math.fsum(losses)
+    single = losses.astype(np.float32)
+    assert abs(_loops.total(single) - math.fsum(single)) <= 2**-40 * math.fsum(single)
+    for number in (np.inf, np.nan):
+        losses[count // 2] = number
+        assert np.array_equal(_loops.total(losses), number, equal_nan=True)
+
+
 def test_what_does_not_lie_in_whole_lines_is_not_streamed(monkeypatch):
     monkeypatch.setattr(_memory, "LARGE", 0)
     beside = Spy(monkeypatch, "beside")

@@ -95,12 +95,12 @@ slope_of_tanh = _on_each(lambda t: (t.like(1) - t) * (t.like(1) + t))
 
 
 @intrinsic
-def spread(_context: Any, values: Any, first: Any, out: Any, is_new: Any) -> Any:
-    """To each of `out` its own number, from that at `first` on; or the only one there is, if `out` is new."""
+def spread(_context: Any, values: Any, first: Any, count: Any, out: Any, is_new: Any) -> Any:
+    """`count` numbers from that at `first` on to `out`; or the only one there is to all of `out`, if that is new."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        values_, first, out_, is_new = arguments
-        length, count = (
+        values_, first, count, out_, is_new = arguments
+        length, room = (
             builder.extract_value(context.make_array(type_)(context, builder, array).shape, 0)
             for type_, array in ((values, values_), (out, out_))
         )
@@ -115,10 +115,10 @@ def spread(_context: Any, values: Any, first: Any, out: Any, is_new: Any) -> Any
                     target.store(source.load(builder.add(first, place)), place)
 
         with builder.if_then(builder.or_(is_new, builder.not_(is_one))):
-            _in_steps(builder, count, GROUP, work)
+            _in_steps(builder, builder.select(is_one, room, count), GROUP, work)
         return context.get_dummy_value()
 
-    return types.void(values, types.int64, out, types.boolean), build
+    return types.void(values, types.int64, types.int64, out, types.boolean), build
 
 
 # A row as a whole, in chunks of 512 and groups of 32
@@ -333,23 +333,40 @@ def exps(
 
 @intrinsic
 def add_up(_context: Any, x: Any, count: Any) -> Any:
-    """The sum of the first `count` numbers, in float64."""
+    """The sum of the first `count` numbers, in float64; what each addition of float64 numbers loses is added last.
+
+    See T. Ogita, S. M. Rump and S. Oishi, "Accurate sum and dot product", SIAM J. Sci. Comput. 26 (2005), Sum2.
+    """
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         x_, count = arguments
         double, vectors = ir.DoubleType(), _Stack(context, builder, types.float64, GROUP)
-        zero = Value(builder, ir.Constant(vectors.vector, [0] * GROUP))
-        held = _Held([zero])
-        with cgutils.for_range_slice(builder, _INDEX(0), builder.and_(count, _INDEX(-GROUP)), _INDEX(GROUP)) as (at, _):
-            (value,) = held.get()
-            held.set([value + _Memory(context, builder, x, x_, GROUP).load(at).to(double)])
-        (value,) = held.get()
-        vectors.store(value, _INDEX(0))
-        total = _Total(builder)
-        with cgutils.for_range(builder, _INDEX(GROUP)) as loop:
-            total.add(builder.load(builder.gep(vectors.data, [loop.index])))
-        with cgutils.for_range_slice(builder, builder.and_(count, _INDEX(-GROUP)), count, _INDEX(1)) as (at, _):
-            total.add(builder.load(builder.gep(_Memory(context, builder, x, x_, 1).data, [at])))
-        return total.get()
+        is_exact = x.dtype == types.float64
+
+        def add(held: _Held, number: Value) -> None:
+            before, lost = held.get()
+            after = before + number
+            if is_exact:
+                of_number = after - before
+                error = (before - (after - of_number)) + (number - of_number)
+                lost = (lost + error).where(error.equals(error), lost)  # not of infinity
+            held.set([after, lost])
+
+        whole = builder.and_(count, _INDEX(-GROUP))
+        zeros = Value(builder, ir.Constant(vectors.vector, [0] * GROUP))
+        held, total = _Held([zeros, zeros]), _Held([Value(builder, ir.Constant(double, 0))] * 2)
+        with cgutils.for_range_slice(builder, _INDEX(0), whole, _INDEX(GROUP)) as (at, _):
+            add(held, _Memory(context, builder, x, x_, GROUP).load(at).to(double))
+        for values in held.get():
+            vectors.store(values, _INDEX(0))
+            with cgutils.for_range(builder, _INDEX(GROUP)) as loop:
+                add(total, Value(builder, builder.load(builder.gep(vectors.data, [loop.index]))))
+        with cgutils.for_range_slice(builder, whole, count, _INDEX(1)) as (at, _):
+            add(
+                total,
+                Value(builder, builder.load(builder.gep(_Memory(context, builder, x, x_, 1).data, [at]))).to(double),
+            )
+        found, lost = total.get()
+        return (found + lost).value
 
     return types.float64(x, types.int64), build

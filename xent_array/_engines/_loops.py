@@ -338,11 +338,11 @@ def _put_of(number, is_half, out, place):
 
 @inner
 def _prepare(each, width, y, label, part, factor, scale, first, count, is_new):
-    """What there is of the rows from `first` on before their logits are read."""
-    dense.spread(factor, first, v.part(each, FACTOR * width, count), is_new)
-    dense.spread(scale, first, v.part(each, SCALE * width, count), is_new)
+    """What there is of the rows from `first` on before their logits are read; of a tile's whole width, if it is new."""
+    dense.spread(factor, first, count, v.part(each, FACTOR * width, width), is_new)
+    dense.spread(scale, first, count, v.part(each, SCALE * width, width), is_new)
     if label.shape[0]:
-        dense.spread(part, first, v.part(each, PART * width, count), True)
+        dense.spread(part, first, count, v.part(each, PART * width, width), True)
         dense.copy(v.part(y, 0, count), (v.part(label, first, count),))
     else:
         dense.fill(v.part(y, 0, count), (-1,))
