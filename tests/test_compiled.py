@@ -298,7 +298,7 @@ def problem(classes, count, dtype, names=(), seed=0):
     return x, labels, options
 
 
-def all_that_comes_out(x, labels, axis, shape, out=None, **options):
+def all_that_comes_out(x, labels, axis, shape, **options):
     """Of the public functions, as bytes; `shape` is that of anything with a number per row."""
     for name in {"sample_weight", "grad_output"} & set(options):
         options[name] = options[name].reshape(shape)

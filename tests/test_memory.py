@@ -156,7 +156,7 @@ def test_without_the_means(monkeypatch):
     assert _memory.empty((200, 100), np.float32).base is None
 
 
-def test_too_little_memory(monkeypatch):
+def test_too_little_memory():
     """What is said is what NumPy says."""
     with pytest.raises(MemoryError, match="Unable to allocate"):
         _memory.empty((1 << 40, 1 << 10), np.float32)

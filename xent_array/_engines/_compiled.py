@@ -240,7 +240,7 @@ def converts(rows: Rows, want: _Want) -> bool:
 
 
 def _turned(rows: Rows, grad: Array | None) -> tuple[bool, Any, Any] | None:
-    """Whether rows lie side by side, and the steps of logits and gradient; None if `lanes` does not take them."""
+    """Whether rows lie side by side, and the steps of logits and gradient; None for `rows`."""
     acc, (_, classes, inner) = rows.acc, rows.logits.shape
     if rows.label_smoothing or rows.softcap is not None or not (rows.target is None or rows.has_labels):
         return None
@@ -252,7 +252,7 @@ def _turned(rows: Rows, grad: Array | None) -> tuple[bool, Any, Any] | None:
 
 
 def _in_lanes(rows: Rows, grad: Array | None, is_large: bool, target: tuple[Any, ...], scratch: _Scratch) -> bool:
-    """The block by `_loops.lanes`; False if that does not take it."""
+    """The block by `_loops.lanes` or, of rows side by side, `_loops.beside`; False if these do not take it."""
     found = _turned(rows, grad)
     if found is None:
         return False
