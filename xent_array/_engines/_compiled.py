@@ -34,6 +34,7 @@ from .cpu import (
 )
 
 FEW = 256  # rows of up to so many classes share vector instructions
+FEW_IN_LARGE = 96  # and of up to so many where the gradient goes to memory: turned, it comes there in pieces
 BESIDE = 8  # and so do rows whose classes lie apart, where at least so many rows lie side by side
 APART = 1 << 17  # logits that are turned at once, of up to 256 rows, and of 32 at least
 LONGEST = 1 << 16  # classes that may be turned
@@ -84,19 +85,20 @@ def at_once(
     x, label, loss = logits.ravel(), target.ravel(), np.empty(count, acc)
     into = _NONE[acc] if grad is None else grad.ravel()
     work = count * (classes + ROW)
+    in_lanes = classes <= _few(grad)
     if work <= QUICK * cpu.ALONE:
-        if not _plain(x, label, classes, scale, job | _loops.CHECK | _loops.SUM, loss, into):
+        if not _plain(x, label, classes, scale, job | _loops.CHECK | _loops.SUM, loss, into, in_lanes):
             return None
-        if classes <= FEW:
+        if in_lanes:
             total = float(_own.room[1][0])
     else:  # every label is looked at before any part is written
-        if not _plain(x, label, classes, scale, _loops.CHECK, loss[:0], into):
+        if not _plain(x, label, classes, scale, _loops.CHECK, loss[:0], into, in_lanes):
             return None
 
         def work_off(parts: Iterator[slice]) -> None:
             for part in parts:
                 flat = slice(part.start * classes, part.stop * classes)
-                _plain(x[flat], label[part], classes, scale, job, loss[part], into[flat])
+                _plain(x[flat], label[part], classes, scale, job, loss[part], into[flat], in_lanes)
 
         team = _team(work, QUICK * cpu.ALONE)
         least, most = (max(1, size // (classes + ROW)) for size in (cpu.ALONE, 4 * cpu.BLOCK))
@@ -129,12 +131,19 @@ def _may_be_filled(out: Any, logits: Array, target: Array) -> bool:
     )
 
 
-def _plain(x: Array, label: Array, classes: int, scale: Array, job: int, loss: Array, grad: Array) -> bool:
+def _few(grad: Array | None) -> int:
+    """Up to how many classes dense rows are turned."""
+    return FEW if grad is None or grad.nbytes < _memory.LARGE else FEW_IN_LARGE
+
+
+def _plain(
+    x: Array, label: Array, classes: int, scale: Array, job: int, loss: Array, grad: Array, in_lanes: bool
+) -> bool:
     """The loops, on as many dense rows as `loss` has room for, without options."""
     acc, count = x.dtype, loss.shape[0]
     one, none = _ONE[acc], _NONE[acc]
     done: bool
-    if classes <= FEW:
+    if in_lanes:
         done = _loops.lanes(
             x, classes, count, classes, False, label, one, 0.0, one, scale,
             job, _NO_STATS[acc], loss, grad, classes, _width(classes), *_own_room(classes, acc),
@@ -217,8 +226,7 @@ def block(rows: Rows, want: _Want, part: Part, scratch: _Scratch) -> None:
         job |= _loops.LOG
         made = want.log[part[0], :, part[1]]
     target = label, on_label, rows.z_loss, one if factor is None else _flat(factor, acc), scale, job, stats, loss
-    is_large = want.grad is not None and want.grad.nbytes >= _memory.LARGE
-    if job & _loops.LOG or not _in_lanes(rows, made, is_large, target, scratch):
+    if job & _loops.LOG or not _in_lanes(rows, made, want.grad, target, scratch):
         _in_rows(rows, made, target, scratch)
     if want.loss is not None:
         want.loss[part] = loss.reshape(rows.shape)
@@ -236,24 +244,29 @@ def converts(rows: Rows, want: _Want) -> bool:
         return _steps(rows.logits, rows.acc, False) is None or (
             grad is not None and _steps(grad, rows.acc, False) is None
         )
-    return want.log is not None or _turned(rows, grad) is None
+    return want.log is not None or _turned(rows, grad, _few(grad)) is None
 
 
-def _turned(rows: Rows, grad: Array | None) -> tuple[bool, Any, Any] | None:
+def _turned(rows: Rows, grad: Array | None, few: int) -> tuple[bool, Any, Any] | None:
     """Whether rows lie side by side, and the steps of logits and gradient; None for `rows`."""
     acc, (_, classes, inner) = rows.acc, rows.logits.shape
     if rows.label_smoothing or rows.softcap is not None or not (rows.target is None or rows.has_labels):
         return None
-    if not (classes <= FEW if inner == 1 else inner >= BESIDE and classes <= LONGEST):
+    if not (classes <= few if inner == 1 else inner >= BESIDE and classes <= LONGEST):
         return None
     x = _steps(rows.logits, acc, inner > 1)
     out = x if grad is None else _steps(grad, acc, inner > 1)
     return None if x is None or out is None else (inner > 1, x, out)
 
 
-def _in_lanes(rows: Rows, grad: Array | None, is_large: bool, target: tuple[Any, ...], scratch: _Scratch) -> bool:
-    """The block by `_loops.lanes` or, of rows side by side, `_loops.beside`; False if these do not take it."""
-    found = _turned(rows, grad)
+def _in_lanes(
+    rows: Rows, grad: Array | None, whole: Array | None, target: tuple[Any, ...], scratch: _Scratch
+) -> bool:
+    """The block by `_loops.lanes` or, of rows side by side, `_loops.beside`; False if these do not take it.
+
+    `grad` is a part of `whole`.
+    """
+    found = _turned(rows, grad, _few(whole))
     if found is None:
         return False
     beside, x, out = found
@@ -264,7 +277,7 @@ def _in_lanes(rows: Rows, grad: Array | None, is_large: bool, target: tuple[Any,
         width = max(32, min(256, APART // classes // LANES * LANES))
         room = scratch.keep("beside", lambda: _beside_room(classes, width, acc))
         label, on_label, z_loss, factor, scale, job, *rest = target
-        lead = _lead(grad, out) if is_large else None
+        lead = _lead(grad, out) if whole is not None and whole.nbytes >= _memory.LARGE else None
         if lead is not None:
             job |= _loops.STREAM
         _loops.beside(

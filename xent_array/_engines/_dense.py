@@ -176,6 +176,12 @@ def _chunks(builder: Any, count: Any) -> Iterator[tuple[Any, Any]]:
         yield start, _smaller(builder, builder.add(start, _INDEX(CHUNK)), count)
 
 
+def _pieces(builder: Any, start: Any, count: Any, length: int) -> Iterator[tuple[Any, Any, Any]]:
+    """Of less than a group, each vector's place in the group and in the row, and how many numbers it still has."""
+    for k in range(0, PARTIAL, length):
+        yield _INDEX(k), builder.add(start, _INDEX(k)), builder.sub(count, _INDEX(k))
+
+
 def _plus(one: Value, two: Value) -> Value:
     return one + two
 
@@ -228,47 +234,55 @@ def top(_context: Any, count: Any, x: Any) -> Any:
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         count, x_ = arguments
-        alone = _Memory(context, builder, x, x_, 1)
-        kind = alone.vector.element
+        length = LINE // (x.dtype.bitwidth // 8)
+        vectors = _Memory(context, builder, x, x_, length)
+        kind = vectors.vector.element
         largest = cgutils.alloca_once_value(builder, ir.Constant(kind, -math.inf))
         first = cgutils.alloca_once_value(builder, _INDEX(0))
 
-        def work(partial: Value, place: Any, length: int) -> Value:
-            return _larger(_Memory(context, builder, x, x_, length).load(place), partial)
+        def work(partial: Value, place: Any, _length: int) -> Value:
+            return _larger(vectors.load(place), partial)
 
         with _chunks(builder, count) as (start, end):
             partial = _Partial(context, builder, x.dtype, -math.inf)
-            partial.rest(partial.groups(start, end, work), end, work)
+            rest = partial.groups(start, end, work)
+            left = builder.sub(end, rest)
+            with builder.if_then(builder.icmp_signed(">", left, _INDEX(0))):
+                for k, place, some in _pieces(builder, rest, left, length):
+                    before = partial.vectors.load(k)
+                    partial.vectors.store(_larger(vectors.load_some(place, some, before), before), k)
             here = partial.folded(lambda low, high: _larger(high, low))
             is_higher = builder.fcmp_ordered(">", here, builder.load(largest))
             with builder.if_then(is_higher):
                 builder.store(here, largest)
                 builder.store(start, first)
-        length = LINE // (x.dtype.bitwidth // 8)
-        vectors, place = _Memory(context, builder, x, x_, length), cgutils.alloca_once_value(builder, _INDEX(-1))
-        wanted, one = vectors.all(builder.load(largest)), alone.all(builder.load(largest))
+        place, wanted = cgutils.alloca_once_value(builder, _INDEX(-1)), vectors.all(builder.load(largest))
         start = builder.load(first)
         inside = builder.sub(_smaller(builder, builder.add(start, _INDEX(CHUNK)), count), start)
+
+        def bits(group: list[Value]) -> Any:
+            """Which numbers of a group are the largest."""
+            found = _INDEX(0)
+            for k, numbers in zip(range(0, PARTIAL, length), group, strict=True):
+                mask = builder.zext(builder.bitcast(numbers.equals(wanted), ir.IntType(length)), _INDEX)
+                found = builder.or_(found, builder.shl(mask, _INDEX(k)))
+            return found
+
         groups = builder.sdiv(inside, _INDEX(PARTIAL))
         rest = builder.add(start, builder.mul(groups, _INDEX(PARTIAL)))
         with cgutils.for_range(builder, groups) as loop:
-            here, found = builder.add(start, builder.mul(loop.index, _INDEX(PARTIAL))), _INDEX(0)
-            for k in range(0, PARTIAL, length):
-                is_it = vectors.load(builder.add(here, _INDEX(k))).equals(wanted)
-                mask = builder.zext(builder.bitcast(is_it, ir.IntType(length)), _INDEX)
-                found = builder.or_(found, builder.shl(mask, _INDEX(k)))
+            here = builder.add(start, builder.mul(loop.index, _INDEX(PARTIAL)))
+            found = bits([vectors.load(builder.add(here, _INDEX(k))) for k in range(0, PARTIAL, length)])
             with builder.if_then(builder.icmp_signed("!=", found, _INDEX(0))):
                 builder.store(builder.add(here, builder.cttz(found, ir.IntType(1)(0))), place)
                 loop.do_break()
-        is_in_rest = builder.icmp_signed("<", builder.load(place), _INDEX(0))
-        left = builder.select(is_in_rest, builder.srem(inside, _INDEX(PARTIAL)), _INDEX(0))
-        with cgutils.for_range(builder, left) as loop:
-            here = builder.add(rest, loop.index)
-            with builder.if_then(builder.extract_element(alone.load(here).equals(one), _WORD(0))):
-                builder.store(here, place)
-                loop.do_break()
-        found = builder.load(place)
-        return builder.select(builder.icmp_signed("<", found, _INDEX(0)), _INDEX(0), found)
+        with builder.if_then(builder.icmp_signed("<", builder.load(place), _INDEX(0))):
+            left, nan = builder.srem(inside, _INDEX(PARTIAL)), vectors.zero().like(math.nan)
+            found = bits([vectors.load_some(here, some, nan) for _, here, some in _pieces(builder, rest, left, length)])
+            is_there = builder.icmp_signed("!=", found, _INDEX(0))
+            here = builder.add(rest, builder.cttz(found, ir.IntType(1)(0)))
+            builder.store(builder.select(is_there, here, _INDEX(0)), place)
+        return builder.load(place)
 
     return types.int64(types.int64, x), build
 
@@ -288,8 +302,7 @@ def exps(
         read, written = _Ahead(context, builder, coming, coming_, 0), _Ahead(context, builder, out, out_, 1)
         come = read.pointer(coming_start)
         go = written.or_else(written.pointer(out_start), come)
-        total, spare = _Total(builder), _Partial(context, builder, x.dtype, -math.inf)
-        length = spare.length
+        total, length = _Total(builder), LINE // (x.dtype.bitwidth // 8)
         source, target = (_Memory(context, builder, *of, length) for of in ((x, x_), (e, e_)))
         whole_number = ir.IntType(source.align * 8)
         counted = ir.Constant(ir.VectorType(whole_number, length), [*range(length)])
@@ -313,17 +326,11 @@ def exps(
             partial = _Partial(context, builder, x.dtype, 0)
             rest = partial.groups(start, end, work)
             left = builder.sub(end, rest)
-            with builder.if_then(builder.icmp_signed(">", left, _INDEX(0))):  # as a group, with nothing behind it
-                one, three = (_Memory(context, builder, *of, 1) for of in ((x, x_), (e, e_)))
-                two = _Stack(context, builder, x.dtype, 1, spare.vectors.data)
-                with cgutils.for_range(builder, left) as loop:
-                    two.store(one.load(builder.add(rest, loop.index)), loop.index)
-                for k in range(0, PARTIAL, length):
-                    value = exp_but_one(spare.vectors.load(_INDEX(k)), builder.add(rest, _INDEX(k)))
-                    spare.vectors.store(value, _INDEX(k))
-                    partial.vectors.store(partial.vectors.load(_INDEX(k)) + value, _INDEX(k))
-                with cgutils.for_range(builder, left) as loop:
-                    three.store(two.load(loop.index), builder.add(rest, loop.index))
+            with builder.if_then(builder.icmp_signed(">", left, _INDEX(0))):
+                for k, place, some in _pieces(builder, rest, left, length):
+                    value = exp_but_one(source.load_some(place, some, source.zero().like(-math.inf)), place)
+                    target.store_some(value, place, some)
+                    partial.vectors.store(partial.vectors.load(k) + value, k)
             total.add(partial.folded(_plus))
         return total.get()
 

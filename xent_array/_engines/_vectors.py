@@ -343,6 +343,25 @@ class _Memory:
     def store(self, value: Value, start: Any) -> None:
         self.builder.store(value.value, self.pointer(start), align=self.align)
 
+    def load_some(self, start: Any, count: Any, otherwise: Value) -> Value:
+        """The first `count` numbers of a vector, and then those of the other; no more memory than that is touched."""
+        return Value(self.builder, self._masked("load", self.vector, [], start, count, [otherwise.value]))
+
+    def store_some(self, value: Value, start: Any, count: Any) -> None:
+        """Store the first `count` numbers."""
+        self._masked("store", ir.VoidType(), [value.value], start, count, [])
+
+    def _masked(self, what: str, result: Any, before: list[Any], start: Any, count: Any, after: list[Any]) -> Any:
+        builder, many, number = self.builder, self.vector.count, ir.IntType(8 * self.align)
+        count = count if self.align == 8 else builder.trunc(count, number)
+        places = ir.Constant(ir.VectorType(number, many), [*range(many)])
+        mask = builder.icmp_signed("<", places, _repeat(builder, count, many))
+        arguments = [*before, self.pointer(start), _WORD(self.align), mask, *after]
+        name = f"v{many}{self.vector.element.intrinsic_name}"
+        type_ = ir.FunctionType(result, [argument.type for argument in arguments])
+        function = cgutils.get_or_insert_function(builder.module, type_, f"llvm.masked.{what}.{name}.p0{name}")
+        return builder.call(function, arguments)
+
     def stream(self, value: Value, start: Any) -> None:
         """Store to memory, past the caches; whole lines if there are more numbers than one. Needs a `fence`."""
         align = self.align if self.vector.count == 1 else LINE
