@@ -106,7 +106,9 @@ def exp_in_rows(x, out, m):
 @njit
 def exp_in_lanes(x, m, partial):
     at = np.full(_tiles.LANES, -1)
-    _tiles.exp_of_lanes(x, 0, x.shape[0] // _tiles.LANES, 0, m, at, 0, True, True, partial, x, 0, 0, x, 0, 0)
+    _tiles.exp_of_lanes(
+        x, 0, _tiles.LANES, x.shape[0] // _tiles.LANES, 0, m, at, 0, True, True, partial, x, 0, 0, x, 0, 0
+    )
 
 
 @njit
@@ -119,6 +121,14 @@ def tanh_each(x, out):
 def log1p_each(x, kind, out):
     for k in range(x.shape[0]):
         out[k] = v.finish(kind, x[k], 0, 1, 0, 1, 1, 0)[3]
+
+
+def test_what_was_compiled_before_changes_nothing():
+    def log1p_of(kind):
+        return njit(lambda r: v.finish(kind(0), r, 0, 1, 0, 1, 1, 0)[3])(0.3)
+
+    first, exact = log1p_of(np.float32), log1p_of(np.float64)
+    assert log1p_of(np.float32) == first != exact
 
 
 @each_wide
@@ -395,6 +405,7 @@ def test_short_tiles_among_others(monkeypatch, dtype, classes, inner):
 
     for room in ("_lanes_room", "_beside_room"):
         monkeypatch.setattr(_compiled, room, poisoned(getattr(_compiled, room)))
+    monkeypatch.setattr(_compiled, "KEPT", -1)
     monkeypatch.setattr(_compiled, "_own", _compiled._Own())
     monkeypatch.setattr(_compiled, "SIDE_BY_SIDE", 32)
     monkeypatch.setattr(_compiled, "APART", 1)
@@ -687,10 +698,12 @@ _compiled.np = Numpy()
 
 class Scratch(cpu._Scratch):
     def __call__(self, use, shape):
-        buffer = self.keep(use, lambda: guarded(self.size, self.dtype))
-        return buffer[: shape[0] * shape[1]].reshape(shape)
+        if use not in self.buffers:
+            self.buffers[use] = guarded(self.size, self.dtype)
+        return self.buffers[use][: shape[0] * shape[1]].reshape(shape)
 
 cpu._Scratch = Scratch
+_compiled._in_lines, _compiled.KEPT = guarded, -1
 _compiled._ONE = {dtype: put(array) for dtype, array in _compiled._ONE.items()}
 
 rng = np.random.default_rng(0)
@@ -1031,3 +1044,18 @@ def test_no_locator_of_numba_is_a_shared_folder():
         "UserProvidedCacheLocator", "InTreeCacheLocator", "InTreeCacheLocatorFsAgnostic", "UserWideCacheLocator",
         "IPythonCacheLocator", "ZipCacheLocator",
     }  # fmt: skip
+
+
+def test_a_thread_keeps_what_it_works_in_unless_it_is_much(monkeypatch):
+    monkeypatch.setattr(_compiled, "_own", _compiled._Own())
+    logits, labels = np.ones((1, 70, 40), np.float32), np.zeros((1, 40), np.intp)
+    rooms = []
+    for apart in (_compiled.APART, _compiled.APART, 1):  # of other widths there is other room
+        monkeypatch.setattr(_compiled, "APART", apart)
+        cross_entropy(logits, labels, axis=1, engine="cpu")
+        rooms.append(_compiled._own.room)
+    assert rooms[0] is rooms[1] is not rooms[2]
+    monkeypatch.setattr(_compiled, "KEPT", 1 << 10)
+    cross_entropy(logits[:, 1:], labels, axis=1, engine="cpu")
+    assert _compiled._own.room is rooms[2]
+    assert all(array.ctypes.data % 64 == 0 for array in rooms[0])

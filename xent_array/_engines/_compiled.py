@@ -8,7 +8,7 @@ and the steps from row to row and from class to class.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -36,10 +36,11 @@ from .cpu import (
 FEW = 256  # rows of up to so many classes share vector instructions
 FEW_IN_LARGE = 96  # and of up to so many where the gradient goes to memory: turned, it comes there in pieces
 BESIDE = 8  # and so do rows whose classes lie apart, where at least so many rows lie side by side
-APART = 1 << 17  # logits that are turned at once, of up to 256 rows, and of 32 at least
+APART = 1 << 16  # logits that are turned at once, of up to 256 rows, and of 32 at least
 LONGEST = 1 << 16  # classes that may be turned
 TURNED = 1 << 12  # logits of dense rows that are turned at once: what stays in the innermost cache
 SIDE_BY_SIDE = 128  # of them at most
+KEPT = 1 << 22  # bytes that a thread keeps to work in
 
 _ONE = {np.dtype(kind): np.ones(1, kind) for kind in (np.float32, np.float64)}
 _NONE = {np.dtype(kind): np.empty(0, kind) for kind in (np.float32, np.float64, np.intp, np.uint16)}
@@ -87,12 +88,11 @@ def at_once(
     work = count * (classes + ROW)
     in_lanes = classes <= _few(grad)
     if work <= QUICK * cpu.ALONE:
-        if not _plain(x, label, classes, scale, job | _loops.CHECK | _loops.SUM, loss, into, in_lanes):
+        total = _plain(x, label, classes, scale, job | _loops.CHECK | _loops.SUM, loss, into, in_lanes)
+        if total < 0:
             return None
-        if in_lanes:
-            total = float(_own.room[1][0])
     else:  # every label is looked at before any part is written
-        if not _plain(x, label, classes, scale, _loops.CHECK, loss[:0], into, in_lanes):
+        if _plain(x, label, classes, scale, _loops.CHECK, loss[:0], into, in_lanes) < 0:
             return None
 
         def work_off(parts: Iterator[slice]) -> None:
@@ -138,26 +138,26 @@ def _few(grad: Array | None) -> int:
 
 def _plain(
     x: Array, label: Array, classes: int, scale: Array, job: int, loss: Array, grad: Array, in_lanes: bool
-) -> bool:
-    """The loops, on as many dense rows as `loss` has room for, without options."""
+) -> float:
+    """The loops, on as many dense rows as `loss` has room for, without options; what they answer."""
     acc, count = x.dtype, loss.shape[0]
     one, none = _ONE[acc], _NONE[acc]
-    done: bool
+    answer: float
     if in_lanes:
-        done = _loops.lanes(
+        width = _width(classes)
+        answer = _loops.lanes(
             x, classes, count, classes, False, label, one, 0.0, one, scale,
-            job, _NO_STATS[acc], loss, grad, classes, _width(classes), *_own_room(classes, acc),
+            job, _NO_STATS[acc], loss, grad, classes, width, *_room(_lanes_room, classes, width, acc),
         )  # fmt: skip
     else:
-        done = _loops.rows(
+        answer = _loops.rows(
             x, classes, count, classes, False, label, one, none, none, 0, 0.0, 0.0, one,
-            scale, job, _NO_STATS[acc], loss, grad, classes, np.empty(_rows_room(classes), acc),
+            scale, job, _NO_STATS[acc], loss, grad, classes, *_room(_rows_room, classes, 1, acc),
         )  # fmt: skip
-    return done
+    return answer
 
 
-def _rows_room(classes: int) -> int:
-    return 3 * classes
+# What the loops work in
 
 
 def _width(classes: int) -> int:
@@ -165,18 +165,34 @@ def _width(classes: int) -> int:
     return max(LANES, min(SIDE_BY_SIDE, TURNED // classes // LANES * LANES))
 
 
-def _lanes_room(classes: int, width: int, acc: Any) -> tuple[Array, Array, Array]:
-    numbers = np.empty((classes + EACH + PARTIAL) * width + _loops.STRIP * classes, acc)
-    return numbers, np.empty(width), np.empty(2 * width, _PLACES[acc])
+def _width_beside(classes: int) -> int:
+    return max(32, min(256, APART // classes // LANES * LANES))
 
 
-def _beside_room(classes: int, width: int, acc: Any) -> tuple[Array, Array, Array]:
-    numbers = np.empty((2 * classes + 3 * EACH + PARTIAL + 1) * width, acc)
-    return numbers, np.empty(width), np.empty(6 * width, _PLACES[acc])
+def _rows_room(classes: int, _width: int, acc: Any) -> tuple[Array, ...]:
+    return (_in_lines(3 * classes, acc),)
+
+
+def _lanes_room(classes: int, width: int, acc: Any) -> tuple[Array, ...]:
+    numbers = _in_lines((classes + EACH + PARTIAL) * width + _loops.STRIP * classes, acc)
+    return numbers, _in_lines(width, np.float64), _in_lines(2 * width, _PLACES[acc])
+
+
+def _beside_room(classes: int, width: int, acc: Any) -> tuple[Array, ...]:
+    numbers = _in_lines((2 * classes + 3 * EACH + PARTIAL + 1) * width, acc)
+    return numbers, _in_lines(width, np.float64), _in_lines(6 * width, _PLACES[acc])
+
+
+def _in_lines(count: int, dtype: Any) -> Array:
+    """`np.empty` that begins with a line of cache, so that no vector lies in two."""
+    size = count * np.dtype(dtype).itemsize
+    memory = np.empty(size + LINE, np.uint8)
+    start = -memory.__array_interface__["data"][0] % LINE
+    return memory[start : start + size].view(dtype)
 
 
 class _Own(threading.local):
-    """What a thread keeps between small batches."""
+    """What a thread keeps for its next block: to ask for it each time may take longer than the block."""
 
     key: Any = None
     room: Any = None
@@ -185,11 +201,14 @@ class _Own(threading.local):
 _own = _Own()
 
 
-def _own_room(classes: int, acc: Any) -> tuple[Array, Array, Array]:
-    key = classes, acc
-    if _own.key != key:
-        _own.key, _own.room = key, _lanes_room(classes, _width(classes), acc)
-    room: tuple[Array, Array, Array] = _own.room
+def _room(make: Callable[[int, int, Any], tuple[Array, ...]], classes: int, width: int, acc: Any) -> tuple[Array, ...]:
+    key = make, classes, width, acc
+    if _own.key == key:
+        room: tuple[Array, ...] = _own.room
+        return room
+    room = make(classes, width, acc)
+    if room[0].nbytes <= KEPT:
+        _own.key, _own.room = key, room
     return room
 
 
@@ -226,7 +245,7 @@ def block(rows: Rows, want: _Want, part: Part, scratch: _Scratch) -> None:
         job |= _loops.LOG
         made = want.log[part[0], :, part[1]]
     target = label, on_label, rows.z_loss, one if factor is None else _flat(factor, acc), scale, job, stats, loss
-    if job & _loops.LOG or not _in_lanes(rows, made, want.grad, target, scratch):
+    if job & _loops.LOG or not _in_lanes(rows, made, want.grad, target):
         _in_rows(rows, made, target, scratch)
     if want.loss is not None:
         want.loss[part] = loss.reshape(rows.shape)
@@ -259,9 +278,7 @@ def _turned(rows: Rows, grad: Array | None, few: int) -> tuple[bool, Any, Any] |
     return None if x is None or out is None else (inner > 1, x, out)
 
 
-def _in_lanes(
-    rows: Rows, grad: Array | None, whole: Array | None, target: tuple[Any, ...], scratch: _Scratch
-) -> bool:
+def _in_lanes(rows: Rows, grad: Array | None, whole: Array | None, target: tuple[Any, ...]) -> bool:
     """The block by `_loops.lanes` or, of rows side by side, `_loops.beside`; False if these do not take it.
 
     `grad` is a part of `whole`.
@@ -274,19 +291,18 @@ def _in_lanes(
     is_half, made = rows.grad_dtype == np.float16, _nothing(rows) if grad is None else _first(grad, beside)
     logits, count = _first(rows.logits, beside), outer * inner
     if beside:
-        width = max(32, min(256, APART // classes // LANES * LANES))
-        room = scratch.keep("beside", lambda: _beside_room(classes, width, acc))
         label, on_label, z_loss, factor, scale, job, *rest = target
         lead = _lead(grad, out) if whole is not None and whole.nbytes >= _memory.LARGE else None
         if lead is not None:
             job |= _loops.STREAM
+        width = _width_beside(classes)
         _loops.beside(
             logits, outer, inner, x[0], classes, x[2], is_half, label, on_label, z_loss, factor, scale,
-            job, *rest, made, out[0], out[2], width, lead or 0, *room,
+            job, *rest, made, out[0], out[2], width, lead or 0, *_room(_beside_room, classes, width, acc),
         )  # fmt: skip
     else:
         width = _width(classes)
-        room = scratch.keep("lanes", lambda: _lanes_room(classes, width, acc))
+        room = _room(_lanes_room, classes, width, acc)
         _loops.lanes(logits, x[1], count, classes, is_half, *target, made, out[1], width, *room)
     return True
 
@@ -332,10 +348,9 @@ def _in_rows(rows: Rows, grad: Array | None, target: tuple[Any, ...], scratch: _
         else:
             out, out_step = _first(grad, False), steps[1]
     label, on_label, z_loss, factor, scale, *rest = target
-    work = scratch.keep("rows", lambda: np.empty(_rows_room(classes), acc))
     _loops.rows(
         logits, x_step, count, classes, rows.grad_dtype == np.float16, label, on_label, each, a, a_step,
-        rows.softcap or 0.0, z_loss, factor, scale, *rest, out, out_step, work,
+        rows.softcap or 0.0, z_loss, factor, scale, *rest, out, out_step, *_room(_rows_room, classes, 1, acc),
     )  # fmt: skip
     if made is not None:
         _store(made, grad)

@@ -131,11 +131,12 @@ def rows(
     label: the class of each row, -1 for none; part: the target on it. each: what every class has, of length 1 or C,
     or 0. a: distributions, weighted and smoothed, row i at a[i·a_step]; of length 0 where there are labels or no
     target. part, factor and scale have one number per row, or one. stats (4, rows) are filled if job & STATS, read if
-    job & KNOWN. If job & CHECK and some label is no class, nothing is done, and the answer is False.
+    job & KNOWN. If job & CHECK and some label is no class, nothing is done, and the answer is -1; else it is the
+    `total` of the losses, if job & SUM, or 0.
     """
     v.make_compact()
     if job & CHECK and not _are_classes(label, classes):
-        return False
+        return -1.0
     kind = work.dtype.type
     wide, e, slope = v.part(work, 0, classes), v.part(work, classes, classes), v.part(work, 2 * classes, classes)
     for i in range(count):
@@ -211,7 +212,7 @@ def rows(
                 if cap > 0:
                     dense.multiply(g, (g, slope))
             _write(g, is_half, out, i * out_step)
-    return True
+    return dense.add_up(loss, count) if job & SUM else 0.0
 
 
 # Many rows at once, in a tile
@@ -265,29 +266,29 @@ def _scatter_of(tile, classes, each, width, y, at, is_half, out, start, step, co
     return body
 
 
-def _take(x, start, step, is_half, tile, c, end, classes, count, strip):
+def _take(x, start, step, is_half, tile, width, c, end, count, strip):
     """The logits of `count` rows side by side, of the classes from `c` to `end`, `step` apart, into a tile."""
     raise NotImplementedError
 
 
 @overload(_take, jit_options=_INNER)
-def _take_of(x, start, step, is_half, tile, c, end, classes, count, strip):
+def _take_of(x, start, step, is_half, tile, width, c, end, count, strip):
     if x.dtype == types.uint16:
 
-        def body(x, start, step, is_half, tile, c, end, classes, count, strip):
+        def body(x, start, step, is_half, tile, width, c, end, count, strip):
             for k in range(c, end):
                 _widen(v.part(x, start + (k - c) * step, count), is_half, strip)
-                tiles.take_lanes(strip, 0, 0, count, tile, k, k + 1, classes)
+                tiles.take_lanes(strip, 0, 0, count, tile, k, k + 1, width)
     else:
 
-        def body(x, start, step, is_half, tile, c, end, classes, count, strip):
-            tiles.take_lanes(x, start, step, count, tile, c, end, classes)
+        def body(x, start, step, is_half, tile, width, c, end, count, strip):
+            tiles.take_lanes(x, start, step, count, tile, c, end, width)
 
     return body
 
 
 def _give(
-    tile, c, end, classes, each, width, y, at, is_half, out, start, step, count, strip, has_marks, is_streamed
+    tile, c, end, each, width, y, at, is_half, out, start, step, count, strip, has_marks, is_streamed
 ):  # fmt: skip
     """The reverse of `_take`; see `_scatter`."""
     raise NotImplementedError
@@ -295,24 +296,59 @@ def _give(
 
 @overload(_give, jit_options=_INNER)
 def _give_of(
-    tile, c, end, classes, each, width, y, at, is_half, out, start, step, count, strip, has_marks, is_streamed
+    tile, c, end, each, width, y, at, is_half, out, start, step, count, strip, has_marks, is_streamed
 ):  # fmt: skip
     if out.dtype == types.uint16:
 
         def body(
-            tile, c, end, classes, each, width, y, at, is_half, out, start, step, count, strip, has_marks, is_streamed
+            tile, c, end, each, width, y, at, is_half, out, start, step, count, strip, has_marks, is_streamed
         ):  # fmt: skip
             for k in range(c, end):
-                tiles.put_lanes(tile, k, k + 1, each, width, y, at, strip, 0, 0, count, classes, has_marks, False)
+                tiles.put_lanes(tile, k, k + 1, each, width, y, at, strip, 0, 0, count, has_marks, False)
                 _narrow(v.part(strip, 0, count), is_half, v.part(out, start + (k - c) * step, count))
     else:
 
         def body(
-            tile, c, end, classes, each, width, y, at, is_half, out, start, step, count, strip, has_marks, is_streamed
+            tile, c, end, each, width, y, at, is_half, out, start, step, count, strip, has_marks, is_streamed
         ):  # fmt: skip
             tiles.put_lanes(
-                tile, c, end, each, width, y, at, out, start, step, count, classes, has_marks, is_streamed
+                tile, c, end, each, width, y, at, out, start, step, count, has_marks, is_streamed
             )  # fmt: skip
+
+    return body
+
+
+def _step(
+    c, end, turn, width, count, x, start, x_step, coming, tile, tile_before, m, partial,
+    by, out, to, out_step, soon, going, has_grad, is_streamed,
+):  # fmt: skip
+    """Give, take and work at once; False if the numbers have 16 bits, and nothing was done."""
+    raise NotImplementedError
+
+
+@overload(_step, jit_options=_INNER)
+def _step_of(
+    c, end, turn, width, count, x, start, x_step, coming, tile, tile_before, m, partial,
+    by, out, to, out_step, soon, going, has_grad, is_streamed,
+):  # fmt: skip
+    if x.dtype == types.uint16 or out.dtype == types.uint16:
+
+        def body(
+            c, end, turn, width, count, x, start, x_step, coming, tile, tile_before, m, partial,
+            by, out, to, out_step, soon, going, has_grad, is_streamed,
+        ):  # fmt: skip
+            return False
+    else:
+
+        def body(
+            c, end, turn, width, count, x, start, x_step, coming, tile, tile_before, m, partial,
+            by, out, to, out_step, soon, going, has_grad, is_streamed,
+        ):  # fmt: skip
+            tiles.step_of_lanes(
+                c, end, turn, width, count, x, start, x_step, coming, tile, tile_before, m, partial,
+                by, out, to, out_step, soon, going, has_grad, is_streamed,
+            )  # fmt: skip
+            return True
 
     return body
 
@@ -349,11 +385,11 @@ def _prepare(each, width, y, label, part, factor, scale, first, count, is_new):
 
 
 @inner
-def _know_tops(tile, classes, each, width, y, at, is_few, has_labels, job, stats, first, count):
+def _know_tops(tile, by_row, by_class, classes, each, width, y, at, is_few, has_labels, job, stats, first, count):
     """What follows from their maxima; these are then -inf in the tile, so that their exponentials are 0, if not few."""
     m = v.part(each, M * width, count)
     if not is_few:
-        tiles.look_up(tile, classes, y, v.part(each, AT_LABEL * width, count), count)
+        tiles.look_up(tile, by_row, by_class, y, v.part(each, AT_LABEL * width, count), count)
     for lane in range(0, count, LANES):
         tiles.gaps_of_lanes(each, width, lane, y, 0 if has_labels else 1)
     if job & KNOWN:
@@ -366,13 +402,14 @@ def _know_tops(tile, classes, each, width, y, at, is_few, has_labels, job, stats
     elif job & STATS:
         for k in range(count):
             if m[k] - m[k] != 0:
-                m[k] = _without_softmax(v.part(tile, tiles.place(k, 0, classes), (classes - 1) * LANES + 1), LANES)
+                start = tiles.place(k, 0, by_row, by_class)
+                m[k] = _without_softmax(v.part(tile, start, (classes - 1) * by_class + 1), by_class)
     if not is_few:
-        tiles.hide(tile, classes, at, count)
+        tiles.hide(tile, by_row, by_class, at, count)
 
 
 @inner
-def _conclude(tile, classes, each, width, sums, y, at, is_few, z, job, stats, loss, first, count):
+def _conclude(tile, by_row, by_class, each, width, sums, y, at, is_few, z, job, stats, loss, first, count):
     """Their losses, and what their gradients are made of, once their sums are there."""
     m = v.part(each, M * width, count)
     if job & KNOWN:
@@ -394,7 +431,7 @@ def _conclude(tile, classes, each, width, sums, y, at, is_few, z, job, stats, lo
         dense.copy(v.part(loss, first, count), (v.part(each, OF_ROW * width, count),))
     if job & GRAD and not is_few:
         at_label = v.part(each, AT_LABEL * width, count)
-        tiles.look_up(tile, classes, y, at_label, count)
+        tiles.look_up(tile, by_row, by_class, y, at_label, count)
         dense.scale(at_label, (at_label, v.part(each, BY * width, count)))
         dense.subtract(v.part(each, LABEL * width, count), (at_label, v.part(each, LABEL * width, count)))
 
@@ -415,13 +452,10 @@ def lanes(
     x, x_step, count, classes, is_half, label, part, z, factor, scale,
     job, stats, loss, out, out_step, width, work, sums, places,
 ):  # fmt: skip
-    """What `rows` does, for `width` rows at a time, a multiple of 16, under labels or no target.
-
-    With job & SUM, `sums` then begins with the `total` of the losses.
-    """
+    """What `rows` does, for `width` rows at a time, a multiple of 16, under labels or no target."""
     v.make_compact()
     if job & CHECK and not _are_classes(label, classes):
-        return False
+        return -1.0
     tile = v.part(work, 0, classes * width)
     each = v.part(work, classes * width, EACH * width)
     partial = v.part(work, (classes + EACH) * width, PARTIAL * width)
@@ -433,28 +467,28 @@ def lanes(
         _gather(x, first * x_step, x_step, is_half, tile, classes, here, strip)
         _prepare(each, width, y, label, part, factor, scale, first, here, first == 0)
         for lane in range(0, here, LANES):
-            tiles.tops_of_lanes(tile, 0, classes, classes, each, width, lane, y, at, is_few)
-        _know_tops(tile, classes, each, width, y, at, is_few, label.shape[0] > 0, job, stats, first, here)
+            tiles.tops_of_lanes(tile, classes, LANES, 0, classes, each, width, lane, y, at, is_few)
+        _know_tops(
+            tile, classes, LANES, classes, each, width, y, at, is_few, label.shape[0] > 0, job, stats, first, here
+        )
         # Meanwhile come the next rows, and where these will go: with each class 16 numbers more.
         coming, going = (first + width if first + width < count else first) * x_step, first * out_step
         for c in range(0, classes, dense.CHUNK):
             live = dense.CHUNK if c + dense.CHUNK < classes else classes - c
             for lane in range(0, here, LANES):
                 tiles.exp_of_lanes(
-                    tile, lane * classes + c * LANES, live, 0, m, at, lane, is_few, is_kept, partial,
+                    tile, lane * classes + c * LANES, LANES, live, 0, m, at, lane, is_few, is_kept, partial,
                     x, coming + lane * x_step + c * LANES, LANES, out, going + lane * out_step + c * LANES, LANES,
                 )  # fmt: skip
             for lane in range(0, here, LANES):
                 tiles.add_up_lanes(partial, live, m, lane, sums, c > 0)
-        _conclude(tile, classes, each, width, sums, y, at, is_few, z, job, stats, loss, first, here)
+        _conclude(tile, classes, LANES, each, width, sums, y, at, is_few, z, job, stats, loss, first, here)
         if job & GRAD:
             to = first * out_step
             _scatter(tile, classes, each, width, y, at, is_half, out, to, out_step, here, strip, is_few)
             if not is_few:
                 _put_marks(each, width, y, at, is_half, out, to, out_step, 1, here)
-    if job & SUM:
-        sums[0] = dense.add_up(loss, count)
-    return True
+    return dense.add_up(loss, count) if job & SUM else 0.0
 
 
 @inner
@@ -512,22 +546,32 @@ def beside(
         is_streamed = job & STREAM and (start_written or not lead)
         if is_read:
             _prepare(each, width, y, label, part, factor, scale, first, count, t < 3)
+        is_steady = is_read and is_worked_on and (is_written or not is_kept) and not is_few and count % LANES == 0
+        is_steady = is_steady and count == count_before and (count == count_written or not is_kept)
+        by_written = v.part(each_written, BY * width, width)
         for c in range(0, classes, AT_ONCE):
-            end = min(c + AT_ONCE, classes)
-            if is_written:
+            end, in_chunk = min(c + AT_ONCE, classes), c & (dense.CHUNK - 1)
+            is_done = False
+            if is_steady:
+                is_done = _step(
+                    c, end, in_chunk, width, count, x, from_ + c * class_step, class_step, from_ + end * class_step,
+                    tile, tile_before, m, partial, by_written, out, to + c * out_class_step, out_class_step,
+                    soon, to + end * out_class_step, is_kept, is_streamed != 0,
+                )  # fmt: skip
+            if is_written and not is_done:
                 _give(
-                    tile, c, end, classes, each_written, width, y_written, at_written, is_half,
+                    tile, c, end, each_written, width, y_written, at_written, is_half,
                     out, to + c * out_class_step, out_class_step, count_written, strip, is_few, is_streamed != 0,
                 )  # fmt: skip
             if is_read:
-                _take(x, from_ + c * class_step, class_step, is_half, tile, c, end, classes, count, strip)
+                if not is_done:
+                    _take(x, from_ + c * class_step, class_step, is_half, tile, width, c, end, count, strip)
                 for lane in range(0, count, LANES):
-                    tiles.tops_of_lanes(tile, c, end, classes, each, width, lane, y, at, is_few)
+                    tiles.tops_of_lanes(tile, 1, width, c, end, each, width, lane, y, at, is_few)
             if is_worked_on:
-                in_chunk = c & (dense.CHUNK - 1)
-                for lane in range(0, count_before, LANES):
+                for lane in range(0, 0 if is_done else count_before, LANES):
                     tiles.exp_of_lanes(
-                        tile_before, lane * classes + c * LANES, end - c, in_chunk,
+                        tile_before, lane + c * width, width, end - c, in_chunk,
                         m, at_before, lane, is_few, is_kept, partial,
                         x, from_ + end * class_step + lane, class_step,
                         soon, to + end * out_class_step + lane, out_class_step,
@@ -538,10 +582,12 @@ def beside(
         if is_written and not is_few:
             _put_marks(each_written, width, y_written, at_written, is_half, out, to, 1, out_class_step, count_written)
         if is_read:
-            _know_tops(tile, classes, each, width, y, at, is_few, label.shape[0] > 0, job, stats, first, count)
+            _know_tops(
+                tile, 1, width, classes, each, width, y, at, is_few, label.shape[0] > 0, job, stats, first, count
+            )
         if is_worked_on:
             _conclude(
-                tile_before, classes, each_before, width, sums, y_before, at_before, is_few, z,
+                tile_before, 1, width, each_before, width, sums, y_before, at_before, is_few, z,
                 job, stats, loss, first_before, count_before,
             )  # fmt: skip
     if job & STREAM:

@@ -63,11 +63,12 @@ class _Each:
 # Rows turned
 
 
-def _in_tile(builder: Any, classes: Any, row: Any, c: Any) -> Any:
+def _in_tile(builder: Any, steps: tuple[Any, Any], row: Any, c: Any) -> Any:
     """Where a tile has the number of a class of a row."""
+    by_row, by_class = steps
     lane = builder.and_(row, _INDEX(LANES - 1))
-    block = builder.mul(builder.sub(row, lane), classes)
-    return builder.add(builder.add(block, builder.mul(c, _INDEX(LANES))), lane)
+    block = builder.mul(builder.sub(row, lane), by_row)
+    return builder.add(builder.add(block, builder.mul(c, by_class)), lane)
 
 
 def _turned(vectors: list[Value]) -> list[Value]:
@@ -82,14 +83,15 @@ def _turned(vectors: list[Value]) -> list[Value]:
 
 
 @intrinsic
-def place(_context: Any, row: Any, c: Any, classes: Any) -> Any:
+def place(_context: Any, row: Any, c: Any, by_row: Any, by_class: Any) -> Any:
     """Where a tile has the number of class c of a row."""
 
     def build(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        row, c, classes = arguments
-        return _in_tile(builder, classes, row, c)
+        row, c, *steps = arguments
+        return _in_tile(builder, steps, row, c)
 
-    return types.uint64(types.int64, types.int64, types.int64), build
+    index = types.int64
+    return types.uint64(index, index, index, index), build
 
 
 class _Turn:
@@ -133,7 +135,10 @@ def turn(_context: Any, x: Any, start: Any, x_step: Any, count: Any, classes: An
             def one(c: Any) -> None:
                 value = builder.load(builder.gep(turn.line.data, [turn.in_line(start, row, x_step, c)]))
                 builder.store(
-                    value, builder.gep(turn.tile.data, [_in_tile(builder, classes, builder.add(first, row), c)])
+                    value,
+                    builder.gep(
+                        turn.tile.data, [_in_tile(builder, (classes, _INDEX(LANES)), builder.add(first, row), c)]
+                    ),
                 )
 
             def square(c: Any) -> None:
@@ -143,7 +148,8 @@ def turn(_context: Any, x: Any, start: Any, x_step: Any, count: Any, classes: An
                 pairs = [_shuffled(lines[k], lines[k + side], [*range(number)]) for k in range(side)]
                 for k, numbers in enumerate(_turned(pairs)):
                     turn.wide.store(
-                        numbers, _in_tile(builder, classes, builder.add(first, row), builder.add(c, _INDEX(k)))
+                        numbers,
+                        _in_tile(builder, (classes, _INDEX(LANES)), builder.add(first, row), builder.add(c, _INDEX(k))),
                     )
 
             return one if number == 1 else square
@@ -185,7 +191,9 @@ def turn_back(
 
             def of_classes(c: Any, many: int) -> list[Value]:
                 at = [builder.add(c, _INDEX(k)) for k in range(many)]
-                held = _Held([_times(numbers.load(_in_tile(builder, classes, here, k)), by) for k in at])
+                held = _Held(
+                    [_times(numbers.load(_in_tile(builder, (classes, _INDEX(LANES)), here, k)), by) for k in at]
+                )
                 with builder.if_then(has_marks):
                     held.set([_marked(value, y.index(k), *marks) for k, value in zip(at, held.get(), strict=True)])
                 return held.get()
@@ -217,8 +225,10 @@ def turn_back(
 class _Marked:
     """Loops over the rows that have such a class, and where their tile has its number."""
 
-    def __init__(self, context: Any, builder: Any, tile: tuple[Any, Any], classes: Any, place: tuple[Any, Any]) -> None:
-        self.builder, self.classes = builder, classes
+    def __init__(
+        self, context: Any, builder: Any, tile: tuple[Any, Any], steps: tuple[Any, Any], place: tuple[Any, Any]
+    ) -> None:
+        self.builder, self.steps = builder, steps
         self.tile, self.place = (
             context.make_array(type_)(context, builder, array).data for type_, array in (tile, place)
         )
@@ -230,34 +240,34 @@ class _Marked:
             c = builder.load(builder.gep(self.place, [loop.index]))
             with builder.if_then(builder.icmp_signed(">=", c, c.type(0))):
                 c = c if c.type == _INDEX else builder.sext(c, _INDEX)
-                yield loop.index, builder.gep(self.tile, [_in_tile(builder, self.classes, loop.index, c)])
+                yield loop.index, builder.gep(self.tile, [_in_tile(builder, self.steps, loop.index, c)])
 
 
 @intrinsic
-def look_up(_context: Any, tile: Any, classes: Any, place: Any, out: Any, count: Any) -> Any:
+def look_up(_context: Any, tile: Any, by_row: Any, by_class: Any, place: Any, out: Any, count: Any) -> Any:
     """``out[k] = tile[k, place[k]]``, if that is a class."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        tile_, classes, place_, out_, count = arguments
+        tile_, by_row, by_class, place_, out_, count = arguments
         data = context.make_array(out)(context, builder, out_).data
-        with _Marked(context, builder, (tile, tile_), classes, (place, place_)).rows(count) as (k, there):
+        with _Marked(context, builder, (tile, tile_), (by_row, by_class), (place, place_)).rows(count) as (k, there):
             builder.store(builder.load(there), builder.gep(data, [k]))
         return context.get_dummy_value()
 
-    return types.void(tile, types.int64, place, out, types.int64), build
+    return types.void(tile, types.int64, types.int64, place, out, types.int64), build
 
 
 @intrinsic
-def hide(_context: Any, tile: Any, classes: Any, place: Any, count: Any) -> Any:
+def hide(_context: Any, tile: Any, by_row: Any, by_class: Any, place: Any, count: Any) -> Any:
     """``tile[k, place[k]] = -inf``, if that is a class."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        tile_, classes, place_, count = arguments
-        with _Marked(context, builder, (tile, tile_), classes, (place, place_)).rows(count) as (_, there):
+        tile_, by_row, by_class, place_, count = arguments
+        with _Marked(context, builder, (tile, tile_), (by_row, by_class), (place, place_)).rows(count) as (_, there):
             builder.store(ir.Constant(there.type.pointee, -math.inf), there)
         return context.get_dummy_value()
 
-    return types.void(tile, types.int64, place, types.int64), build
+    return types.void(tile, types.int64, types.int64, place, types.int64), build
 
 
 # 16 rows at a time, the numbers of a class side by side
@@ -265,7 +275,7 @@ def hide(_context: Any, tile: Any, classes: Any, place: Any, count: Any) -> Any:
 
 @intrinsic
 def tops_of_lanes(
-    _context: Any, tile: Any, first: Any, end: Any, classes: Any,
+    _context: Any, tile: Any, by_row: Any, by_class: Any, first: Any, end: Any,
     each: Any, width: Any, lane: Any, label: Any, at: Any, is_few: Any,
 ) -> Any:  # fmt: skip
     """Of 16 rows the largest number, NaN passed over, and its first place into `at`; of few classes the label's, too.
@@ -274,7 +284,7 @@ def tops_of_lanes(
     """
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        tile_, first, end, classes, each_, width, lane, label_, at_, is_few = arguments
+        tile_, by_row, by_class, first, end, each_, width, lane, label_, at_, is_few = arguments
         memory = _Memory(context, builder, tile, tile_, LANES)
         places = _Memory(context, builder, at, at_, LANES)
         y = _Memory(context, builder, label, label_, LANES).load(lane)
@@ -284,7 +294,7 @@ def tops_of_lanes(
             held.set([*of.load(M), places.load(lane)])
             at_label.set(of.load(AT_LABEL))
         with cgutils.for_range_slice(builder, first, end, _INDEX(1)) as (c, _):
-            here, index = memory.load(_in_tile(builder, classes, lane, c)), places.index(c)
+            here, index = memory.load(_in_tile(builder, (by_row, by_class), lane, c)), places.index(c)
             largest, place = held.get()
             higher = largest.below(here)
             held.set([here.where(higher, largest), index.where(higher, place)])
@@ -298,7 +308,7 @@ def tops_of_lanes(
         return context.get_dummy_value()
 
     index = types.int64
-    return types.void(tile, index, index, index, each, index, index, label, at, types.boolean), build
+    return types.void(tile, index, index, index, index, each, index, index, label, at, types.boolean), build
 
 
 @intrinsic
@@ -328,18 +338,18 @@ def gaps_of_lanes(_context: Any, each: Any, width: Any, lane: Any, label: Any, n
 
 @intrinsic
 def take_lanes(
-    _context: Any, x: Any, start: Any, x_step: Any, count: Any, tile: Any, first: Any, end: Any, classes: Any
+    _context: Any, x: Any, start: Any, x_step: Any, count: Any, tile: Any, first: Any, end: Any, width: Any
 ) -> Any:
     """The numbers of the classes from `first` to `end` of `count` rows that lie side by side in `x`, to the tile."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        x_, start, x_step, count, tile_, first, end, classes = arguments
+        x_, start, x_step, count, tile_, first, end, width = arguments
         with cgutils.for_range_slice(builder, first, end, _INDEX(1)) as (c, loop):
             there = builder.add(start, builder.mul(loop, x_step))
 
             def work(lane: Any, length: int) -> None:
                 source, target = (_Memory(context, builder, *of, length) for of in ((x, x_), (tile, tile_)))
-                target.store(source.load(builder.add(there, lane)), _in_tile(builder, classes, lane, c))
+                target.store(source.load(builder.add(there, lane)), builder.add(builder.mul(c, width), lane))
 
             _in_steps(builder, count, LANES, work)
         return context.get_dummy_value()
@@ -350,7 +360,8 @@ def take_lanes(
 
 @intrinsic
 def exp_of_lanes(
-    _context: Any, tile: Any, start: Any, count: Any, turn: Any, m: Any, at: Any, lane: Any, is_few: Any, is_kept: Any,
+    _context: Any, tile: Any, start: Any, step: Any, count: Any, turn: Any,
+    m: Any, at: Any, lane: Any, is_few: Any, is_kept: Any,
     partial: Any, coming: Any, coming_start: Any, coming_step: Any, out: Any, out_start: Any, out_step: Any,
 ) -> Any:  # fmt: skip
     """exp(x - m) of 16 rows and `count` classes, after `turn` others; in place of x if kept, and the 32 partial sums.
@@ -360,8 +371,8 @@ def exp_of_lanes(
     """
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        tile_, start, count, turn, m_, at_, lane, is_few, is_kept, partial_ = arguments[:10]
-        coming_, coming_start, coming_step, out_, out_start, out_step = arguments[10:]
+        tile_, start, step, count, turn, m_, at_, lane, is_few, is_kept, partial_ = arguments[:11]
+        coming_, coming_start, coming_step, out_, out_start, out_step = arguments[11:]
         memory, sums, places = (
             _Memory(context, builder, *of, LANES) for of in ((tile, tile_), (partial, partial_), (at, at_))
         )
@@ -369,39 +380,31 @@ def exp_of_lanes(
         largest = largest + (largest - largest)
         read, written = _Ahead(context, builder, coming, coming_, 0), _Ahead(context, builder, out, out_, 1)
         come = read.pointer(coming_start)
-        go = written.or_else(written.pointer(out_start), come)
+        here = builder.bitcast(memory.pointer(start), come.type)
+        go = written.or_else(written.pointer(out_start), here)
         come_step = read.bytes(coming_step)
-        go_step = written.or_else(written.bytes(out_step), come_step)
+        go_step = written.or_else(written.bytes(out_step), builder.mul(step, _INDEX(memory.align)))
 
-        def exps(index: Any) -> Value:
-            read.line(come, builder.mul(index, come_step))
-            written.line(go, builder.mul(index, go_step))
-            here = builder.add(start, builder.mul(index, _INDEX(LANES)))
+        with cgutils.for_range(builder, count) as loop:
+            read.line(come, builder.mul(loop.index, come_step))
+            written.line(go, builder.mul(loop.index, go_step))
+            here, turns = builder.add(start, builder.mul(loop.index, step)), builder.add(turn, loop.index)
             held = _Held([_exp(memory.load(here) - largest)])
             with builder.if_then(is_few):
-                is_apart = builder.icmp_signed("==", places.index(builder.add(turn, index)).value, apart.value)
+                is_apart = builder.icmp_signed("==", places.index(turns).value, apart.value)
                 held.set([largest.like(0).where(is_apart, *held.get())])
-            (value,) = held.get()
             with builder.if_then(is_kept):
-                memory.store(value, here)
-            return value
-
-        def place(index: Any) -> Any:
-            index = builder.and_(builder.add(turn, index), _INDEX(PARTIAL - 1))
-            return builder.mul(builder.add(builder.mul(lane, _INDEX(PARTIAL // LANES)), index), _INDEX(LANES))
-
-        empty = builder.sub(_INDEX(PARTIAL), turn)  # partial sums that have nothing yet
-        empty = builder.select(builder.icmp_signed("<", empty, _INDEX(0)), _INDEX(0), empty)
-        with cgutils.for_range(builder, _smaller(builder, count, empty)) as loop:
-            sums.store(exps(loop.index), place(loop.index))
-        with cgutils.for_range_slice(builder, empty, count, _INDEX(1)) as (index, _):
-            value = exps(index)
-            sums.store(sums.load(place(index)) + value, place(index))
+                memory.store(held.get()[0], here)
+            slot = builder.add(builder.mul(lane, _INDEX(PARTIAL // LANES)), builder.and_(turns, _INDEX(PARTIAL - 1)))
+            slot = builder.mul(slot, _INDEX(LANES))
+            with builder.if_then(builder.icmp_signed(">=", turns, _INDEX(PARTIAL))):  # else it has nothing yet
+                held.set([sums.load(slot) + held.get()[0]])
+            sums.store(held.get()[0], slot)
         return context.get_dummy_value()
 
     index = types.int64
     return types.void(
-        tile, index, index, index, m, at, index, types.boolean, types.boolean, partial,
+        tile, index, index, index, index, m, at, index, types.boolean, types.boolean, partial,
         coming, index, index, out, index, index,
     ), build  # fmt: skip
 
@@ -469,7 +472,7 @@ def finish_lanes(
 @intrinsic
 def put_lanes(
     _context: Any, tile: Any, first: Any, end: Any, each: Any, width: Any, label: Any, at: Any,
-    out: Any, start: Any, out_step: Any, count: Any, classes: Any, has_marks: Any, is_streamed: Any,
+    out: Any, start: Any, out_step: Any, count: Any, has_marks: Any, is_streamed: Any,
 ) -> Any:  # fmt: skip
     """The reverse of `take_lanes`, each row's numbers times its own BY; see `turn_back` for the marks.
 
@@ -477,8 +480,8 @@ def put_lanes(
     """
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        tile_, first, end, each_, width, label_, at_, out_, start, out_step, count, classes = arguments[:12]
-        has_marks, is_streamed = arguments[12:]
+        tile_, first, end, each_, width, label_, at_, out_, start, out_step, count = arguments[:11]
+        has_marks, is_streamed = arguments[11:]
         with cgutils.for_range_slice(builder, first, end, _INDEX(1)) as (c, loop):
             there = builder.add(start, builder.mul(loop, out_step))
 
@@ -488,7 +491,7 @@ def put_lanes(
                     for of in ((tile, tile_), (out, out_), (label, label_), (at, at_))
                 )
                 by, top, at_label = _Each(context, builder, each, each_, width, lane, length).load(BY, TOP, LABEL)
-                held = _Held([_times(source.load(_in_tile(builder, classes, lane, c)), by)])
+                held = _Held([_times(source.load(builder.add(builder.mul(c, width), lane)), by)])
                 with builder.if_then(has_marks):
                     marks = y.load(lane), at_label, places.load(lane), top
                     held.set([_marked(held.get()[0], y.index(c), *marks)])
@@ -505,5 +508,72 @@ def put_lanes(
 
     index = types.int64
     return types.void(
-        tile, index, index, each, index, label, at, out, index, index, index, index, types.boolean, types.boolean
+        tile, index, index, each, index, label, at, out, index, index, index, types.boolean, types.boolean
+    ), build  # fmt: skip
+
+
+@intrinsic
+def step_of_lanes(
+    _context: Any, first: Any, end: Any, turn: Any, width: Any, count: Any,
+    x: Any, start: Any, x_step: Any, coming: Any, tile: Any,
+    tile_before: Any, m: Any, partial: Any,
+    by: Any, out: Any, out_start: Any, out_step: Any, soon: Any, soon_start: Any, has_grad: Any, is_streamed: Any,
+) -> Any:  # fmt: skip
+    """The classes from `first` to `end` of three tiles of `count` rows, a multiple of 16: 16 numbers of each in turn.
+
+    Those of `tile` are given, as by `put_lanes` without marks, and make room for those of `x`, as by `take_lanes`;
+    those of `tile_before` become exponentials, as by `exp_of_lanes` if not few, whether or not the gradient is asked
+    for. So memory is read and written while the arithmetic goes on.
+    """
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        first, end, turn, width, count, x_, start, x_step, coming, tile_, before_, m_, partial_ = arguments[:13]
+        by_, out_, out_start, out_step, soon_, soon_start, has_grad, is_streamed = arguments[13:]
+        source, written, here, before, largest, sums, scale = (
+            _Memory(context, builder, *of, LANES)
+            for of in (
+                (x, x_), (out, out_), (tile, tile_), (tile_before, before_), (m, m_), (partial, partial_), (by, by_)
+            )
+        )  # fmt: skip
+        read, write = _Ahead(context, builder, x, x_, 0), _Ahead(context, builder, soon, soon_, 1)
+        with cgutils.for_range_slice(builder, first, end, _INDEX(1)) as (c, loop):
+            from_, to, row = (
+                builder.add(begin, builder.mul(of, step))
+                for begin, of, step in ((start, loop, x_step), (out_start, loop, out_step), (_INDEX(0), c, width))
+            )
+            come = read.pointer(builder.add(coming, builder.mul(loop, x_step)))
+            go = write.pointer(builder.add(soon_start, builder.mul(loop, out_step)))
+            go = write.or_else(go, builder.bitcast(before.pointer(row), come.type))
+            turns = builder.add(turn, loop)
+            slot = builder.mul(builder.and_(turns, _INDEX(PARTIAL - 1)), _INDEX(LANES))
+            is_added = builder.icmp_signed(">=", turns, _INDEX(PARTIAL))
+            # Where no line of cache begins with the first row, there is one more of them.
+            read.line(come, _INDEX(0))
+            write.line(go, _INDEX(0))
+            with cgutils.for_range_slice(builder, _INDEX(0), count, _INDEX(LANES)) as (lane, _):
+                place, last = builder.add(row, lane), builder.add(lane, _INDEX(LANES - 1))
+                read.line(come, read.bytes(last))
+                write.line(go, write.bytes(last))
+                with builder.if_then(has_grad):
+                    value, target = _times(here.load(place), scale.load(lane)), builder.add(to, lane)
+                    with builder.if_else(is_streamed) as (streamed, kept):
+                        with streamed:
+                            written.stream(value, target)
+                        with kept:
+                            written.store(value, target)
+                here.store(source.load(builder.add(from_, lane)), place)
+                top = largest.load(lane)
+                value = _exp(before.load(place) - (top + (top - top)))
+                before.store(value, place)
+                at = builder.add(builder.mul(lane, _INDEX(PARTIAL)), slot)
+                held = _Held([value])
+                with builder.if_then(is_added):
+                    held.set([sums.load(at) + value])
+                sums.store(held.get()[0], at)
+        return context.get_dummy_value()
+
+    index = types.int64
+    return types.void(
+        index, index, index, index, index, x, index, index, index, tile, tile_before, m, partial,
+        by, out, index, index, soon, index, types.boolean, types.boolean,
     ), build  # fmt: skip

@@ -248,13 +248,14 @@ def finish(_context: Any, m: Any, r: Any, gap: Any, mass: Any, a: Any, factor: A
     is_rough = m == types.float32
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        m, r, gap, mass, a, factor, scale = (Value(builder, number) for number in arguments[:7])
+        m, r, gap, mass, a, factor, scale = (Value(builder, number).to(ir.DoubleType()) for number in arguments[:7])
         z = arguments[7]
         loss, tail, p, coef = _finish(m, r, gap, mass, factor, z, is_rough)
         found = loss, scale * coef * p, scale * _top(r, p, coef, a), tail
         return context.make_tuple(builder, signature.return_type, [value.value for value in found])
 
-    return types.UniTuple(types.float64, 4)(*[types.float64] * 8), build
+    # With its own type of m: Numba tells the implementations apart by nothing but their signatures.
+    return types.UniTuple(types.float64, 4)(m, *[types.float64] * 7), build
 
 
 @intrinsic

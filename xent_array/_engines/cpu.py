@@ -218,17 +218,12 @@ class _Scratch:
 
     def __init__(self, size: int, dtype: Any) -> None:
         self.size, self.dtype = size, dtype
-        self.buffers: dict[str, Any] = {}
+        self.buffers: dict[str, Array] = {}
 
     def __call__(self, use: str, shape: tuple[int, int]) -> Array:
-        buffer = self.keep(use, lambda: np.empty(self.size, self.dtype))
-        return buffer[: shape[0] * shape[1]].reshape(shape)
-
-    def keep(self, use: str, make: Callable[[], Any]) -> Any:
-        """What `make` returned the first time."""
         if use not in self.buffers:
-            self.buffers[use] = make()
-        return self.buffers[use]
+            self.buffers[use] = np.empty(self.size, self.dtype)
+        return self.buffers[use][: shape[0] * shape[1]].reshape(shape)
 
 
 # One block
