@@ -27,6 +27,7 @@ if config.DISABLE_JIT:
 
 FEW = 32  # classes of which each is compared with the label and the place of the maximum, rather than looked up
 AT_ONCE = 16  # classes of a tile that are worked on before those of the next are read
+AHEAD = 8  # how many classes before its turn a class is brought into cache
 STRIP = 8  # rows of 16 bits that are widened, or narrowed, before they are turned, or after
 
 STATS, LOSS, GRAD, LOG, KNOWN, CHECK, STREAM, SUM = 1, 2, 4, 8, 16, 32, 64, 128  # the bits of a job
@@ -318,41 +319,6 @@ def _give_of(
     return body
 
 
-def _step(
-    c, end, turn, width, count, x, start, x_step, coming, tile, tile_before, m, partial,
-    by, out, to, out_step, soon, going, has_grad, is_streamed,
-):  # fmt: skip
-    """Give, take and work at once; False if the numbers have 16 bits, and nothing was done."""
-    raise NotImplementedError
-
-
-@overload(_step, jit_options=_INNER)
-def _step_of(
-    c, end, turn, width, count, x, start, x_step, coming, tile, tile_before, m, partial,
-    by, out, to, out_step, soon, going, has_grad, is_streamed,
-):  # fmt: skip
-    if x.dtype == types.uint16 or out.dtype == types.uint16:
-
-        def body(
-            c, end, turn, width, count, x, start, x_step, coming, tile, tile_before, m, partial,
-            by, out, to, out_step, soon, going, has_grad, is_streamed,
-        ):  # fmt: skip
-            return False
-    else:
-
-        def body(
-            c, end, turn, width, count, x, start, x_step, coming, tile, tile_before, m, partial,
-            by, out, to, out_step, soon, going, has_grad, is_streamed,
-        ):  # fmt: skip
-            tiles.step_of_lanes(
-                c, end, turn, width, count, x, start, x_step, coming, tile, tile_before, m, partial,
-                by, out, to, out_step, soon, going, has_grad, is_streamed,
-            )  # fmt: skip
-            return True
-
-    return body
-
-
 def _put(number, is_half, out, place):
     """One number of the gradient."""
     raise NotImplementedError
@@ -553,10 +519,12 @@ def beside(
             end, in_chunk = min(c + AT_ONCE, classes), c & (dense.CHUNK - 1)
             is_done = False
             if is_steady:
-                is_done = _step(
-                    c, end, in_chunk, width, count, x, from_ + c * class_step, class_step, from_ + end * class_step,
-                    tile, tile_before, m, partial, by_written, out, to + c * out_class_step, out_class_step,
-                    soon, to + end * out_class_step, is_kept, is_streamed != 0,
+                soon_read, soon_written = from_ + (c + AHEAD) * class_step, to + (c + AHEAD) * out_class_step
+                is_done = tiles.step_of_lanes(
+                    c, end, in_chunk, width, count, x, from_ + c * class_step, class_step, soon_read, tile,
+                    tile_before, m, partial,
+                    by_written, out, to + c * out_class_step, out_class_step, soon, soon_written,
+                    is_kept, is_streamed != 0,
                 )  # fmt: skip
             if is_written and not is_done:
                 _give(

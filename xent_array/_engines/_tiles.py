@@ -523,8 +523,15 @@ def step_of_lanes(
 
     Those of `tile` are given, as by `put_lanes` without marks, and make room for those of `x`, as by `take_lanes`;
     those of `tile_before` become exponentials, as by `exp_of_lanes` if not few, whether or not the gradient is asked
-    for. So memory is read and written while the arithmetic goes on.
+    for. So memory is read and written while the arithmetic goes on. False, and nothing is done, if `x` has 16 bits.
     """
+    index = types.int64
+    signature = types.boolean(
+        index, index, index, index, index, x, index, index, index, tile, tile_before, m, partial,
+        by, out, index, index, soon, index, types.boolean, types.boolean,
+    )  # fmt: skip
+    if x.dtype == types.uint16:
+        return signature, lambda context, *_: context.get_constant(types.boolean, 0)
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         first, end, turn, width, count, x_, start, x_step, coming, tile_, before_, m_, partial_ = arguments[:13]
@@ -570,10 +577,6 @@ def step_of_lanes(
                 with builder.if_then(is_added):
                     held.set([sums.load(at) + value])
                 sums.store(held.get()[0], at)
-        return context.get_dummy_value()
+        return context.get_constant(types.boolean, 1)
 
-    index = types.int64
-    return types.void(
-        index, index, index, index, index, x, index, index, index, tile, tile_before, m, partial,
-        by, out, index, index, soon, index, types.boolean, types.boolean,
-    ), build  # fmt: skip
+    return signature, build
