@@ -44,7 +44,6 @@ KEPT = 1 << 22  # bytes that a thread keeps to work in
 
 _ONE = {np.dtype(kind): np.ones(1, kind) for kind in (np.float32, np.float64)}
 _NONE = {np.dtype(kind): np.empty(0, kind) for kind in (np.float32, np.float64, np.intp, np.uint16)}
-_NO_STATS = {np.dtype(kind): np.empty((4, 0), kind) for kind in (np.float32, np.float64)}
 _PLACES = {np.dtype(np.float32): np.int32, np.dtype(np.float64): np.int64}
 
 
@@ -147,12 +146,12 @@ def _plain(
         width = _width(classes)
         answer = _loops.lanes(
             x, classes, count, classes, False, label, one, 0.0, one, scale,
-            job, _NO_STATS[acc], loss, grad, classes, width, *_room(_lanes_room, classes, width, acc),
+            job, _NONE[acc], loss, grad, classes, width, *_room(_lanes_room, classes, width, acc),
         )  # fmt: skip
     else:
         answer = _loops.rows(
             x, classes, count, classes, False, label, one, none, none, 0, 0.0, 0.0, one,
-            scale, job, _NO_STATS[acc], loss, grad, classes, *_room(_rows_room, classes, 1, acc),
+            scale, job, _NONE[acc], loss, grad, classes, *_room(_rows_room, classes, 1, acc),
         )  # fmt: skip
     return answer
 
@@ -227,7 +226,7 @@ def block(rows: Rows, want: _Want, part: Part, scratch: _Scratch) -> None:
     factor = _rows.row_factor(rows, known)
     label, on_label = _labels(rows, known)
     job, loss, scale, made = 0, none, one, None
-    stats = _NO_STATS[acc]
+    stats = _NONE[acc]
     if want.loss is not None:
         job |= _loops.LOSS
         loss = np.empty(count, acc)
@@ -244,7 +243,8 @@ def block(rows: Rows, want: _Want, part: Part, scratch: _Scratch) -> None:
     if want.log is not None:
         job |= _loops.LOG
         made = want.log[part[0], :, part[1]]
-    target = label, on_label, rows.z_loss, one if factor is None else _flat(factor, acc), scale, job, stats, loss
+    per_row = one if factor is None else _flat(factor, acc)
+    target = label, on_label, rows.z_loss, per_row, scale, job, stats.reshape(-1), loss
     if job & _loops.LOG or not _in_lanes(rows, made, want.grad, target):
         _in_rows(rows, made, target, scratch)
     if want.loss is not None:

@@ -19,7 +19,7 @@ from . import _dense as dense
 from . import _tiles as tiles
 from . import _vectors as v
 from ._kept import kept
-from ._tiles import AT_LABEL, BY, EACH, FACTOR, GAP, HALF, LABEL, LANES, MASS, OF_ROW, PART, SCALE, TOP, M
+from ._tiles import AT_LABEL, BY, EACH, FACTOR, GAP, HALF, LABEL, LANES, MASS, OF_ROW, PART, SCALE, M
 from ._vectors import PARTIAL
 
 if config.DISABLE_JIT:
@@ -49,6 +49,7 @@ def compiled(function: Callable[..., Any]) -> Any:
 @inner
 def _without_softmax(x, step):
     """What the stats call the largest logit of a row that holds NaN or +inf or is all -inf."""
+    v.make_compact()
     largest = -np.inf
     for k in range(0, x.shape[0], step):
         if x[k] != x[k]:
@@ -60,6 +61,7 @@ def _without_softmax(x, step):
 
 @inner
 def _are_classes(label, classes):
+    v.make_compact()
     wrong = 0
     for i in range(label.shape[0]):
         wrong |= label[i] < 0 or label[i] >= classes
@@ -95,6 +97,7 @@ def _write_of(g, is_half, out, start):
 
 @inner
 def _widen(x, is_half, wide):
+    v.make_compact()
     if is_half:
         for k in range(x.shape[0]):
             wide[k] = v.from_half(x[k])
@@ -105,6 +108,7 @@ def _widen(x, is_half, wide):
 
 @inner
 def _narrow(values, is_half, out):
+    v.make_compact()
     if is_half:
         for k in range(values.shape[0]):
             out[k] = v.to_half(values[k])
@@ -157,7 +161,7 @@ def rows(
         # Meanwhile come the next row, and where this one will go in a while.
         coming, going = (i + 1 if i + 1 < count else i) * x_step, i * out_step + dense.CHUNK
         if job & KNOWN:
-            m, r, gap, mass = stats[0, i], stats[1, i], stats[2, i], stats[3, i]
+            m, r, gap, mass = stats[i], stats[count + i], stats[2 * count + i], stats[3 * count + i]
             if row[at] != m:
                 at = -1
             if job & GRAD:
@@ -180,7 +184,7 @@ def rows(
                 m = kind(_without_softmax(row, 1))
                 r = m - m if m != m else kind(0)
             if job & STATS:
-                stats[0, i], stats[1, i], stats[2, i], stats[3, i] = m, r, gap, mass
+                stats[i], stats[count + i], stats[2 * count + i], stats[3 * count + i] = m, r, gap, mass
         s = scale[i if scale.shape[0] > 1 else 0]
         a_top = on_label if y == at else kind(0)
         if at >= 0 and a.shape[0]:
@@ -319,28 +323,10 @@ def _give_of(
     return body
 
 
-def _put(number, is_half, out, place):
-    """One number of the gradient."""
-    raise NotImplementedError
-
-
-@overload(_put, jit_options=_INNER)
-def _put_of(number, is_half, out, place):
-    if out.dtype == types.uint16:
-
-        def body(number, is_half, out, place):
-            out[np.uintp(place)] = v.to_half(number) if is_half else v.to_bfloat(number)
-    else:
-
-        def body(number, is_half, out, place):
-            out[np.uintp(place)] = number
-
-    return body
-
-
 @inner
 def _prepare(each, width, y, label, part, factor, scale, first, count, is_new):
     """What there is of the rows from `first` on before their logits are read; of a tile's whole width, if it is new."""
+    v.make_compact()
     dense.spread(factor, first, count, v.part(each, FACTOR * width, width), is_new)
     dense.spread(scale, first, count, v.part(each, SCALE * width, width), is_new)
     if label.shape[0]:
@@ -353,18 +339,19 @@ def _prepare(each, width, y, label, part, factor, scale, first, count, is_new):
 @inner
 def _know_tops(tile, by_row, by_class, classes, each, width, y, at, is_few, has_labels, job, stats, first, count):
     """What follows from their maxima; these are then -inf in the tile, so that their exponentials are 0, if not few."""
-    m = v.part(each, M * width, count)
+    v.make_compact()
+    m, known = v.part(each, M * width, count), stats.shape[0] // 4
     if not is_few:
         tiles.look_up(tile, by_row, by_class, y, v.part(each, AT_LABEL * width, count), count)
     for lane in range(0, count, LANES):
         tiles.gaps_of_lanes(each, width, lane, y, 0 if has_labels else 1)
     if job & KNOWN:
         for k in range(count):
-            if m[k] != stats[0, first + k]:
+            if m[k] != stats[first + k]:
                 at[k] = -1
-            m[k] = stats[0, first + k]
-        dense.copy(v.part(each, GAP * width, count), (v.part(stats[2], first, count),))
-        dense.copy(v.part(each, MASS * width, count), (v.part(stats[3], first, count),))
+            m[k] = stats[first + k]
+        dense.copy(v.part(each, GAP * width, count), (v.part(stats, 2 * known + first, count),))
+        dense.copy(v.part(each, MASS * width, count), (v.part(stats, 3 * known + first, count),))
     elif job & STATS:
         for k in range(count):
             if m[k] - m[k] != 0:
@@ -377,22 +364,23 @@ def _know_tops(tile, by_row, by_class, classes, each, width, y, at, is_few, has_
 @inner
 def _conclude(tile, by_row, by_class, each, width, sums, y, at, is_few, z, job, stats, loss, first, count):
     """Their losses, and what their gradients are made of, once their sums are there."""
-    m = v.part(each, M * width, count)
+    v.make_compact()
+    m, known = v.part(each, M * width, count), stats.shape[0] // 4
     if job & KNOWN:
         for k in range(count):
             if m[k] - m[k] == 0:
-                sums[k] = stats[1, first + k]
+                sums[k] = stats[known + first + k]
     for lane in range(0, count, HALF):
         tiles.finish_lanes(each, width, lane, sums, y, at, z, job & GRAD != 0)
     if job & STATS:
-        dense.copy(v.part(stats[2], first, count), (v.part(each, GAP * width, count),))
-        dense.copy(v.part(stats[3], first, count), (v.part(each, MASS * width, count),))
+        dense.copy(v.part(stats, 2 * known + first, count), (v.part(each, GAP * width, count),))
+        dense.copy(v.part(stats, 3 * known + first, count), (v.part(each, MASS * width, count),))
         for k in range(count):
             top, rest = m[k], sums[k]
             if rest != rest:
                 top = top if top - top != 0 else np.nan
                 rest = 0 if top == top else np.nan
-            stats[0, first + k], stats[1, first + k] = top, rest
+            stats[first + k], stats[known + first + k] = top, rest
     if job & LOSS:
         dense.copy(v.part(loss, first, count), (v.part(each, OF_ROW * width, count),))
     if job & GRAD and not is_few:
@@ -400,17 +388,6 @@ def _conclude(tile, by_row, by_class, each, width, sums, y, at, is_few, z, job, 
         tiles.look_up(tile, by_row, by_class, y, at_label, count)
         dense.scale(at_label, (at_label, v.part(each, BY * width, count)))
         dense.subtract(v.part(each, LABEL * width, count), (at_label, v.part(each, LABEL * width, count)))
-
-
-@inner
-def _put_marks(each, width, y, at, is_half, out, start, row_step, class_step, count):
-    """What is not exp(x - m) times something, one by one."""
-    for k in range(count):
-        here = start + k * row_step
-        if y[k] >= 0:
-            _put(each[LABEL * width + k], is_half, out, here + y[k] * class_step)
-        if at[k] >= 0:
-            _put(each[TOP * width + k], is_half, out, here + at[k] * class_step)
 
 
 @compiled
@@ -453,7 +430,7 @@ def lanes(
             to = first * out_step
             _scatter(tile, classes, each, width, y, at, is_half, out, to, out_step, here, strip, is_few)
             if not is_few:
-                _put_marks(each, width, y, at, is_half, out, to, out_step, 1, here)
+                tiles.put_marks(each, width, y, at, is_half, out, to, out_step, 1, here)
     return dense.add_up(loss, count) if job & SUM else 0.0
 
 
@@ -548,7 +525,9 @@ def beside(
                     for lane in range(0, count_before, LANES):
                         tiles.add_up_lanes(partial, in_chunk + end - c, m, lane, sums, c >= dense.CHUNK)
         if is_written and not is_few:
-            _put_marks(each_written, width, y_written, at_written, is_half, out, to, 1, out_class_step, count_written)
+            tiles.put_marks(
+                each_written, width, y_written, at_written, is_half, out, to, 1, out_class_step, count_written
+            )
         if is_read:
             _know_tops(
                 tile, 1, width, classes, each, width, y, at, is_few, label.shape[0] > 0, job, stats, first, count

@@ -21,8 +21,10 @@ from ._vectors import (
     PARTIAL,
     Value,
     _Ahead,
+    _bfloat_of,
     _exp,
     _finish,
+    _half_of,
     _Held,
     _in_steps,
     _Memory,
@@ -222,25 +224,14 @@ def turn_back(
 # Of each row the number of one class, one by one
 
 
-class _Marked:
-    """Loops over the rows that have such a class, and where their tile has its number."""
-
-    def __init__(
-        self, context: Any, builder: Any, tile: tuple[Any, Any], steps: tuple[Any, Any], place: tuple[Any, Any]
-    ) -> None:
-        self.builder, self.steps = builder, steps
-        self.tile, self.place = (
-            context.make_array(type_)(context, builder, array).data for type_, array in (tile, place)
-        )
-
-    @contextmanager
-    def rows(self, count: Any) -> Iterator[tuple[Any, Any]]:
-        builder = self.builder
-        with cgutils.for_range(builder, count) as loop:
-            c = builder.load(builder.gep(self.place, [loop.index]))
-            with builder.if_then(builder.icmp_signed(">=", c, c.type(0))):
-                c = c if c.type == _INDEX else builder.sext(c, _INDEX)
-                yield loop.index, builder.gep(self.tile, [_in_tile(builder, self.steps, loop.index, c)])
+@contextmanager
+def _rows_with(context: Any, builder: Any, place: tuple[Any, Any], count: Any) -> Iterator[tuple[Any, Any]]:
+    """Of `count` rows those that have such a class, and the class."""
+    data = context.make_array(place[0])(context, builder, place[1]).data
+    with cgutils.for_range(builder, count) as loop:
+        c = builder.load(builder.gep(data, [loop.index]))
+        with builder.if_then(builder.icmp_signed(">=", c, c.type(0))):
+            yield loop.index, c if c.type == _INDEX else builder.sext(c, _INDEX)
 
 
 @intrinsic
@@ -249,9 +240,10 @@ def look_up(_context: Any, tile: Any, by_row: Any, by_class: Any, place: Any, ou
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         tile_, by_row, by_class, place_, out_, count = arguments
-        data = context.make_array(out)(context, builder, out_).data
-        with _Marked(context, builder, (tile, tile_), (by_row, by_class), (place, place_)).rows(count) as (k, there):
-            builder.store(builder.load(there), builder.gep(data, [k]))
+        source, target = (context.make_array(of)(context, builder, array) for of, array in ((tile, tile_), (out, out_)))
+        with _rows_with(context, builder, (place, place_), count) as (k, c):
+            number = builder.load(builder.gep(source.data, [_in_tile(builder, (by_row, by_class), k, c)]))
+            builder.store(number, builder.gep(target.data, [k]))
         return context.get_dummy_value()
 
     return types.void(tile, types.int64, types.int64, place, out, types.int64), build
@@ -263,11 +255,37 @@ def hide(_context: Any, tile: Any, by_row: Any, by_class: Any, place: Any, count
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         tile_, by_row, by_class, place_, count = arguments
-        with _Marked(context, builder, (tile, tile_), (by_row, by_class), (place, place_)).rows(count) as (_, there):
+        data = context.make_array(tile)(context, builder, tile_).data
+        with _rows_with(context, builder, (place, place_), count) as (k, c):
+            there = builder.gep(data, [_in_tile(builder, (by_row, by_class), k, c)])
             builder.store(ir.Constant(there.type.pointee, -math.inf), there)
         return context.get_dummy_value()
 
     return types.void(tile, types.int64, types.int64, place, types.int64), build
+
+
+@intrinsic
+def put_marks(
+    _context: Any, each: Any, width: Any, label: Any, at: Any, is_half: Any,
+    out: Any, start: Any, row_step: Any, class_step: Any, count: Any,
+) -> Any:  # fmt: skip
+    """What is not exp(x - m) times something, to the gradient: LABEL at the label, and TOP at the maximum."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        each_, width, label_, at_, is_half, out_, start, row_step, class_step, count = arguments
+        source, target = (context.make_array(of)(context, builder, array) for of, array in ((each, each_), (out, out_)))
+        for place, which in (((label, label_), LABEL), ((at, at_), TOP)):
+            with _rows_with(context, builder, place, count) as (k, c):
+                number = builder.load(builder.gep(source.data, [builder.add(builder.mul(width, _INDEX(which)), k)]))
+                if out.dtype == types.uint16:
+                    narrow = (_half_of(context, builder, number), _bfloat_of(context, builder, number))
+                    number = builder.select(is_half, *narrow)
+                there = builder.add(builder.mul(k, row_step), builder.mul(c, class_step))
+                builder.store(number, builder.gep(target.data, [builder.add(start, there)]))
+        return context.get_dummy_value()
+
+    index = types.int64
+    return types.void(each, index, label, at, types.boolean, out, index, index, index, index), build
 
 
 # 16 rows at a time, the numbers of a class side by side
