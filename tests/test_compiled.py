@@ -1053,9 +1053,28 @@ def test_a_thread_keeps_what_it_works_in_unless_it_is_much(monkeypatch):
     for apart in (_compiled.APART, _compiled.APART, 1):  # of other widths there is other room
         monkeypatch.setattr(_compiled, "APART", apart)
         cross_entropy(logits, labels, axis=1, engine="cpu")
-        rooms.append(_compiled._own.room)
+        rooms.append(_compiled._own.room[1])
     assert rooms[0] is rooms[1] is not rooms[2]
     monkeypatch.setattr(_compiled, "KEPT", 1 << 10)
     cross_entropy(logits[:, 1:], labels, axis=1, engine="cpu")
-    assert _compiled._own.room is rooms[2]
+    assert _compiled._own.room[1] is rooms[2]
     assert all(array.ctypes.data % 64 == 0 for array in rooms[0])
+
+
+@each_wide
+@pytest.mark.parametrize("names", [(), ("z_loss",)], ids="-".join)
+def test_which_loop_takes_a_large_gradient(monkeypatch, dtype, names):
+    """One that goes to memory is turned for fewer classes, with or without options; the numbers are the same."""
+    rows, lanes = Spy(monkeypatch, "rows"), Spy(monkeypatch, "lanes")
+    logits, labels, options = problem(_compiled.FEW_IN_LARGE + 1, 40, DTYPES[dtype], names)
+    labels[(labels < 0) | (labels >= logits.shape[1])] = 0
+    expected = [*map(words_of, cross_entropy_value_and_grad(logits, labels, engine="cpu", **options))]
+    assert (rows.calls, lanes.calls) == (0, 1)
+    monkeypatch.setattr(_memory, "LARGE", logits.nbytes)
+    assert [*map(words_of, cross_entropy_value_and_grad(logits, labels, engine="cpu", **options))] == expected
+    assert (rows.calls, lanes.calls) == (1, 1)
+    cross_entropy(logits, labels, engine="cpu", **options)
+    assert (rows.calls, lanes.calls) == (1, 2)
+    monkeypatch.setattr(_memory, "LARGE", logits.nbytes + 1)
+    cross_entropy_value_and_grad(logits, labels, engine="cpu", **options)
+    assert (rows.calls, lanes.calls) == (1, 3)

@@ -193,8 +193,7 @@ def _in_lines(count: int, dtype: Any) -> Array:
 class _Own(threading.local):
     """What a thread keeps for its next block: to ask for it each time may take longer than the block."""
 
-    key: Any = None
-    room: Any = None
+    room: tuple[Any, tuple[Array, ...]] = None, ()  # and what it is for, as one: a signal may come between two
 
 
 _own = _Own()
@@ -202,12 +201,11 @@ _own = _Own()
 
 def _room(make: Callable[[int, int, Any], tuple[Array, ...]], classes: int, width: int, acc: Any) -> tuple[Array, ...]:
     key = make, classes, width, acc
-    if _own.key == key:
-        room: tuple[Array, ...] = _own.room
-        return room
-    room = make(classes, width, acc)
-    if room[0].nbytes <= KEPT:
-        _own.key, _own.room = key, room
+    of, room = _own.room
+    if of != key:
+        room = make(classes, width, acc)
+        if room[0].nbytes <= KEPT:
+            _own.room = key, room
     return room
 
 

@@ -462,9 +462,10 @@ def beside(
     """What `lanes` does, for rows that lie side by side.
 
     The element (o, c, i) of (outer, C, inner) is x[o·outer_step + c·class_step + i]. While a tile is worked on, the one
-    before it is written and the one after it is read, a few classes at a time, so that memory is never idle; and no
-    more than a few, because classes a power of two apart drive each other out of a cache. With job & STREAM gradients
-    go past the caches: `lead` rows are missing in the first tile, so that all others begin with a line of cache.
+    before it is written and the one after it is read: where all three are whole, 16 numbers of each in turn, so that
+    memory is never idle; else a few classes at a time, and no more than a few, because classes a power of two apart
+    drive each other out of a cache. With job & STREAM gradients go past the caches: `lead` rows are missing in the
+    first tile, so that all others begin with a line of cache.
     """
     v.make_compact()
     size, own = classes * width, EACH * width
