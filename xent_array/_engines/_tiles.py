@@ -344,7 +344,7 @@ def gaps_of_lanes(_context: Any, each: Any, width: Any, lane: Any, label: Any, n
         largest, at_label, part = of.load(M, AT_LABEL, PART)
         zero = part.like(0)
         part = zero.where(has_none, part)
-        gap = part.where(part.equals(zero), part * (largest - at_label))
+        gap = part.where(part.equals(zero), part * (largest - at_label)).plain()
         mass = of.memory.all(builder.sitofp(no_label, of.memory.vector.element)).where(has_none, part)
         for value, which in ((part, PART), (gap, GAP), (mass, MASS)):
             of.store(value, which)
@@ -476,9 +476,9 @@ def finish_lanes(
             y, top = (_Memory(context, builder, *of, HALF).load(lane) for of in ((label, label_), (at, at_)))
             zero = scale.like(0)
             nothing = scale.equals(zero)
-            by = (scale.to(double) * coef * p).to(m.element)
+            by = (scale.to(double) * coef * p).to(m.element).plain()
             a = part.where(builder.icmp_signed("==", y.value, top.value), zero).to(double)
-            at_top = (scale.to(double) * _top(r, p, coef, a)).to(m.element)
+            at_top = (scale.to(double) * _top(r, p, coef, a)).plain().to(m.element)
             for value, which in ((by, BY), (scale * part, LABEL), (at_top, TOP)):
                 of.store(zero.where(nothing, value), which)
         return context.get_dummy_value()

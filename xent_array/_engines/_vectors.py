@@ -91,6 +91,14 @@ class Value:
     def equals(self, other: Value) -> Any:
         return self.builder.fcmp_ordered("==", self.value, other.value)
 
+    def differs(self, other: Value) -> Any:
+        """Whether they do, and none is NaN."""
+        return self.builder.fcmp_ordered("!=", self.value, other.value)
+
+    def plain(self) -> Value:
+        """Of all NaN the same one, and of both zeros +0: which it is may depend on how LLVM orders operands."""
+        return (self + self.like(0)).where(self.equals(self), self.like(math.nan))
+
     def to(self, type_: Any) -> Value:
         """In float32 or float64."""
         if self.element == type_:
@@ -209,9 +217,8 @@ def _log1p(r: Value, is_rough: bool) -> tuple[Value, Value]:
 
 
 def _times(value: Value, by: Value) -> Value:
-    """Their product; 0 by 0, whatever there is in a row that does not count."""
-    zero = by.like(0)
-    return zero.where(by.equals(zero), value * by)
+    """Their product; by 0 and by NaN just that, whatever there is in a row that does not count, or has no softmax."""
+    return (value * by).where(by.differs(by.like(0)), by)
 
 
 # What follows for a row once its sum is known, in float64
@@ -222,14 +229,14 @@ def _finish(
 ) -> tuple[Value, Value, Value, Value]:
     """The loss of a row; log(1 + r); p = 1/(1 + r); and coef, what p is multiplied by in the gradient."""
     builder, zero = r.builder, r.like(0)
-    tail, p = _log1p(r, is_rough)
+    tail, p = _log1p(r.plain(), is_rough)
     held = _Held([gap + mass * tail, mass])
     with builder.if_then(builder.fcmp_ordered(">", z, ir.Constant(z.type, 0))):
         lse, weight = m + tail, Value(builder, _as_many(r, z))
         loss, coef = held.get()
         held.set([loss + (weight * lse) * lse, coef + (weight + weight) * lse])
     loss, coef = held.get()
-    return zero.where(factor.equals(zero), factor * loss), tail, p, coef
+    return zero.where(factor.equals(zero), factor * loss).plain(), tail, p, coef
 
 
 def _top(r: Value, p: Value, coef: Value, a: Value) -> Value:
@@ -251,7 +258,7 @@ def finish(_context: Any, m: Any, r: Any, gap: Any, mass: Any, a: Any, factor: A
         m, r, gap, mass, a, factor, scale = (Value(builder, number).to(ir.DoubleType()) for number in arguments[:7])
         z = arguments[7]
         loss, tail, p, coef = _finish(m, r, gap, mass, factor, z, is_rough)
-        found = loss, scale * coef * p, scale * _top(r, p, coef, a), tail
+        found = loss, (scale * coef * p).plain(), (scale * _top(r, p, coef, a)).plain(), tail
         return context.make_tuple(builder, signature.return_type, [value.value for value in found])
 
     # With its own type of m: Numba tells the implementations apart by nothing but their signatures.
