@@ -179,7 +179,7 @@ def rows(
                     mass = kind(float(mass) + float(each[0]) * classes)
             else:
                 gap, mass = kind(0), kind(0 if label.shape[0] else 1)
-            gap = kind(gap + 0) if gap == gap else kind(np.nan)
+            gap = gap if gap == gap else kind(np.nan)
             r = kind(dense.exps(row, m, at, g, x, coming, out, going) if m - m == 0 else np.nan)
             if r != r:
                 m = kind(_without_softmax(row, 1))

@@ -344,7 +344,7 @@ def gaps_of_lanes(_context: Any, each: Any, width: Any, lane: Any, label: Any, n
         largest, at_label, part = of.load(M, AT_LABEL, PART)
         zero = part.like(0)
         part = zero.where(has_none, part)
-        gap = part.where(part.equals(zero), part * (largest - at_label)).plain()
+        gap = part.where(part.equals(zero), part * (largest - at_label)).with_one_nan()
         mass = of.memory.all(builder.sitofp(no_label, of.memory.vector.element)).where(has_none, part)
         for value, which in ((part, PART), (gap, GAP), (mass, MASS)):
             of.store(value, which)
@@ -467,7 +467,7 @@ def finish_lanes(
         of = _Each(context, builder, each, each_, width, lane, HALF)
         m, part, factor, scale, gap, mass = of.load(M, PART, FACTOR, SCALE, GAP, MASS)
         sums, double = _Memory(context, builder, totals, totals_, HALF), ir.DoubleType()
-        r = sums.load(lane).to(m.element).to(double)
+        r = sums.load(lane).to(m.element).to(double).with_one_nan()
         sums.store(r, lane)
         wide_m, wide_gap, wide_mass, wide_factor = (value.to(double) for value in (m, gap, mass, factor))
         loss, _, p, coef = _finish(wide_m, r, wide_gap, wide_mass, wide_factor, z, m.is_single)
@@ -476,9 +476,9 @@ def finish_lanes(
             y, top = (_Memory(context, builder, *of, HALF).load(lane) for of in ((label, label_), (at, at_)))
             zero = scale.like(0)
             nothing = scale.equals(zero)
-            by = (scale.to(double) * coef * p).to(m.element).plain()
+            by = (scale.to(double) * coef * p).to(m.element) + zero
             a = part.where(builder.icmp_signed("==", y.value, top.value), zero).to(double)
-            at_top = (scale.to(double) * _top(r, p, coef, a)).plain().to(m.element)
+            at_top = (scale.to(double) * _top(r, p, coef, a)).to(m.element)
             for value, which in ((by, BY), (scale * part, LABEL), (at_top, TOP)):
                 of.store(zero.where(nothing, value), which)
         return context.get_dummy_value()

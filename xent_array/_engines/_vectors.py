@@ -95,9 +95,9 @@ class Value:
         """Whether they do, and none is NaN."""
         return self.builder.fcmp_ordered("!=", self.value, other.value)
 
-    def plain(self) -> Value:
-        """Of all NaN the same one, and of both zeros +0: which it is may depend on how LLVM orders operands."""
-        return (self + self.like(0)).where(self.equals(self), self.like(math.nan))
+    def with_one_nan(self) -> Value:
+        """The same NaN for each: which one arithmetic makes depends on the processor, and on how operands lie."""
+        return self.where(self.equals(self), self.like(math.nan))
 
     def to(self, type_: Any) -> Value:
         """In float32 or float64."""
@@ -229,14 +229,14 @@ def _finish(
 ) -> tuple[Value, Value, Value, Value]:
     """The loss of a row; log(1 + r); p = 1/(1 + r); and coef, what p is multiplied by in the gradient."""
     builder, zero = r.builder, r.like(0)
-    tail, p = _log1p(r.plain(), is_rough)
+    tail, p = _log1p(r, is_rough)
     held = _Held([gap + mass * tail, mass])
     with builder.if_then(builder.fcmp_ordered(">", z, ir.Constant(z.type, 0))):
         lse, weight = m + tail, Value(builder, _as_many(r, z))
         loss, coef = held.get()
         held.set([loss + (weight * lse) * lse, coef + (weight + weight) * lse])
     loss, coef = held.get()
-    return zero.where(factor.equals(zero), factor * loss).plain(), tail, p, coef
+    return zero.where(factor.equals(zero), factor * loss), tail, p, coef
 
 
 def _top(r: Value, p: Value, coef: Value, a: Value) -> Value:
@@ -256,9 +256,9 @@ def finish(_context: Any, m: Any, r: Any, gap: Any, mass: Any, a: Any, factor: A
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         m, r, gap, mass, a, factor, scale = (Value(builder, number).to(ir.DoubleType()) for number in arguments[:7])
-        z = arguments[7]
+        r, z = r.with_one_nan(), arguments[7]
         loss, tail, p, coef = _finish(m, r, gap, mass, factor, z, is_rough)
-        found = loss, (scale * coef * p).plain(), (scale * _top(r, p, coef, a)).plain(), tail
+        found = loss, scale * coef * p, scale * _top(r, p, coef, a), tail
         return context.make_tuple(builder, signature.return_type, [value.value for value in found])
 
     # With its own type of m: Numba tells the implementations apart by nothing but their signatures.
