@@ -130,9 +130,14 @@ def _may_be_filled(out: Any, logits: Array, target: Array) -> bool:
     )
 
 
+def _is_large(grad: Array | None) -> bool:
+    """Whether the gradient goes to memory, rather than to a cache."""
+    return grad is not None and grad.nbytes >= _memory.LARGE
+
+
 def _few(grad: Array | None) -> int:
     """Up to how many classes dense rows are turned."""
-    return FEW if grad is None or grad.nbytes < _memory.LARGE else FEW_IN_LARGE
+    return FEW_IN_LARGE if _is_large(grad) else FEW
 
 
 def _plain(
@@ -290,7 +295,7 @@ def _in_lanes(rows: Rows, grad: Array | None, whole: Array | None, target: tuple
     logits, count = _first(rows.logits, beside), outer * inner
     if beside:
         label, on_label, z_loss, factor, scale, job, *rest = target
-        lead = _lead(grad, out) if whole is not None and whole.nbytes >= _memory.LARGE else None
+        lead = _lead(grad, out) if _is_large(whole) else None
         if lead is not None:
             job |= _loops.STREAM
         width = _width_beside(classes)

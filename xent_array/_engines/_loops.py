@@ -135,9 +135,9 @@ def rows(
 
     label: the class of each row, -1 for none; part: the target on it. each: what every class has, of length 1 or C,
     or 0. a: distributions, weighted and smoothed, row i at a[i·a_step]; of length 0 where there are labels or no
-    target. part, factor and scale have one number per row, or one. stats (4, rows) are filled if job & STATS, read if
-    job & KNOWN. If job & CHECK and some label is no class, nothing is done, and the answer is -1; else it is the
-    `total` of the losses, if job & SUM, or 0.
+    target. part, factor and scale have one number per row, or one. stats, the four kinds one after another, are filled
+    if job & STATS, read if job & KNOWN. If job & CHECK and some label is no class, nothing is done, and the answer is
+    -1; else it is the `total` of the losses, if job & SUM, or 0.
     """
     v.make_compact()
     if job & CHECK and not _are_classes(label, classes):

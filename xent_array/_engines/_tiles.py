@@ -131,16 +131,14 @@ def turn(_context: Any, x: Any, start: Any, x_step: Any, count: Any, classes: An
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         x_, start, x_step, count, classes, tile_, first = arguments
         turn = _Turn(context, builder, (x, x_), (tile, tile_))
-        side = turn.side
+        side, steps = turn.side, (classes, _INDEX(LANES))
 
         def rows(row: Any, number: int) -> Callable[[Any], None]:
             def one(c: Any) -> None:
                 value = builder.load(builder.gep(turn.line.data, [turn.in_line(start, row, x_step, c)]))
                 builder.store(
                     value,
-                    builder.gep(
-                        turn.tile.data, [_in_tile(builder, (classes, _INDEX(LANES)), builder.add(first, row), c)]
-                    ),
+                    builder.gep(turn.tile.data, [_in_tile(builder, steps, builder.add(first, row), c)]),
                 )
 
             def square(c: Any) -> None:
@@ -151,7 +149,7 @@ def turn(_context: Any, x: Any, start: Any, x_step: Any, count: Any, classes: An
                 for k, numbers in enumerate(_turned(pairs)):
                     turn.wide.store(
                         numbers,
-                        _in_tile(builder, (classes, _INDEX(LANES)), builder.add(first, row), builder.add(c, _INDEX(k))),
+                        _in_tile(builder, steps, builder.add(first, row), builder.add(c, _INDEX(k))),
                     )
 
             return one if number == 1 else square
@@ -182,7 +180,7 @@ def turn_back(
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         tile_, first, each_, width, label_, at_, out_, start, out_step, count, classes, has_marks = arguments
         turn = _Turn(context, builder, (out, out_), (tile, tile_))
-        side = turn.side
+        side, steps = turn.side, (classes, _INDEX(LANES))
 
         def rows(row: Any, number: int) -> Callable[[Any], None]:
             here = builder.add(first, row)
@@ -193,9 +191,7 @@ def turn_back(
 
             def of_classes(c: Any, many: int) -> list[Value]:
                 at = [builder.add(c, _INDEX(k)) for k in range(many)]
-                held = _Held(
-                    [_times(numbers.load(_in_tile(builder, (classes, _INDEX(LANES)), here, k)), by) for k in at]
-                )
+                held = _Held([_times(numbers.load(_in_tile(builder, steps, here, k)), by) for k in at])
                 with builder.if_then(has_marks):
                     held.set([_marked(value, y.index(k), *marks) for k, value in zip(at, held.get(), strict=True)])
                 return held.get()
