@@ -542,10 +542,9 @@ def row_stats(
         validate=validate,
         engine=engine,
     )
-    rows, xp = problem.rows, problem.rows.xp
     with np.errstate(all="ignore"):
-        stats = _engines.row_stats(problem.engine, rows)
-        return RowStats(*(problem.view.from_rows(xp, part) for part in stats))
+        stats = _engines.row_stats(problem.engine, problem.rows)
+        return problem.user_stats(stats)
 
 
 class CrossEntropyLoss:

@@ -122,6 +122,11 @@ class Problem(NamedTuple):
         """What an engine returned as the loss, in the user's shape."""
         return self.view.from_rows(self.rows.xp, loss) if self.rows.reduction == "none" else loss
 
+    def user_stats(self, stats: RowStats) -> RowStats:
+        """What an engine returned as the stats, in the user's shape."""
+        xp = self.rows.xp
+        return RowStats(*(None if part is None else self.view.from_rows(xp, part) for part in stats))
+
     def stats(self, stats: RowStats) -> RowStats:
         """Stats that the user kept, checked and as the engine takes them."""
         if not isinstance(stats, RowStats):
@@ -130,7 +135,7 @@ class Problem(NamedTuple):
         return RowStats(
             *(
                 view.rows(self.rows.xp, _real_rows(_detached(part), f"stats.{name}", logits, acc, view))
-                for name, part in stats._asdict().items()
+                for name, part in zip(stats._fields[:4], stats[:4], strict=True)
             )
         )
 

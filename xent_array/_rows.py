@@ -32,7 +32,8 @@ class Rows(NamedTuple):
 
     Shapes: logits (outer, C, inner); target (outer, inner) for class indices, (outer, C, inner) for
     distributions, None to ask for the softmax alone; weight (C,); sample_weight and a per-row upstream (outer, inner).
-    `acc` is the dtype of the arithmetic and of the loss. `all_labels_count` is True where it is already known that
+    `acc` is the dtype of the arithmetic and of the loss. `denominator` is what the mean divides by, where the caller
+    says so: a number, or an array () in the widest dtype. `all_labels_count` is True where it is already known that
     every label is a class and none is ignored; False promises nothing.
     """
 
@@ -48,6 +49,7 @@ class Rows(NamedTuple):
     softcap: float | None = None
     reduction: str = "none"
     upstream: Array | float | None = None
+    denominator: Array | float | None = None
     all_labels_count: bool = False
 
     @property
@@ -85,15 +87,19 @@ class RowStats(NamedTuple):
         ``sum(a_k * (m - x_k))``
     mass : array
         ``sum(a_k)``
+    correct : array of bool, or None
+        Whether the label is the class of the largest logit, the first of them where there are several, as ``argmax``
+        takes it; False in a row that is ignored, has a bad label or is NaN. None where the target is a distribution.
 
-    All four have one number per row, in the dtype of the loss. ``lse``, ``loss`` and the others below follow from
-    them. As a named tuple they are saved by ``ctx.save_for_backward(*stats)`` and are a JAX pytree.
+    The first four have one number per row, in the dtype of the loss. ``lse``, ``loss`` and the others below follow
+    from them. As a named tuple they are saved by ``ctx.save_for_backward(*stats)`` and are a JAX pytree.
     """
 
     max: Array
     rest: Array
     gap: Array
     mass: Array
+    correct: Array | None = None
 
     @property
     def tail(self) -> Array:
@@ -165,7 +171,12 @@ def row_factor(rows: Rows, known: Labels | None) -> Array | None:
 
 
 def denominator(rows: Rows, known: Labels | None, factor: Array | None, wide: DType) -> Array | float:
-    """What the mean divides by: the rows that count, each with its sample weight and the class weight of its label."""
+    """What the mean divides by: the rows that count, each with its sample weight and the class weight of its label.
+
+    Or what the caller wants it to divide by.
+    """
+    if rows.denominator is not None:
+        return rows.denominator
     xp = rows.xp
     if factor is None and (known is None or rows.weight is None):
         return float(rows.shape[0] * rows.shape[1])
@@ -228,13 +239,26 @@ def terms(rows: Rows) -> tuple[Array | None, Array | float | None]:
     return factor, denominator(rows, known, factor, widest(rows)) if rows.reduction == "mean" else None
 
 
-def marked(rows: Rows, stats: RowStats) -> RowStats:
-    """The stats with a gap of NaN, and so a loss of NaN, in every row whose label is bad."""
-    if not rows.has_labels or rows.all_labels_count:
+def hits(rows: Rows) -> Array:
+    """Whether the label of each row is the first class of the largest logit. For rows that count, and have a softmax."""
+    xp = rows.xp
+    return xp.argmax(xp.astype(rows.logits, rows.acc, copy=False), axis=1) == labels(rows).index
+
+
+def marked(rows: Rows, stats: RowStats, hit: Array | None = None) -> RowStats:
+    """The stats with a gap of NaN, and so a loss of NaN, under a bad label; and which rows are `correct`.
+
+    `hit` is what `hits` says, where it is known already.
+    """
+    if not rows.has_labels:
         return stats
+    xp, lse = rows.xp, stats.lse
+    correct = (hits(rows) if hit is None else hit) & (lse == lse)
+    if rows.all_labels_count:
+        return stats._replace(correct=correct)
     _, valid, ignored = labels(rows)
-    named = valid if ignored is None else valid | ignored
-    return stats._replace(gap=rows.xp.where(named, stats.gap, rows.xp.full_like(stats.gap, rows.xp.nan)))
+    named, counts = (valid, valid) if ignored is None else (valid | ignored, valid & ~ignored)
+    return stats._replace(gap=xp.where(named, stats.gap, xp.full_like(stats.gap, xp.nan)), correct=correct & counts)
 
 
 def finish(rows: Rows, stats: RowStats) -> Array:

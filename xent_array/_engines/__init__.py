@@ -13,7 +13,8 @@ It may also have these of its own; where it does not, the functions below compos
     loss(rows)                     the reduced loss, or one per row
     loss_and_grad(rows, out)       both, for the price of one read and one write
     stats_and_loss(rows)           the stats, and the loss as `loss` gives it
-    row_stats(rows)                the stats, with a gap of NaN under a bad label
+    row_stats(rows)                the stats as users see them: `correct`, and a gap of NaN under a bad label
+    loss_grad_and_stats(rows, out) all three, for the price of one read and one write; the stats as from `row_stats`
     softmax(rows, log)             softmax or log-softmax of every row
     at_once(logits, target, ...)   the answer to the plainest question, see the function below; None if it is not that
 
@@ -123,6 +124,15 @@ def row_stats(engine: Engine, rows: Rows) -> RowStats:
         marked: RowStats = own(rows)
         return marked
     return _rows.marked(rows, engine.stats(rows))
+
+
+def loss_grad_and_stats(engine: Engine, rows: Rows, out: Array | None) -> tuple[Array, Array, RowStats]:
+    own = getattr(engine, "loss_grad_and_stats", None)
+    if own is not None:
+        loss, grad, stats = own(rows, out)
+        return loss, grad, stats
+    stats = row_stats(engine, rows)  # before the gradient may take the place of the logits
+    return _rows.finish(rows, stats), engine.grad(rows, stats, out), stats
 
 
 def softmax(engine: Engine, rows: Rows, log: bool) -> Array:

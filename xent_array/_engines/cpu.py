@@ -69,6 +69,11 @@ class Cpu:
         self._drive(rows, _Want(stats=filled))
         return filled
 
+    def row_stats(self, rows: Rows) -> RowStats:
+        filled = _stats(rows, with_hits=True)
+        self._drive(rows, _Want(stats=filled))
+        return _rows.marked(rows, filled, filled.correct)
+
     def stats_and_loss(self, rows: Rows) -> tuple[RowStats, Array]:
         filled = _stats(rows)
         return filled, self._loss(rows, stats=filled)
@@ -84,6 +89,11 @@ class Cpu:
     def loss_and_grad(self, rows: Rows, out: Array | None = None) -> tuple[Array, Array]:
         out = _gradient(rows) if out is None else out
         return self._loss(rows, out=out), out
+
+    def loss_grad_and_stats(self, rows: Rows, out: Array | None = None) -> tuple[Array, Array, RowStats]:
+        filled = _stats(rows, with_hits=True)
+        out = _gradient(rows) if out is None else out
+        return self._loss(rows, stats=filled, out=out), out, _rows.marked(rows, filled, filled.correct)
 
     def softmax(self, rows: Rows, log: bool) -> Array:
         out = _gradient(rows)
@@ -129,7 +139,8 @@ class Cpu:
         if self.compile and rows.classes <= TILE:
             compiled = compiled_body()
             if isinstance(compiled, ModuleType):
-                return compiled.block, BLOCK if compiled.converts(rows, want) else 16 * BLOCK, QUICK * ALONE
+                small = compiled.converts(rows, want) or (want.stats is not None and want.stats.correct is not None)
+                return compiled.block, BLOCK if small else 16 * BLOCK, QUICK * ALONE
         return _plain_block if _is_plain(rows, want) else _block, BLOCK, ALONE
 
 
@@ -153,8 +164,10 @@ def _sum(losses: Array) -> float:
     return float(np.add.reduce(losses, axis=None, dtype=np.float64))
 
 
-def _stats(rows: Rows) -> RowStats:
-    return RowStats(*(np.empty(rows.shape, rows.acc) for _ in RowStats._fields))
+def _stats(rows: Rows, with_hits: bool = False) -> RowStats:
+    """Room for the stats; and, of labels, for `_rows.hits`."""
+    hits = np.empty(rows.shape, bool) if with_hits and rows.has_labels else None
+    return RowStats(*(np.empty(rows.shape, rows.acc) for _ in range(4)), correct=hits)
 
 
 def _gradient(rows: Rows) -> Array:
@@ -163,6 +176,8 @@ def _gradient(rows: Rows) -> Array:
 
 def _divisor(rows: Rows) -> float:
     """The mean's denominator, part by part: nothing of the size of the batch is held."""
+    if rows.denominator is not None:
+        return float(rows.denominator)
     if rows.sample_weight is None and ((rows.all_labels_count and rows.weight is None) or not rows.has_labels):
         return float(rows.shape[0] * rows.shape[1])
     total = 0.0
@@ -300,12 +315,14 @@ def _block(rows: Rows, want: _Want, part: Part, scratch: _Scratch) -> None:
         if rows.target is None:  # the softmax alone: the gradient of lse
             stats = RowStats(stats.max, stats.rest, stats.gap, mass=rows.acc.type(1))
     else:
-        stats = RowStats(*(values[part].reshape(-1) for values in want.given))
+        stats = RowStats(*(values[part].reshape(-1) for values in want.given[:4]))
     finite = _all_finite(stats.max)
     tail = np.log1p(stats.rest) if finite else stats.tail
     lse = stats.max + tail if rows.z_loss else None
     if want.stats is not None:
-        for whole, values in zip(want.stats, stats, strict=True):
+        if want.stats.correct is not None:
+            want.stats.correct[part] = _rows.hits(rows)
+        for whole, values in zip(want.stats[:4], stats[:4], strict=True):
             filled = whole[part]
             filled[...] = values.reshape(filled.shape) if isinstance(values, np.ndarray) else values
     if want.loss is not None:

@@ -321,7 +321,7 @@ class Cuda:
 
     def grad(self, rows: Rows, stats: RowStats, out: Array | None = None) -> Array:
         with self.launcher.on(rows.logits):
-            given = RowStats(*(_dense(rows.xp, part) for part in stats))
+            given = RowStats(*(_dense(rows.xp, part) for part in stats[:4]))
             return self._rows("GRAD", rows, self._mean(rows), stats=given, out=out)
 
     def loss(self, rows: Rows) -> Array:
@@ -341,7 +341,7 @@ class Cuda:
             return self._rows("LOG_SOFTMAX" if log else "LOSS_AND_GRAD", rows, _Mean())
 
     def _stats(self, rows: Rows, losses: Array | None) -> RowStats:
-        filled = RowStats(*(self._empty(rows, rows.shape) for _ in RowStats._fields))
+        filled = RowStats(*(self._empty(rows, rows.shape) for _ in range(4)))
         self._rows("STATS", rows, _Mean(), losses=losses, stats=filled)
         return filled
 
@@ -371,7 +371,7 @@ class Cuda:
             kind, target = _target(rows)
             chip = self.launcher.chip(logits)
             chosen, kernel = _chosen(job, outer * inner, classes, dtype, chip, layout, _variant(rows))
-            max_, rest, gap, mass = (None,) * 4 if stats is None else stats
+            max_, rest, gap, mass = (None,) * 4 if stats is None else stats[:4]
             arguments = (
                 logits, *_steps(logits),
                 grad, *_steps(grad),
