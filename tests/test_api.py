@@ -2,6 +2,10 @@
 
 import copy
 import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +13,14 @@ from close import assert_grad, assert_loss
 from numpy.lib.stride_tricks import as_strided
 from oracle import oracle
 
-from xent_array import CrossEntropyLoss, cross_entropy, cross_entropy_grad, cross_entropy_value_and_grad, row_stats
+from xent_array import (
+    CrossEntropyLoss,
+    cross_entropy,
+    cross_entropy_grad,
+    cross_entropy_value_and_grad,
+    row_stats,
+    softmax,
+)
 from xent_array._engines import cpu
 
 RNG = np.random.default_rng(0)
@@ -32,21 +43,196 @@ def test_out_of_any_strides_that_are_apart(strides):
 
 
 @pytest.mark.parametrize("role", ["weight", "sample_weight", "grad_output"])
-@pytest.mark.parametrize("value", [1e300, 1e-300])
 @pytest.mark.parametrize("engine", ["cpu", "numpy", "generic"])
-def test_numbers_beyond_the_arithmetic_do_not_warn(role, value, engine):
-    given = {role: np.full(5 if role == "weight" else 6, value)}
+def test_numbers_below_the_arithmetic_do_not_warn(role, engine):
+    given = {role: np.full(5 if role == "weight" else 6, 1e-300)}
     with np.errstate(all="raise"):
         cross_entropy_value_and_grad(LOGITS, LABELS, reduction="none", engine=engine, **given)
 
 
 @pytest.mark.parametrize("softcap", [1e300, 1e-300])
-def test_softcap_beyond_the_arithmetic_is_refused(softcap):
-    with pytest.raises(
-        ValueError, match=r"softcap must be a number that the arithmetic can hold, here float32; got 1e"
-    ):
-        cross_entropy(LOGITS, LABELS, softcap=softcap)
+def test_softcap_beyond_float32_is_taken_in_float64(softcap):
     assert np.isfinite(cross_entropy(LOGITS.astype(np.float64), LABELS, softcap=softcap))
+
+
+def test_what_is_accepted_does_not_depend_on_earlier_calls():
+    """A cache that takes equal numbers for the same one would answer for the second what it has said of the first."""
+    for good, bad in [({"ignore_index": 255}, {"ignore_index": 255.0}), ({"z_loss": 0.5}, {"z_loss": 0.5 + 0j})]:
+        for options in (good, bad, good, bad):
+            if options is good:
+                cross_entropy(LOGITS, LABELS, **options)
+            else:
+                with pytest.raises(TypeError, match=next(iter(bad))):
+                    cross_entropy(LOGITS, LABELS, **options)
+
+
+@pytest.mark.parametrize("first", [0.0, -0.0])
+def test_the_sign_of_a_zero_gradient_does_not_depend_on_earlier_calls(first):
+    for upstream in (first, -first):
+        grad = cross_entropy_grad(LOGITS, LABELS, grad_output=upstream)
+        value_grad = cross_entropy_value_and_grad(LOGITS, LABELS, grad_output=upstream)[1]
+        assert not np.signbit(grad).any()
+        assert not np.signbit(value_grad).any()
+
+
+@pytest.mark.parametrize("make", ["numpy", "torch", "jax"])
+def test_an_array_of_no_dimension_is_a_number(make):
+    xp = pytest.importorskip("jax.numpy" if make == "jax" else make)
+    logits, labels = xp.asarray(LOGITS), xp.asarray(LABELS)
+    numbers = {"label_smoothing": 0.25, "z_loss": 0.5, "softcap": 2.0, "ignore_index": 3, "denominator": 4.0}
+    arrays = {name: xp.asarray(value) for name, value in numbers.items()}
+    loss, grad = cross_entropy_value_and_grad(logits, labels, grad_output=2.0, **numbers)
+    as_arrays = cross_entropy_value_and_grad(logits, labels, grad_output=xp.asarray(2.0), **arrays)
+    np.testing.assert_allclose(as_arrays[0], loss, rtol=1e-6)
+    np.testing.assert_allclose(as_arrays[1], grad, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"label_smoothing must be from 0 to 1, got 1\.5"):
+        cross_entropy(logits, labels, label_smoothing=xp.asarray(1.5))
+    with pytest.raises(TypeError, match="z_loss must be a real number"):
+        cross_entropy(logits, labels, z_loss=xp.asarray([0.5]))
+
+
+class Column:
+    """What a table gives: it is no array, and can become one."""
+
+    def __init__(self, values, **attributes):
+        self.values = values
+        vars(self).update(attributes)
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self.values, dtype)
+
+
+def test_what_becomes_an_array_is_taken():
+    plain = {"weight": np.arange(5.0), "sample_weight": np.arange(6.0), "grad_output": np.arange(6.0)}
+    loss, grad = cross_entropy_value_and_grad(LOGITS, LABELS, reduction="none", **plain)
+    columns = {name: Column(values) for name, values in plain.items()}
+    got = cross_entropy_value_and_grad(Column(LOGITS), Column(LABELS), reduction="none", **columns)
+    assert type(got[0]) is type(got[1]) is np.ndarray
+    np.testing.assert_array_equal(got[0], loss)
+    np.testing.assert_array_equal(got[1], grad)
+    np.testing.assert_array_equal(softmax(Column(LOGITS)), softmax(LOGITS))
+    assert cross_entropy(LOGITS, LABELS, denominator=Column(2.0)) == cross_entropy(LOGITS, LABELS, denominator=2)
+
+
+def test_a_table_of_pandas_is_taken():
+    pandas = pytest.importorskip("pandas")
+    table = pandas.DataFrame(LOGITS)
+    labels = pandas.Series(LABELS)
+    assert cross_entropy(table, labels) == cross_entropy(LOGITS, LABELS)
+    assert cross_entropy(table, labels.astype("Int64")) == cross_entropy(LOGITS, LABELS)
+    named = pandas.Series(list("abcabc")).astype("category")
+    for target, words in ((named, r"\.cat\.codes"), (named.array, r"its \.codes")):
+        with pytest.raises(TypeError, match=words):
+            cross_entropy(LOGITS, target)
+    assert cross_entropy(LOGITS, named.cat.codes) == cross_entropy(LOGITS, [0, 1, 2, 0, 1, 2])
+
+
+class Sparse:
+    def toarray(self):
+        return LOGITS
+
+
+@pytest.mark.parametrize(
+    ("value", "says", "says_not"),
+    [
+        (Sparse(), [r"Sparse; pass \.toarray\(\) of it$"], []),
+        (Column(list("abcabc"), dtype="category", codes=LABELS), [r"categories are its \.codes$"], []),
+        (Column(list("abcabc"), dtype="category"), [r"categories are its \.cat\.codes$"], []),
+        (Column(list("abcabc")), ["Column", "<U1"], []),
+        (range(6), ["range; pass a list of it$"], []),
+        ({"a": 1}, ["got dict$"], []),
+        ("abc", [r"got str \('abc'\)$"], []),
+        (None, [r"got NoneType \(None\)$"], []),
+        (["a"] * 6, ["numbers", "str"], ["<U1"]),
+        ([None] * 6, ["numbers", "NoneType"], []),
+        (np.array(["a"] * 6), ["text", "<U1"], ["str32"]),
+    ],
+    ids=lambda value: type(value).__name__ if not isinstance(value, list) else "",
+)
+def test_what_is_no_array_gets_advice_that_fits(value, says, says_not):
+    for role in ("logits", "target"):
+        given = {"logits": LOGITS, "target": LABELS} | {role: value}
+        with pytest.raises(TypeError, match=f"^{role} must be ") as raised:
+            cross_entropy(**given)
+        for words in says:
+            assert re.search(words, str(raised.value))
+        assert not any(words in str(raised.value) for words in says_not)
+
+
+def test_integer_logits_are_told_how_to_be_converted():
+    with pytest.raises(TypeError, match=r"got int64: write numpy\.array\(logits, dtype='float32'\)$"):
+        cross_entropy([[1, 2], [3, 4]], [0, 1])
+    with pytest.raises(TypeError, match=r"got int32: write logits\.astype\('float32'\)$"):
+        cross_entropy(np.array([[1, 2]], np.int32), [0])
+    with pytest.raises(TypeError, match=r"got int64: write x\.astype\('float32'\)$"):
+        softmax(np.array([1, 2]))
+    with pytest.raises(TypeError, match="got bool, which is not converted"):
+        softmax(np.array([True, False]))
+    xp = pytest.importorskip("array_api_strict")
+    with pytest.raises(TypeError, match=r"got int64: write xp\.astype\(logits, xp\.float32\)$"):
+        cross_entropy(xp.asarray([[1, 2]]), xp.asarray([0]))
+    torch = pytest.importorskip("torch")
+    with pytest.raises(TypeError, match=r"got int64: write logits\.float\(\)$"):
+        cross_entropy(torch.tensor([[1, 2]]), torch.tensor([0]))
+
+
+@pytest.mark.parametrize("role", ["logits", "target", "weight", "sample_weight"])
+def test_a_ragged_list_names_its_argument(role):
+    given = {"logits": LOGITS, "target": LABELS} | {role: [[1.0, 2.0], [3.0]]}
+    with pytest.raises(ValueError, match=f"^{role} is no array: its lists differ in length"):
+        cross_entropy(**given)
+
+
+def test_a_scalar_names_its_argument():
+    with pytest.raises(ValueError, match=r"^x must have at least one dimension, .* shape \(\)"):
+        softmax(1.0)
+    with pytest.raises(ValueError, match=r"^logits must have at least one dimension, .* shape \(\)"):
+        cross_entropy(1.0, 0)
+
+
+def test_sample_weights_of_a_batch_take_the_place_of_the_object_s():
+    sce = CrossEntropyLoss(np.arange(1.0, 6), sample_weight=np.ones(6))  # class weights come first, as in PyTorch
+    batch = np.arange(6.0)
+    loss, grad = cross_entropy_value_and_grad(LOGITS, LABELS, weight=np.arange(1.0, 6), sample_weight=batch)
+    assert sce.forward(LOGITS, LABELS, sample_weight=batch) == pytest.approx(loss, rel=1e-6)
+    np.testing.assert_allclose(sce.backward(), grad, rtol=1e-5)
+    assert sce(LOGITS, LABELS) == pytest.approx(cross_entropy(LOGITS, LABELS, weight=np.arange(1.0, 6)), rel=1e-6)
+
+
+TYPED = """
+import numpy as np
+from xent_array import CrossEntropyLoss, cross_entropy, cross_entropy_grad, cross_entropy_value_and_grad, softmax
+x, y = np.zeros((4, 5)), np.zeros(4, np.int64)
+a: np.floating = cross_entropy(x, y, weight=[1.0] * 5)
+b: np.ndarray = cross_entropy(x, y, reduction="none")
+c: np.floating = cross_entropy([[1.0, 2.0]], [0])
+loss, grad = cross_entropy_value_and_grad(x, y, grad_output=2.0)
+d: tuple[np.floating, np.ndarray] = (loss, grad)
+*_, stats = cross_entropy_value_and_grad(x, y, return_stats=True)
+e: np.ndarray = cross_entropy_grad(x, y, stats=stats, out=x)
+"""
+MISTYPED = [
+    ('cross_entropy(x, y, reduction="avg")', "No overload"),
+    ('cross_entropy_value_and_grad(x, y, reduction="avg")', "No overload"),
+    ('cross_entropy_grad(x, y, reduction="avg")', "No overload"),
+    ('CrossEntropyLoss(reduction="avg")', "incompatible type"),
+    ("cross_entropy(x, y, label_smoothin=0.1)", "label_smoothing"),
+    ("softmax(3)", "No overload"),
+    ("f: str = cross_entropy(x, y)", "Incompatible types"),
+    ("loss, grad, stats = cross_entropy_value_and_grad(x, y)", "Need more than 2 values"),
+]
+
+
+def test_a_type_checker_finds_mistakes(tmp_path):
+    pytest.importorskip("mypy")
+    program = tmp_path / "program.py"
+    program.write_text("\n".join([TYPED, *(line for line, _ in MISTYPED)]))
+    command = [sys.executable, "-m", "mypy", "--config-file=", "--hide-error-context", str(program)]
+    said = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False).stdout
+    first = TYPED.count("\n") + 2
+    for number, (line, words) in enumerate(MISTYPED, first):
+        assert re.search(rf"program\.py:{number}: error: .*{words}", said), (line, said)
+    assert {int(n) for n in re.findall(r"program\.py:(\d+): error", said)} == set(range(first, first + len(MISTYPED)))
 
 
 def test_scalar_upstream_for_rows():

@@ -46,9 +46,7 @@ def test_the_same_options_everywhere():
     loss = signatures["cross_entropy"]
     for name in ("cross_entropy_value_and_grad", "cross_entropy_grad", "row_stats", "CrossEntropyLoss"):
         shared = set(loss) & set(signatures[name])
-        missing = (
-            {"logits", "target"} if name == "CrossEntropyLoss" else {"reduction"} if name == "row_stats" else set()
-        )
+        missing = {"CrossEntropyLoss": {"logits", "target"}, "row_stats": {"reduction", "denominator"}}.get(name, set())
         assert shared == set(loss) - missing
         assert all(str(loss[option]) == str(signatures[name][option]) for option in shared)
 

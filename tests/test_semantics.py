@@ -7,13 +7,14 @@ dtype holds the same numbers, and have one of two shapes wherever that will do (
 
 import itertools
 import warnings
+from dataclasses import replace
 
 import array_api_strict
 import numpy as np
 import pytest
 from close import assert_confident, assert_grad, assert_loss
-from numpy.testing import assert_allclose
-from oracle import oracle
+from numpy.testing import assert_allclose, assert_array_equal
+from oracle import NORMAL, oracle
 
 from xent_array import (
     CrossEntropyLoss,
@@ -279,6 +280,123 @@ def test_sample_weights_all_zero(backend, target):
     check(backend, LOGITS, target, sample_weight=np.zeros(4), literal=literal)
 
 
+@pytest.mark.parametrize("mask", [np.array([True, False, True, True]), np.zeros(4, bool)], ids=["some", "none"])
+@each_target
+def test_boolean_sample_weight_is_a_mask(backend, target, mask):
+    for dtype, engine, reduction in itertools.product(backend.usual_dtypes, backend.engines, REDUCTIONS):
+        x, t, _ = on(backend, dtype, np.where(mask[:, None], LOGITS, NAN), target, {})
+        truth = oracle(backend.numpy(x), backend.numpy(t), reduction=reduction, sample_weight=mask.astype(float))
+        options = {"reduction": reduction, "sample_weight": backend.array(mask), "engine": engine}
+        for loss, grad in every_way(x, t, **options).values():
+            assert_loss(backend.numpy(loss), truth)
+            assert_grad(backend.numpy(grad), truth)
+    refuses(
+        TypeError, backend.array(LOGITS), backend.array(LABELS), says="bool", weight=backend.array(np.ones(5, bool))
+    )
+
+
+@pytest.mark.parametrize("given", ["number", "array"])
+@each_target
+def test_denominator_of_the_caller(backend, target, given):
+    if target is LABELS:
+        target = np.array([0, -100, 4, 1])
+    for dtype, engine, upstream in itertools.product(backend.usual_dtypes, backend.engines, [None, 3.0]):
+        options = {"weight": WEIGHT, "sample_weight": SAMPLE_WEIGHT}
+        x, t, options = on(backend, dtype, LOGITS, target, options)
+        known = {name: backend.numpy(value) for name, value in options.items()}
+        factor = (1 if upstream is None else upstream) / 8
+        truth = oracle(backend.numpy(x), backend.numpy(t), reduction="sum", grad_output=factor, **known)
+        truth = replace(truth, loss=truth.loss / 8, unit_loss=truth.unit_loss / 8 + NORMAL["float32"])
+        options |= {"denominator": 8 if given == "number" else backend.array(np.float32(8)), "engine": engine}
+        stats = row_stats(x, t, **{name: options[name] for name in ("weight", "sample_weight", "engine")})
+        loss, grad = cross_entropy_value_and_grad(x, t, grad_output=upstream, **options)
+        sce = CrossEntropyLoss(**options)
+        for value in (loss, cross_entropy(x, t, **options), sce.forward(x, t)):
+            assert_loss(backend.numpy(value), truth)
+        for value in (
+            grad, cross_entropy_grad(x, t, grad_output=upstream, **options), sce.backward(upstream),
+            cross_entropy_grad(x, t, grad_output=upstream, stats=stats, **options),
+        ):  # fmt: skip
+            assert_grad(backend.numpy(value), truth)
+
+
+def test_denominator_is_for_the_mean(backend):
+    for reduction in ("sum", "none"):
+        refuses(
+            ValueError, backend.array(LOGITS), backend.array(LABELS), says=["denominator", reduction],
+            denominator=2, reduction=reduction,
+        )  # fmt: skip
+    given = {"reduction": "mean"}  # which row_stats does not take
+    for value in (NAN, INF):
+        refuses(
+            ValueError, backend.array(LOGITS), backend.array(LABELS), says=["denominator", str(value)],
+            denominator=value, **given,
+        )  # fmt: skip
+    refuses(
+        ValueError, backend.array(LOGITS), backend.array(LABELS), says=["denominator", "(4,)"],
+        denominator=backend.array(np.ones(4)), **given,
+    )  # fmt: skip
+    loss, grad = cross_entropy_value_and_grad(backend.array(LOGITS), backend.array(LABELS), denominator=0)
+    assert np.isnan(backend.numpy(loss))
+    assert np.isnan(backend.numpy(grad)).all()
+
+
+# The label is the only largest logit; the first or second of two; of all; none; or beside what is no number.
+TIES = np.array(
+    [[2, 1, 0, -3, 0.5], [1, 4, 4, 0, 0], [1, 4, 4, 0, 0], [1, 1, 1, 1, 1], [1, 1, 1, 1, 1], [5, 1, 0, 0, 0],
+     [-INF, 2, -INF, -INF, 2], [NAN, 1, 2, 0, 0], [1, INF, 0, 0, 0], [-INF] * 5, [9, 0, 0, 0, 0], [9, 0, 0, 0, 0],
+     [-1, -0.0, 0.0, -2, -3], [-1, 0.0, -0.0, -2, -3], [-100, 200, 100, 0, 0], [-100, 200, 100, 0, 0]]
+)  # fmt: skip
+TIED_LABELS = np.array([0, 1, 2, 0, 3, 1, 1, 2, 1, 0, -100, -7, 1, 2, 1, 2])
+CORRECT = [0, 1, 3, 6, 12, 14]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"weight": WEIGHT, "label_smoothing": 0.25},
+        {"z_loss": 0.25, "sample_weight": np.arange(16) % 3 / 2},
+        {"softcap": 32.0},  # which makes 100 and 200 the same number
+    ],
+    ids=["plain", "weights", "z-loss", "softcap"],
+)
+def test_which_rows_are_correct(backend, options):
+    wanted = np.isin(np.arange(16), CORRECT)
+    if "softcap" in options:
+        wanted[8:10] = True  # infinite logits become numbers
+    for dtype, engine in itertools.product(backend.usual_dtypes, backend.engines):
+        x, labels, given = on(backend, dtype, TIES, TIED_LABELS, options)
+        given |= {"engine": engine, "validate": False}
+        stats = row_stats(x, labels, **given)
+        assert_array_equal(backend.numpy(stats.correct), wanted)
+        assert backend.numpy(stats.correct).dtype == bool
+        along = backend.xp.permute_dims(x, (1, 0))
+        assert_array_equal(backend.numpy(row_stats(along, labels, axis=0, **given).correct), wanted)
+        assert row_stats(x, x, **{name: v for name, v in given.items() if name != "validate"}).correct is None
+
+
+@each_target
+def test_loss_gradient_and_stats_from_one_read(backend, target):
+    for dtype, engine, reduction in itertools.product(backend.usual_dtypes, backend.engines, REDUCTIONS):
+        options = {"label_smoothing": 0.25, "weight": WEIGHT, "sample_weight": SAMPLE_WEIGHT}
+        for chosen in ({}, options):
+            x, t, given = on(backend, dtype, LOGITS, target, chosen)
+            known = {name: backend.numpy(given[name]) if isinstance(v, np.ndarray) else v for name, v in chosen.items()}
+            truth = oracle(backend.numpy(x), backend.numpy(t), reduction=reduction, **known)
+            alone = row_stats(x, t, engine=engine, **given)
+            given |= {"reduction": reduction, "engine": engine, "return_stats": True}
+            for out in (None, x) if backend.has_out and backend.name != "numpy-readonly" else (None,):
+                loss, grad, stats = cross_entropy_value_and_grad(x, t, out=out, **given)
+                assert_loss(backend.numpy(loss), truth)
+                assert_grad(backend.numpy(grad), truth)
+                assert type(stats) is type(alone)
+                for name, one, two in zip(stats._fields, stats, alone, strict=True):
+                    assert (one is None) == (two is None) == (name == "correct" and target is SOFT)
+                    if one is not None:
+                        assert_array_equal(backend.numpy(one), backend.numpy(two))
+
+
 def test_distribution_that_does_not_sum_to_1(backend):
     target = np.array([[2, 0], [0.25, 0.25]])
     none = [1.386294, 0.406631], [[-1, 1], [-0.115529, 0.115529]]
@@ -521,6 +639,10 @@ def test_target_that_would_fit_axis_1(backend):
         ({"sample_weight": np.ones((4, 1))}, ["(4, 1)", "(4,)"]),
         ({"grad_output": np.ones(4)}, ["(4,)", "()"]),
         ({"grad_output": np.ones(5), "reduction": "none"}, ["(5,)", "(4,)"]),
+        ({"z_loss": 1e39}, ["float32", "1e+39"]),
+        ({"softcap": 1e39}, ["float32", "1e+39"]),
+        ({"softcap": 1e-39}, ["float32", "1e-39"]),
+        ({"grad_output": -1e39}, ["float32", "-1e+39"]),
     ],
     ids=lambda x: ", ".join(f"{k}={np.shape(v) or v}" for k, v in x.items()) if isinstance(x, dict) else "",
 )
@@ -528,7 +650,23 @@ def test_option_of_a_wrong_value(backend, options, says):
     name = next(iter(options))
     given = {k: backend.array(v) if isinstance(v, np.ndarray) else v for k, v in options.items()}
     says = [name, *([says] if isinstance(says, str) else says)]
-    refuses(ValueError, backend.array(LOGITS), backend.array(LABELS), says=says, **given)
+    refuses(ValueError, backend.array(LOGITS, "float32"), backend.array(LABELS), says=says, **given)
+
+
+@pytest.mark.parametrize("name", ["weight", "sample_weight", "grad_output"])
+def test_a_weight_that_the_arithmetic_cannot_hold(backend, name):
+    """Where looking is free: not on a GPU, whose engine the emulated one is."""
+    values = INPUTS[name].astype(np.float64)
+    values[2] = -1e39
+    options = {name: backend.array(values)} | ({"reduction": "none"} if name == "grad_output" else {})
+    logits, labels = backend.array(LOGITS, "float32"), backend.array(LABELS)
+    if backend.name in ("cupy", "emulated"):
+        cross_entropy_grad(logits, labels, engine=backend.engines[0], **options)
+    else:
+        refuses(ValueError, logits, labels, says=[name, "float32", "-1e+39"], **options)
+        values[2] = INF
+        cross_entropy_grad(logits, labels, **options | {name: backend.array(values)})
+    cross_entropy_grad(backend.array(LOGITS, "float64"), labels, **options)
 
 
 @pytest.mark.parametrize("shape", [(4, 0), (0, 0), (0,)])

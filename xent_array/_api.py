@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 import numpy as np
 
@@ -10,9 +10,26 @@ from . import _engines
 from ._engines import Engine
 from ._problem import IGNORE_INDEX, Output, Problem, check_options, problem_of, problem_without_target
 from ._rows import Array, RowStats
+from ._typing import (
+    A,
+    Float,
+    Floats,
+    GradOptions,
+    NumPyLike,
+    Options,
+    Reduced,
+    Reduction,
+    Scalar,
+    SupportsShape,
+    Values,
+)
 
 
-def softmax(x: Array, *, axis: int = -1) -> Array:
+@overload
+def softmax(x: A, *, axis: int = -1) -> A: ...
+@overload
+def softmax(x: Values, *, axis: int = -1) -> Any: ...
+def softmax(x: Any, *, axis: int = -1) -> Any:
     r"""Softmax along one axis.
 
     .. math:: \sigma(x)_c = e^{x_c} / \sum_j e^{x_j}
@@ -52,7 +69,11 @@ def softmax(x: Array, *, axis: int = -1) -> Array:
     return _softmax(problem_without_target(x, axis), log=False)
 
 
-def log_softmax(x: Array, *, axis: int = -1) -> Array:
+@overload
+def log_softmax(x: A, *, axis: int = -1) -> A: ...
+@overload
+def log_softmax(x: Values, *, axis: int = -1) -> Any: ...
+def log_softmax(x: Any, *, axis: int = -1) -> Any:
     r"""Logarithm of the softmax along one axis.
 
     .. math:: \log \sigma(x)_c = x_c - \max(x) - \log(1 + \sum_{j \ne \arg\max} e^{x_j - \max(x)})
@@ -99,7 +120,11 @@ def _softmax(problem: Problem, log: bool) -> Array:
         return problem.view.from_logits(problem.rows.xp, _engines.softmax(problem.engine, problem.rows, log))
 
 
-def logsumexp(x: Array, *, axis: int = -1, keepdims: bool = False) -> Array:
+@overload
+def logsumexp(x: A, *, axis: int = -1, keepdims: bool = False) -> A: ...
+@overload
+def logsumexp(x: Values, *, axis: int = -1, keepdims: bool = False) -> Any: ...
+def logsumexp(x: Any, *, axis: int = -1, keepdims: bool = False) -> Any:
     r"""Logarithm of the sum of exponentials along one axis.
 
     .. math:: \mathrm{lse}(x) = \max(x) + \log(1 + \sum_{j \ne \arg\max} e^{x_j - \max(x)})
@@ -147,11 +172,12 @@ def logsumexp(x: Array, *, axis: int = -1, keepdims: bool = False) -> Array:
 
 def _has_no_option(
     axis: Any, weight: Any, sample_weight: Any, ignore_index: Any, label_smoothing: Any, z_loss: Any, softcap: Any,
-    validate: Any, engine: Any,
+    denominator: Any, validate: Any, engine: Any,
 ) -> bool:  # fmt: skip
     """Whether plain labels along the last axis are all that may be asked about."""
     return (
-        (weight is None and sample_weight is None and softcap is None and validate is None and engine is None)
+        (weight is None and sample_weight is None and softcap is None)
+        and (denominator is None and validate is None and engine is None)
         and (axis.__class__ is int and axis == -1)
         and (ignore_index.__class__ is int and ignore_index < 0)
         and (label_smoothing.__class__ is float and label_smoothing == 0)
@@ -159,18 +185,29 @@ def _has_no_option(
     )
 
 
+@overload
 def cross_entropy(
-    logits: Array,
-    target: Array,
+    logits: NumPyLike, target: Values, *, reduction: Reduced = "mean", **options: Unpack[Options]
+) -> Float: ...
+@overload
+def cross_entropy(logits: A, target: Values, *, reduction: Reduction = "mean", **options: Unpack[Options]) -> A: ...
+@overload
+def cross_entropy(
+    logits: Values, target: Values, *, reduction: Reduction = "mean", **options: Unpack[Options]
+) -> Any: ...
+def cross_entropy(
+    logits: Any,
+    target: Values,
     *,
     axis: int = -1,
-    reduction: str = "mean",
-    weight: Array | None = None,
-    sample_weight: Array | None = None,
-    ignore_index: int | None = IGNORE_INDEX,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
+    reduction: Reduction = "mean",
+    weight: Values | None = None,
+    sample_weight: Values | None = None,
+    ignore_index: int | SupportsShape | None = IGNORE_INDEX,
+    label_smoothing: Scalar = 0.0,
+    z_loss: Scalar = 0.0,
+    softcap: Scalar | None = None,
+    denominator: Scalar | None = None,
     validate: bool | None = None,
     engine: str | Engine | None = None,
 ) -> Array:
@@ -199,18 +236,24 @@ def cross_entropy(
         `sample_weight` times and, with class indices only, times the `weight` of its label. (With distributions and
         `weight` the mean divides by the number of rows, as in PyTorch: the two kinds of target then differ.)
     weight : array of shape (C,), optional
-        A weight per class.
+        A weight per class; a negative one is used as it is. The weight of a class that no label names is never used,
+        not even where it is inf or NaN.
     sample_weight : array in the shape of the rows, optional
-        A weight per row: a row of weight s counts s times. A row of weight 0 is inert, whatever it holds.
+        A weight per row: a row of weight s counts s times. A row of weight 0 is inert, whatever it holds. Booleans are
+        a mask of the rows that count; a negative weight is used as it is.
     ignore_index : int or None
         Rows with this label have loss 0, gradient 0 and no share in the mean, whatever they hold. None ignores
         nothing. For class indices only.
     label_smoothing : float in [0, 1]
-        e in q = (1 - e)·target + e/C.
+        e in q = (1 - e)·target + e/C. Here and below, an array of no dimension is taken for a number; it is read at
+        once, which waits for the device that it is on.
     z_loss : float, at least 0
         z above: pulls lse(x) towards 0. It takes sample weights, never class weights.
     softcap : float above 0, optional
         Replaces the logits by ``softcap * tanh(logits / softcap)`` first.
+    denominator : float, or array of no dimension where the logits are, optional
+        What the mean divides by in place of its own count: the tokens of all micro-batches, or of all processes. An
+        array is never read by the host. For ``reduction="mean"`` only.
     validate : bool, optional
         True checks every label, also where that waits for a GPU; False checks none. By default they are checked where
         it costs no waiting: in host memory. Under tracing (``jax.jit``) there is nothing to check. The row of a bad
@@ -230,7 +273,8 @@ def cross_entropy(
     TypeError
         Arrays of different libraries or devices, a dtype that is not listed above, masked arrays.
     ValueError
-        A shape, axis or option out of its range.
+        A shape, axis or option out of its range; or a finite weight that the arithmetic cannot hold, such as 1e39 in
+        float32. (Weights in the memory of a GPU are not looked at; they become inf.)
     IndexError
         A label that is no class, where labels are checked; the message names the first.
 
@@ -269,7 +313,9 @@ def cross_entropy(
     >>> cross_entropy(A, np.array([[0, 1, 0], [1, 0, 0]]), reduction="none").round(3)
     array([1.417, 2.62 ])
     """
-    if _has_no_option(axis, weight, sample_weight, ignore_index, label_smoothing, z_loss, softcap, validate, engine):
+    if _has_no_option(
+        axis, weight, sample_weight, ignore_index, label_smoothing, z_loss, softcap, denominator, validate, engine
+    ):
         at_once = _engines.at_once(logits, target, reduction, None, wants_grad=False)
         if at_once is not None:
             return at_once[0]
@@ -284,6 +330,7 @@ def cross_entropy(
         label_smoothing=label_smoothing,
         z_loss=z_loss,
         softcap=softcap,
+        denominator=denominator,
         validate=validate,
         engine=engine,
     )
@@ -291,23 +338,50 @@ def cross_entropy(
         return problem.loss(_engines.loss(problem.engine, problem.rows))
 
 
+@overload
 def cross_entropy_value_and_grad(
-    logits: Array,
-    target: Array,
+    logits: NumPyLike, target: Values, *, reduction: Reduced = "mean", return_stats: Literal[False] = False,
+    **options: Unpack[GradOptions],
+) -> tuple[Float, Floats]: ...  # fmt: skip
+@overload
+def cross_entropy_value_and_grad(
+    logits: A, target: Values, *, reduction: Reduction = "mean", return_stats: Literal[False] = False,
+    **options: Unpack[GradOptions],
+) -> tuple[A, A]: ...  # fmt: skip
+@overload
+def cross_entropy_value_and_grad(
+    logits: NumPyLike, target: Values, *, reduction: Reduced = "mean", return_stats: Literal[True],
+    **options: Unpack[GradOptions],
+) -> tuple[Float, Floats, RowStats]: ...  # fmt: skip
+@overload
+def cross_entropy_value_and_grad(
+    logits: A, target: Values, *, reduction: Reduction = "mean", return_stats: Literal[True],
+    **options: Unpack[GradOptions],
+) -> tuple[A, A, RowStats]: ...  # fmt: skip
+@overload
+def cross_entropy_value_and_grad(
+    logits: Values, target: Values, *, reduction: Reduction = "mean", return_stats: bool = False,
+    **options: Unpack[GradOptions],
+) -> tuple[Any, ...]: ...  # fmt: skip
+def cross_entropy_value_and_grad(
+    logits: Any,
+    target: Values,
     *,
     axis: int = -1,
-    reduction: str = "mean",
-    weight: Array | None = None,
-    sample_weight: Array | None = None,
-    ignore_index: int | None = IGNORE_INDEX,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
+    reduction: Reduction = "mean",
+    weight: Values | None = None,
+    sample_weight: Values | None = None,
+    ignore_index: int | SupportsShape | None = IGNORE_INDEX,
+    label_smoothing: Scalar = 0.0,
+    z_loss: Scalar = 0.0,
+    softcap: Scalar | None = None,
+    denominator: Scalar | None = None,
     validate: bool | None = None,
     engine: str | Engine | None = None,
-    grad_output: Array | float | None = None,
-    out: Array | None = None,
-) -> tuple[Array, Array]:
+    grad_output: Values | float | None = None,
+    out: Any = None,
+    return_stats: bool = False,
+) -> tuple[Any, ...]:
     r"""Cross-entropy and its gradient with respect to the logits, from one read of the logits.
 
     With :math:`p` the softmax of a row, :math:`a_k = w_k q_k` and ``scale`` all that multiplies the row (upstream
@@ -322,7 +396,7 @@ def cross_entropy_value_and_grad(
     ----------
     logits, target, axis, reduction, weight, sample_weight
         As in `cross_entropy`.
-    ignore_index, label_smoothing, z_loss, softcap, validate, engine
+    ignore_index, label_smoothing, z_loss, softcap, denominator, validate, engine
         As in `cross_entropy`. ``reduction="none"`` gives the gradient of the sum of the rows.
     grad_output : scalar, or for ``reduction="none"`` also an array in the shape of the rows, optional
         The upstream gradient. It multiplies the gradient and not the loss, before the gradient is rounded to the dtype
@@ -330,6 +404,8 @@ def cross_entropy_value_and_grad(
     out : array, optional
         Where the gradient goes, in the shape and dtype of the logits, with any strides; returned as the same object.
         ``out=logits`` overwrites the logits and uses no second N×C array.
+    return_stats : bool
+        Return what `row_stats` would, too, from the same read.
 
     Returns
     -------
@@ -338,6 +414,8 @@ def cross_entropy_value_and_grad(
     grad : array
         In the shape, dtype, library and device of the logits. Exactly 0 in a row that does not count. From PyTorch
         tensors loss and gradient are both detached.
+    stats : RowStats
+        Only with ``return_stats=True``. Its ``correct`` says which labels were predicted.
 
     Raises
     ------
@@ -361,17 +439,24 @@ def cross_entropy_value_and_grad(
     array([[ 0.33 , -0.379,  0.049],
            [-0.464,  0.243,  0.22 ]])
 
+    With what tells the accuracy:
+
+    >>> _, _, stats = cross_entropy_value_and_grad(A, np.array([0, 1]), return_stats=True)
+    >>> stats.correct
+    array([ True,  True])
+
     In place:
 
     >>> loss, grad = cross_entropy_value_and_grad(A, np.array([1, 0]), out=A)
     >>> grad is A
     True
     """
-    plain = grad_output is None or grad_output.__class__ is float
+    upstream: Any = grad_output
+    plain = not return_stats and (upstream is None or upstream.__class__ is float)
     if plain and _has_no_option(
-        axis, weight, sample_weight, ignore_index, label_smoothing, z_loss, softcap, validate, engine
+        axis, weight, sample_weight, ignore_index, label_smoothing, z_loss, softcap, denominator, validate, engine
     ):
-        at_once = _engines.at_once(logits, target, reduction, grad_output, wants_grad=True, out=out)
+        at_once = _engines.at_once(logits, target, reduction, upstream, wants_grad=True, out=out)
         if at_once is not None:
             return at_once
     problem = problem_of(
@@ -385,6 +470,7 @@ def cross_entropy_value_and_grad(
         label_smoothing=label_smoothing,
         z_loss=z_loss,
         softcap=softcap,
+        denominator=denominator,
         validate=validate,
         engine=engine,
         grad_output=grad_output,
@@ -392,27 +478,41 @@ def cross_entropy_value_and_grad(
     )
     into = Output(problem, out)
     with np.errstate(all="ignore"):
+        if return_stats:
+            loss, grad, stats = _engines.loss_grad_and_stats(problem.engine, problem.rows, into.view)
+            return problem.loss(loss), into.result(grad), problem.user_stats(stats)
         loss, grad = _engines.loss_and_grad(problem.engine, problem.rows, into.view)
         return problem.loss(loss), into.result(grad)
 
 
+@overload
 def cross_entropy_grad(
-    logits: Array,
-    target: Array,
+    logits: A, target: Values, *, reduction: Reduction = "mean", stats: RowStats | None = None,
+    **options: Unpack[GradOptions],
+) -> A: ...  # fmt: skip
+@overload
+def cross_entropy_grad(
+    logits: Values, target: Values, *, reduction: Reduction = "mean", stats: RowStats | None = None,
+    **options: Unpack[GradOptions],
+) -> Any: ...  # fmt: skip
+def cross_entropy_grad(
+    logits: Any,
+    target: Values,
     *,
     axis: int = -1,
-    reduction: str = "mean",
-    weight: Array | None = None,
-    sample_weight: Array | None = None,
-    ignore_index: int | None = IGNORE_INDEX,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
+    reduction: Reduction = "mean",
+    weight: Values | None = None,
+    sample_weight: Values | None = None,
+    ignore_index: int | SupportsShape | None = IGNORE_INDEX,
+    label_smoothing: Scalar = 0.0,
+    z_loss: Scalar = 0.0,
+    softcap: Scalar | None = None,
+    denominator: Scalar | None = None,
     validate: bool | None = None,
     engine: str | Engine | None = None,
-    grad_output: Array | float | None = None,
+    grad_output: Values | float | None = None,
     stats: RowStats | None = None,
-    out: Array | None = None,
+    out: Any = None,
 ) -> Array:
     r"""Gradient of the cross-entropy with respect to the logits.
 
@@ -424,7 +524,7 @@ def cross_entropy_grad(
     ----------
     logits, target, axis, reduction, weight, sample_weight
         As in `cross_entropy`.
-    ignore_index, label_smoothing, z_loss, softcap, validate, engine
+    ignore_index, label_smoothing, z_loss, softcap, denominator, validate, engine
         As in `cross_entropy`.
     grad_output, out
         As in `cross_entropy_value_and_grad`.
@@ -467,6 +567,7 @@ def cross_entropy_grad(
         label_smoothing=label_smoothing,
         z_loss=z_loss,
         softcap=softcap,
+        denominator=denominator,
         validate=validate,
         engine=engine,
         grad_output=grad_output,
@@ -483,16 +584,16 @@ def cross_entropy_grad(
 
 
 def row_stats(
-    logits: Array,
-    target: Array,
+    logits: Any,
+    target: Values,
     *,
     axis: int = -1,
-    weight: Array | None = None,
-    sample_weight: Array | None = None,
-    ignore_index: int | None = IGNORE_INDEX,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
+    weight: Values | None = None,
+    sample_weight: Values | None = None,
+    ignore_index: int | SupportsShape | None = IGNORE_INDEX,
+    label_smoothing: Scalar = 0.0,
+    z_loss: Scalar = 0.0,
+    softcap: Scalar | None = None,
     validate: bool | None = None,
     engine: str | Engine | None = None,
 ) -> RowStats:
@@ -509,8 +610,9 @@ def row_stats(
     -------
     RowStats
         Arrays with one number per row, in the shape of `logits` without `axis`, in the dtype of the loss: ``lse``;
-        ``loss``, before z-loss, ignored rows and sample weights (0 for a row without a label, NaN for a bad one); and
-        the parts they are made of. Hand it to `cross_entropy_grad`.
+        ``loss``, before z-loss, ignored rows and sample weights (0 for a row without a label, NaN for a bad one); the
+        parts they are made of; and ``correct``, whether the label is the class that ``argmax(logits)`` names (where
+        the target is class indices). Hand it to `cross_entropy_grad`.
 
     Raises
     ------
@@ -528,6 +630,11 @@ def row_stats(
     >>> stats = row_stats(np.array([[2, 1, 0.1], [0.1, 2, 1.9]]), np.array([1, 0]))
     >>> stats.lse.round(3), stats.loss.round(3), stats.p_max.round(3)
     (array([2.417, 2.72 ]), array([1.417, 2.62 ]), array([0.659, 0.487]))
+
+    Perplexity and accuracy:
+
+    >>> print(f"{np.exp(stats.loss.mean()):.3f}, {stats.correct.mean():.0%}")
+    7.527, 0%
     """
     problem = problem_of(
         logits,
@@ -555,7 +662,9 @@ class CrossEntropyLoss:
 
     Parameters
     ----------
-    axis, reduction, weight, sample_weight, ignore_index, label_smoothing, z_loss, softcap, validate, engine
+    weight, axis, reduction, sample_weight, ignore_index, label_smoothing, z_loss, softcap
+        As in `cross_entropy`.
+    denominator, validate, engine
         As in `cross_entropy`.
 
     Notes
@@ -586,15 +695,16 @@ class CrossEntropyLoss:
 
     def __init__(
         self,
+        weight: Values | None = None,
         *,
         axis: int = -1,
-        reduction: str = "mean",
-        weight: Array | None = None,
-        sample_weight: Array | None = None,
-        ignore_index: int | None = IGNORE_INDEX,
-        label_smoothing: float = 0.0,
-        z_loss: float = 0.0,
-        softcap: float | None = None,
+        reduction: Reduction = "mean",
+        sample_weight: Values | None = None,
+        ignore_index: int | SupportsShape | None = IGNORE_INDEX,
+        label_smoothing: Scalar = 0.0,
+        z_loss: Scalar = 0.0,
+        softcap: Scalar | None = None,
+        denominator: Scalar | None = None,
         validate: bool | None = None,
         engine: str | Engine | None = None,
     ) -> None:
@@ -602,14 +712,15 @@ class CrossEntropyLoss:
         if engine is not None:
             _engines.named(engine)
         self._options: dict[str, Any] = {
+            "weight": weight,
             "axis": axis,
             "reduction": reduction,
-            "weight": weight,
             "sample_weight": sample_weight,
             "ignore_index": ignore_index,
             "label_smoothing": label_smoothing,
             "z_loss": z_loss,
             "softcap": softcap,
+            "denominator": denominator,
             "validate": validate,
             "engine": engine,
         }
@@ -622,10 +733,19 @@ class CrossEntropyLoss:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_saved": None}  # a copy starts before its first forward
 
-    def forward(self, A: Array, Y: Array) -> Array:
-        """The loss of logits `A` under target `Y`, detached from any automatic differentiation; see `backward`."""
+    def forward(self, A: Values, Y: Values, *, sample_weight: Values | None = None) -> Any:
+        """The loss of logits `A` under target `Y`, detached from any automatic differentiation; see `backward`.
+
+        Parameters
+        ----------
+        A, Y
+            `logits` and `target` as in `cross_entropy`.
+        sample_weight
+            Of this batch, in place of the object's own.
+        """
         self._saved = None
-        problem = problem_of(A, Y, **self._options, detach=True)
+        options = self._options if sample_weight is None else self._options | {"sample_weight": sample_weight}
+        problem = problem_of(A, Y, **options, detach=True)
         with np.errstate(all="ignore"):
             stats, loss = _engines.stats_and_loss(problem.engine, problem.rows)
             self._saved = problem, stats
@@ -633,7 +753,7 @@ class CrossEntropyLoss:
 
     __call__ = forward
 
-    def backward(self, grad_output: Array | float | None = None, out: Array | None = None) -> Array:
+    def backward(self, grad_output: Values | float | None = None, out: Any = None) -> Any:
         """The gradient with respect to the `A` of the last `forward`.
 
         Parameters

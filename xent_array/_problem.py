@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -14,12 +15,13 @@ from array_api_compat import is_array_api_obj, is_writeable_array
 
 from . import _engines
 from ._engines import Engine
-from ._rows import Array, DType, Rows, RowStats, device, index_dtype, namespace
+from ._rows import Array, DType, Rows, RowStats, device, index_dtype, namespace, widest
 
 IGNORE_INDEX = -100
 _ARITHMETIC = {"float16": "float32", "bfloat16": "float32", "float32": "float32", "float64": "float64"}
 _NUMPY = {name: np.dtype(name) for name in ("float32", "float64")}
 _INTEGERS = frozenset(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
+_BOOLEANS = ("bool", "bool_")
 _REDUCTIONS = ("none", "mean", "sum")
 
 
@@ -73,13 +75,22 @@ def _unpermuted(xp: Any, array: Array, shape: tuple[int, ...], order: tuple[int,
     return xp.permute_dims(array, tuple(order.index(k) for k in range(len(order))))
 
 
-def _view(logits: Array, axis: int) -> View:
+def _conversion(given: Any, role: str, dtype: str) -> str:
+    """How its owner writes the conversion of an array, or of a list."""
+    if not hasattr(given, "dtype"):
+        return f"numpy.array({role}, dtype={dtype!r})"
+    if hasattr(given, "astype"):
+        return f"{role}.astype({dtype!r})"
+    return f"{role}.{dtype.rstrip('0123456789')}()" if hasattr(given, "float") else f"xp.astype({role}, xp.{dtype})"
+
+
+def _view(logits: Array, axis: int, role: str) -> View:
     """Row axes that vary faster than the class in memory are inner, all others outer, each from slow to fast.
 
     So any axis order of a contiguous array is a view: (N, C, H, W) over channels-last memory has dense rows.
     """
     try:
-        view = _ordered_view(tuple(logits.shape), operator.index(axis))
+        view = _ordered_view(tuple(logits.shape), operator.index(axis), role)
     except TypeError:
         raise TypeError(f"axis must be an integer, got {axis!r}") from None
     shape, axis, strides = view.shape, view.axis, getattr(logits, "strides", None)
@@ -97,16 +108,16 @@ def _view(logits: Array, axis: int) -> View:
 
 
 @lru_cache(maxsize=256)
-def _ordered_view(shape: tuple[int, ...], axis: int) -> View:
+def _ordered_view(shape: tuple[int, ...], axis: int, role: str) -> View:
     """The view of axes that lie in memory as they are named."""
     if not shape:
-        raise ValueError("logits must have at least one dimension, the classes; got a scalar")
+        raise ValueError(f"{role} must have at least one dimension, the classes; got a scalar, of shape ()")
     if not -len(shape) <= axis < len(shape):
-        raise ValueError(f"axis must be from {-len(shape)} to {len(shape) - 1} for logits of shape {shape}, got {axis}")
+        raise ValueError(f"axis must be from {-len(shape)} to {len(shape) - 1} for {role} of shape {shape}, got {axis}")
     axis %= len(shape)
     before, behind = shape[:axis], shape[axis + 1 :]
     if shape[axis] == 0:
-        raise ValueError(f"logits must have at least one class; axis {axis} of shape {shape} has length 0")
+        raise ValueError(f"{role} must have at least one class; axis {axis} of shape {shape} has length 0")
     return View(shape, axis, before + behind, None, (math.prod(before), shape[axis], math.prod(behind)))
 
 
@@ -145,21 +156,48 @@ class Problem(NamedTuple):
         upstream: Any
         if isinstance(value, numbers.Real):
             upstream = float(value)
+            _check_held(rows.xp, upstream, "grad_output", rows.acc)
         elif rows.reduction == "none":
-            upstream = view.rows(rows.xp, _real_rows(value, "grad_output", rows.logits, rows.acc, view))
+            upstream = _real_rows(value, "grad_output", rows.logits, rows.acc, view)
+            self.check_held(value, upstream, "grad_output")
+            upstream = view.rows(rows.xp, upstream)
         else:
             words = f"no dimension for reduction={rows.reduction!r}, shape"
             upstream = _real(value, "grad_output", rows.logits, rows.acc, (), words)
+            self.check_held(value, upstream, "grad_output")
             upstream = float(upstream) if rows.xp is np else upstream
         return self._replace(rows=rows._replace(upstream=upstream), inputs=self.inputs | {"grad_output": value})
+
+    def check_held(self, given: Any, taken: Array, role: str) -> None:
+        """Raises ValueError where a finite number is infinite in the dtype of the arithmetic, if looking is free."""
+        rows, xp = self.rows, self.rows.xp
+        if _dtype_name(getattr(given, "dtype", taken.dtype)) == _dtype_name(taken.dtype):
+            return
+        if not self.engine.reads_labels_free(rows):
+            return
+        lost = xp.isinf(taken)
+        if bool(xp.any(lost)):
+            given = _array(given, role, rows.logits)
+            lost = lost & xp.isfinite(xp.astype(given, xp.float64))
+            if bool(xp.any(lost)):
+                at = int(xp.argmax(xp.astype(xp.reshape(lost, (-1,)), xp.int8)))
+                _check_held(xp, float(xp.reshape(given, (-1,))[at]), role, rows.acc)
+
+
+def _check_held(xp: Any, value: float, role: str, acc: DType) -> None:
+    """Raises ValueError for a finite number that would be infinite in the dtype of the arithmetic."""
+    if math.isfinite(value) and abs(value) > float(xp.finfo(acc).max):
+        raise ValueError(
+            f"{role} must be a number that the arithmetic can hold, here {_dtype_name(acc)}; got {value!r}"
+        )
 
 
 def problem_without_target(x: Array, axis: int) -> Problem:
     """The problem that the softmax, its logarithm and logsumexp ask about."""
-    x = _array(x, "x")
+    given, x = x, _array(x, "x")
     xp = namespace(x)
-    acc = _arithmetic(xp, x, "x")
-    view = _view(x, axis)
+    acc = _arithmetic(xp, x, "x", given)
+    view = _view(x, axis, "x")
     rows = Rows(xp, view.logits(xp, x), acc)
     return Problem(rows, view, _engines.pick(rows, None), {})
 
@@ -171,27 +209,33 @@ def problem_of(
     axis: int,
     weight: Any,
     sample_weight: Any,
-    ignore_index: int | None,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float | None,
+    ignore_index: Any,
+    label_smoothing: Any,
+    z_loss: Any,
+    softcap: Any,
     validate: bool | None,
     engine: str | Engine | None,
     reduction: str = "none",
+    denominator: Any = None,
     grad_output: Any = None,
     detach: bool = False,
 ) -> Problem:
     """Every check there is, once; `detach` where the gradient is ours and no library needs to record anything."""
     options = check_options(reduction, ignore_index, label_smoothing, z_loss, softcap, validate)
-    logits = _array(logits, "logits")
+    given, logits = logits, _array(logits, "logits")
     xp = namespace(logits)
     if detach and xp is not np:
         logits, target = _detached(logits), _detached(target)
         weight, sample_weight = _detached(weight), _detached(sample_weight)
-    acc = _arithmetic(xp, logits, "logits")
-    if softcap is not None and not float(xp.finfo(acc).smallest_normal) <= softcap <= float(xp.finfo(acc).max):
-        raise ValueError(f"softcap must be a number that the arithmetic can hold, here {acc}; got {softcap!r}")
-    view = _view(logits, axis)
+    acc = _arithmetic(xp, logits, "logits", given)
+    _check_held(xp, options[1], "z_loss", acc)
+    if options[2] is not None:
+        _check_held(xp, options[2], "softcap", acc)
+        if options[2] < float(xp.finfo(acc).smallest_normal):
+            raise ValueError(
+                f"softcap must be a number that the arithmetic can hold, here {_dtype_name(acc)}; got {options[2]!r}"
+            )
+    view = _view(logits, axis, "logits")
     target = _array(target, "target", logits)
     target_dtype = _dtype_name(target.dtype)
     is_labels = _check_target(target, target_dtype, view)
@@ -207,37 +251,65 @@ def problem_of(
         if not low <= ignore_index <= high:
             ignore_index = None  # no label can be that; PyTorch wraps it to one that can
     inputs = {"logits": logits, "target": target, "weight": weight, "sample_weight": sample_weight}
+    row_weight = sample_weight
     if weight is not None:
         weight = _real(weight, "weight", logits, acc, (view.flat[1],), "one number per class,")
     if sample_weight is not None:
-        sample_weight = view.rows(xp, _real_rows(sample_weight, "sample_weight", logits, acc, view))
+        row_weight = _real_rows(sample_weight, "sample_weight", logits, acc, view, may_be_mask=True)
     rows = Rows(
         xp,
         view.logits(xp, logits),
         acc,
         view.rows(xp, target) if is_labels else view.logits(xp, target),
         weight,
-        sample_weight,
+        None if row_weight is None else view.rows(xp, row_weight),
         ignore_index,
         *options,
         reduction,
     )
+    if denominator is not None:
+        rows = rows._replace(denominator=_denominator(_detached(denominator) if detach else denominator, rows))
     chosen = _engines.pick(rows, engine)
     if is_labels and validate is not False and (validate or chosen.reads_labels_free(rows)):
         rows = Rows(*rows[:-1], _all_labels_count(target, view.flat[1], ignore_index))
     problem = Problem(rows, view, chosen, inputs)
+    if weight is not None:
+        problem.check_held(inputs["weight"], weight, "weight")
+    if row_weight is not None:
+        problem.check_held(inputs["sample_weight"], row_weight, "sample_weight")
     return problem if grad_output is None else problem.with_upstream(grad_output)
+
+
+def _denominator(value: Any, rows: Rows) -> Array | float:
+    """What the mean is to be divided by, checked: a number, or an array () where the logits live."""
+    if rows.reduction != "mean":
+        raise ValueError(f"denominator is what the mean divides by; it goes with no reduction={rows.reduction!r}")
+    if not isinstance(value, numbers.Real):
+        value = _real(value, "denominator", rows.logits, widest(rows), (), "no dimension, shape")
+        if rows.xp is not np:
+            return value
+    if not math.isfinite(value):
+        raise ValueError(f"denominator must be finite, got {float(value)!r}")
+    return float(value)
 
 
 def check_options(*options: Any) -> tuple[float, float, float | None]:
     """Checked: reduction, ignore_index, label_smoothing, z_loss, softcap, validate. Returns the three numbers."""
+    options = tuple(map(_without_dimension, options))
     try:
         return _checked_options(*options)
     except TypeError:  # also where something cannot be hashed
         return _checked_options.__wrapped__(*options)
 
 
-@lru_cache(maxsize=256)
+def _without_dimension(value: Any) -> Any:
+    """The number in an array (), which is read here and now; anything else as it is."""
+    if isinstance(value, (float, int, str, np.generic)) or value is None or getattr(value, "shape", None) != ():
+        return value
+    return value.item() if hasattr(value, "item") else value.__index__() if "int" in str(value.dtype) else float(value)
+
+
+@lru_cache(maxsize=256, typed=True)  # 255.0 == 255, and only one of them is an integer
 def _checked_options(
     reduction: str,
     ignore_index: int | None,
@@ -272,32 +344,65 @@ def _number(value: Any, role: str) -> float:
 
 def _array(value: Any, role: str, like: Array | None = None) -> Array:
     """`value` as an array: of the library and on the device of `like`, where that is given."""
+    given = value
     if isinstance(value, np.ndarray):
         if type(value) is not np.ndarray:
             if isinstance(value, (np.ma.MaskedArray, np.matrix)):
                 raise TypeError(f"{role} must be a plain array, got a {type(value).__name__}: {_instead(value, role)}")
             value = np.asarray(value)
+        if value.dtype.kind in "US":
+            raise TypeError(f"{role} must be numbers, got an array of text, of dtype {value.dtype}")
     elif isinstance(value, (list, tuple, int, float, complex, np.generic)):
-        xp = np if like is None else namespace(like)
-        as_numpy = np.asarray(value)
-        dtype = index_dtype(xp) if as_numpy.size == 0 and role == "target" else None  # NumPy takes [] for floats
-        if xp is np:
-            return as_numpy if dtype is None else as_numpy.astype(dtype)
-        return xp.asarray(as_numpy.tolist(), dtype=dtype, device=device(like))
+        return _from_list(value, role, like)
     elif not is_array_api_obj(value):
-        raise TypeError(
-            f"{role} must be a list, or an array of NumPy, CuPy, PyTorch, JAX or another library of the Array API;"
-            f" got {_described(value)} (numpy.asarray may convert it)"
-        )
+        value = _from_protocol(value, role)
     if like is not None and value is not like:
         if namespace(value) is not namespace(like):
-            given, wanted = _described(value), _described(like)
-            raise TypeError(f"{role} must be a list, or an array of the library of logits; got {given} with {wanted}")
+            words = f"{_described(given)} with {_described(like)}"
+            raise TypeError(f"{role} must be a list, or an array of the library of logits; got {words}")
         if not isinstance(value, np.ndarray):
             here, there = _place(value), _place(like)
             if None not in (here, there) and here != there:
                 raise TypeError(f"{role} must be on the device of logits, {there}, but is on {here}")
     return value
+
+
+def _from_list(value: Any, role: str, like: Array | None) -> Array:
+    """Lists and numbers as NumPy takes them, in the library of `like`."""
+    try:
+        as_numpy = np.asarray(value)
+    except ValueError as error:  # ragged
+        raise ValueError(f"{role} is no array: its lists differ in length ({error})") from None
+    if as_numpy.dtype.kind not in "biufcV":
+        kinds = {type(item).__name__ for item in as_numpy.astype(object).reshape(-1)[:1000]}
+        raise TypeError(f"{role} must be numbers, got a list that holds {', '.join(sorted(kinds))}")
+    xp = np if like is None else namespace(like)
+    dtype = index_dtype(xp) if as_numpy.size == 0 and role == "target" else None  # NumPy takes [] for floats
+    if xp is np:
+        return as_numpy if dtype is None else as_numpy.astype(dtype)
+    return xp.asarray(as_numpy.tolist(), dtype=dtype, device=device(like))
+
+
+def _from_protocol(value: Any, role: str) -> Array:
+    """What says itself how it becomes a NumPy array, as tables do, where that is a plain one of numbers."""
+    made, advice = None, ""
+    if hasattr(value, "__array__") and not isinstance(value, type):
+        with suppress(Exception):  # whatever its own code raises
+            made = np.asarray(value)
+        if made is not None and (made.dtype.kind in "biufc" or _dtype_name(made.dtype) in _ARITHMETIC):
+            return made
+    if str(getattr(value, "dtype", "")) == "category":
+        advice = f"; the class indices of categories are its {'.codes' if hasattr(value, 'codes') else '.cat.codes'}"
+    elif hasattr(value, "toarray"):
+        advice = "; pass .toarray() of it"
+    elif made is not None:
+        advice = f", whose numpy.asarray has dtype {made.dtype}"
+    elif isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)):
+        advice = "; pass a list of it"
+    raise TypeError(
+        f"{role} must be a list, or an array of NumPy, CuPy, PyTorch, JAX or another library of the Array API;"
+        f" got {_described(value)}{advice}"
+    )
 
 
 def _instead(value: Any, role: str) -> str:
@@ -329,10 +434,12 @@ def _numpy_name(dtype: DType) -> str:
     return str(dtype.name)  # worked out anew each time it is asked for
 
 
-def _arithmetic(xp: Any, logits: Array, role: str) -> DType:
+def _arithmetic(xp: Any, logits: Array, role: str, given: Any) -> DType:
+    """The dtype of the arithmetic for logits that were `given` as an array, or as something that became one."""
     name = _dtype_name(logits.dtype)
     if name not in _ARITHMETIC:
-        raise TypeError(f"{role} must be of dtype {', '.join(_ARITHMETIC)}; got {name}, which is not converted")
+        advice = f": write {_conversion(given, role, 'float32')}" if name in _INTEGERS else ", which is not converted"
+        raise TypeError(f"{role} must be of dtype {', '.join(_ARITHMETIC)}; got {name}{advice}")
     acc = _ARITHMETIC[name]
     return _NUMPY[acc] if xp is np else getattr(xp, acc)
 
@@ -355,7 +462,7 @@ def _check_target(target: Array, name: str, view: View) -> bool:
             )
         return True
     if shape == view.shape:
-        if name not in _INTEGERS and name not in _ARITHMETIC and name not in ("bool", "bool_"):
+        if name not in _INTEGERS and name not in _ARITHMETIC and name not in _BOOLEANS:
             raise TypeError(f"a target distribution must be float, integer or boolean, got dtype {name}")
         return False
     hint = ""
@@ -367,11 +474,13 @@ def _check_target(target: Array, name: str, view: View) -> bool:
     )
 
 
-def _real(value: Any, role: str, logits: Array, acc: DType, shape: tuple[int, ...], words: str) -> Array:
-    """An array of real numbers, checked, in the dtype of the arithmetic."""
+def _real(
+    value: Any, role: str, logits: Array, acc: DType, shape: tuple[int, ...], words: str, may_be_mask: bool = False
+) -> Array:
+    """An array of real numbers, checked, in the dtype of the arithmetic; of a mask, 0 and 1."""
     value = _array(value, role, logits)
     name = _dtype_name(value.dtype)
-    if name not in _INTEGERS and name not in _ARITHMETIC:
+    if name not in _INTEGERS and name not in _ARITHMETIC and not (may_be_mask and name in _BOOLEANS):
         raise TypeError(f"{role} must be real numbers, got dtype {name}")
     if tuple(value.shape) != shape:
         raise ValueError(f"{role} must have {words} {shape}; got shape {tuple(value.shape)}")
@@ -379,9 +488,9 @@ def _real(value: Any, role: str, logits: Array, acc: DType, shape: tuple[int, ..
         return namespace(logits).astype(value, acc, copy=False)
 
 
-def _real_rows(value: Any, role: str, logits: Array, acc: DType, view: View) -> Array:
+def _real_rows(value: Any, role: str, logits: Array, acc: DType, view: View, may_be_mask: bool = False) -> Array:
     """An array of one real number per row, checked, in the user's shape."""
-    return _real(value, role, logits, acc, view.row_shape, "the shape of the rows,")
+    return _real(value, role, logits, acc, view.row_shape, "the shape of the rows,", may_be_mask)
 
 
 def _all_labels_count(target: Array, classes: int, ignore_index: int | None) -> bool:

@@ -240,7 +240,7 @@ def terms(rows: Rows) -> tuple[Array | None, Array | float | None]:
 
 
 def hits(rows: Rows) -> Array:
-    """Whether the label of each row is the first class of the largest logit. For rows that count, and have a softmax."""
+    """Whether the label of each row is the first class of the largest logit; of rows that count and are not NaN."""
     xp = rows.xp
     return xp.argmax(xp.astype(rows.logits, rows.acc, copy=False), axis=1) == labels(rows).index
 

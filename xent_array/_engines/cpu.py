@@ -167,7 +167,8 @@ def _sum(losses: Array) -> float:
 def _stats(rows: Rows, with_hits: bool = False) -> RowStats:
     """Room for the stats; and, of labels, for `_rows.hits`."""
     hits = np.empty(rows.shape, bool) if with_hits and rows.has_labels else None
-    return RowStats(*(np.empty(rows.shape, rows.acc) for _ in range(4)), correct=hits)
+    max_, rest, gap, mass = (np.empty(rows.shape, rows.acc) for _ in range(4))
+    return RowStats(max_, rest, gap, mass, hits)
 
 
 def _gradient(rows: Rows) -> Array:

@@ -1,0 +1,58 @@
+"""What the public functions take and give, for type checkers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, Protocol, TypeAlias, TypedDict, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from ._engines import Engine
+
+
+class SupportsShape(Protocol):
+    """An array of any library; the Array API has no common base class."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> Any: ...
+
+
+class SupportsArray(Protocol):
+    """What becomes a NumPy array, such as a column of a table."""
+
+    def __array__(self) -> npt.NDArray[Any]: ...
+
+
+A = TypeVar("A", bound=SupportsShape)
+NumPyLike: TypeAlias = npt.NDArray[Any] | Sequence[Any]  # gives NumPy arrays
+Values: TypeAlias = SupportsShape | SupportsArray | Sequence[Any]
+Scalar: TypeAlias = float | SupportsShape  # an array of no dimension
+Floats: TypeAlias = npt.NDArray[Any]
+Float: TypeAlias = np.floating[Any]
+Reduction: TypeAlias = Literal["none", "mean", "sum"]
+Reduced: TypeAlias = Literal["mean", "sum"]
+
+
+class Options(TypedDict, total=False):
+    """The keywords of `cross_entropy` beside `reduction`."""
+
+    axis: int
+    weight: Values | None
+    sample_weight: Values | None
+    ignore_index: int | SupportsShape | None
+    label_smoothing: Scalar
+    z_loss: Scalar
+    softcap: Scalar | None
+    denominator: Scalar | None
+    validate: bool | None
+    engine: str | Engine | None
+
+
+class GradOptions(Options, total=False):
+    """Those of `cross_entropy_value_and_grad`."""
+
+    grad_output: Values | float | None
+    out: Any
