@@ -234,10 +234,8 @@ def block(rows: Rows, want: _Want, part: Part, scratch: _Scratch) -> None:
         job |= _loops.LOSS
         loss = np.empty(count, acc)
     if want.stats is not None:
-        if want.stats.correct is not None:  # before a gradient may take the place of the logits
-            want.stats.correct[part] = _rows.hits(rows)
         job |= _loops.STATS
-        stats = np.empty((4, count), acc)
+        stats = np.empty((5, count), acc)
     if want.given is not None:
         job |= _loops.KNOWN
         stats = np.stack([np.ascontiguousarray(values[part], acc).reshape(-1) for values in want.given[:4]])
@@ -255,8 +253,9 @@ def block(rows: Rows, want: _Want, part: Part, scratch: _Scratch) -> None:
     if want.loss is not None:
         want.loss[part] = loss.reshape(rows.shape)
     if want.stats is not None:
-        for whole, values in zip(want.stats[:4], stats, strict=True):
-            whole[part] = values.reshape(rows.shape)
+        for whole, values in zip(want.stats, stats, strict=True):
+            if whole is not None:
+                whole[part] = values.reshape(rows.shape)
 
 
 def converts(rows: Rows, want: _Want) -> bool:

@@ -135,9 +135,10 @@ def rows(
 
     label: the class of each row, -1 for none; part: the target on it. each: what every class has, of length 1 or C,
     or 0. a: distributions, weighted and smoothed, row i at a[i·a_step]; of length 0 where there are labels or no
-    target. part, factor and scale have one number per row, or one. stats, the four kinds one after another, are filled
-    if job & STATS, read if job & KNOWN. If job & CHECK and some label is no class, nothing is done, and the answer is
-    -1; else it is the `total` of the losses, if job & SUM, or 0.
+    target. part, factor and scale have one number per row, or one. stats, the four kinds one after another, are read if
+    job & KNOWN, and filled if job & STATS, with a fifth: 1 where the label is the first of the largest logits. If
+    job & CHECK and some label is no class, nothing is done, and the answer is -1; else it is the `total` of the losses,
+    if job & SUM, or 0.
     """
     v.make_compact()
     if job & CHECK and not _are_classes(label, classes):
@@ -147,6 +148,7 @@ def rows(
     for i in range(count):
         _read(x, i * x_step, is_half, wide)
         row = v.row(x, i * x_step, wide)
+        largest = dense.top(classes, row) if job & STATS and cap > 0 else -1
         if cap > 0:
             dense.tanh_of_quotient(slope, (row, cap))
             dense.multiply(wide, (slope, cap))
@@ -186,6 +188,7 @@ def rows(
                 r = m - m if m != m else kind(0)
             if job & STATS:
                 stats[i], stats[count + i], stats[2 * count + i], stats[3 * count + i] = m, r, gap, mass
+                stats[4 * count + i] = y == (largest if cap > 0 else at)
         s = scale[i if scale.shape[0] > 1 else 0]
         a_top = on_label if y == at else kind(0)
         if at >= 0 and a.shape[0]:
@@ -341,7 +344,7 @@ def _prepare(each, width, y, label, part, factor, scale, first, count, is_new):
 def _know_tops(tile, by_row, by_class, classes, each, width, y, at, is_few, has_labels, job, stats, first, count):
     """What follows from their maxima; these are then -inf in the tile, so that their exponentials are 0, if not few."""
     v.make_compact()
-    m, known = v.part(each, M * width, count), stats.shape[0] // 4
+    m, known = v.part(each, M * width, count), stats.shape[0] // (4 if job & KNOWN else 5)
     if not is_few:
         tiles.look_up(tile, by_row, by_class, y, v.part(each, AT_LABEL * width, count), count)
     for lane in range(0, count, LANES):
@@ -366,7 +369,7 @@ def _know_tops(tile, by_row, by_class, classes, each, width, y, at, is_few, has_
 def _conclude(tile, by_row, by_class, each, width, sums, y, at, is_few, z, job, stats, loss, first, count):
     """Their losses, and what their gradients are made of, once their sums are there."""
     v.make_compact()
-    m, known = v.part(each, M * width, count), stats.shape[0] // 4
+    m, known = v.part(each, M * width, count), stats.shape[0] // (4 if job & KNOWN else 5)
     if job & KNOWN:
         for k in range(count):
             if m[k] - m[k] == 0:
@@ -382,6 +385,7 @@ def _conclude(tile, by_row, by_class, each, width, sums, y, at, is_few, z, job, 
                 top = top if top - top != 0 else np.nan
                 rest = 0 if top == top else np.nan
             stats[first + k], stats[known + first + k] = top, rest
+            stats[4 * known + first + k] = y[k] == at[k]
     if job & LOSS:
         dense.copy(v.part(loss, first, count), (v.part(each, OF_ROW * width, count),))
     if job & GRAD and not is_few:

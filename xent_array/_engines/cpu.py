@@ -139,8 +139,7 @@ class Cpu:
         if self.compile and rows.classes <= TILE:
             compiled = compiled_body()
             if isinstance(compiled, ModuleType):
-                small = compiled.converts(rows, want) or (want.stats is not None and want.stats.correct is not None)
-                return compiled.block, BLOCK if small else 16 * BLOCK, QUICK * ALONE
+                return compiled.block, BLOCK if compiled.converts(rows, want) else 16 * BLOCK, QUICK * ALONE
         return _plain_block if _is_plain(rows, want) else _block, BLOCK, ALONE
 
 
