@@ -41,6 +41,7 @@ class Problem:
     logits: Array
     target: Array
     threads: int
+    options: dict[str, Any]
 
     @cached_property
     def spare(self) -> Array:
@@ -61,7 +62,8 @@ class Problem:
 
 def ours(problem: Problem, engine: str | None = None) -> Calls:
     """The default engine, in all forms, or another by its name."""
-    x, y, keywords = problem.logits, problem.target, {"axis": problem.case.axis, "engine": engine}
+    x, y = problem.logits, problem.target
+    keywords = {"axis": problem.case.axis, "engine": engine, **problem.options}
     if engine == "generic" and problem.case.nbytes > 32 << 20:
         raise Unsupported("is slow, and is timed up to 32 MiB of logits only")
     loss, both = xent_array.cross_entropy, xent_array.cross_entropy_value_and_grad
@@ -105,7 +107,19 @@ def torch(problem: Problem, compiled: bool = False) -> Calls:
         raise Unsupported("takes classes along axis 1 only")
     torch.set_num_threads(problem.threads)
     x, y = tensor(problem.logits), tensor(problem.target)
-    function = torch.compile(cross_entropy, dynamic=False) if compiled else cross_entropy
+    options = {name: tensor(value) if name.endswith("weight") else value for name, value in problem.options.items()}
+    softcap, z_loss, by_row = (options.pop(name, None) for name in ("softcap", "z_loss", "sample_weight"))
+
+    def mean(x: Array, y: Array) -> Array:
+        if softcap is not None:
+            x = softcap * torch.tanh(x / softcap)
+        if by_row is not None:
+            return (by_row * cross_entropy(x, y, reduction="none", **options)).sum() / by_row.sum()
+        loss = cross_entropy(x, y, **options)
+        return loss if z_loss is None else loss + z_loss * (torch.logsumexp(x, 1) ** 2).mean()
+
+    plain = cross_entropy if not problem.options else mean
+    function = torch.compile(plain, dynamic=False) if compiled else plain
 
     def loss() -> Array:
         with torch.no_grad():
@@ -124,6 +138,7 @@ def liger(problem: Problem) -> Calls:
     """The Triton kernel of Liger, which writes the gradient over the logits in its forward pass."""
     from liger_kernel.transformers.functional import liger_cross_entropy
 
+    _without_options(problem)
     if len(problem.case.shape) != 2 or not problem.has_labels:
         raise Unsupported("takes labels and two dimensions only")
     import torch
@@ -146,13 +161,23 @@ def jax(problem: Problem) -> Calls:
     axis = problem.case.axis
     jax.config.update("jax_enable_x64", problem.case.dtype == "float64")
     x, y = jnp.asarray(problem.logits), jnp.asarray(problem.target)
+    options = {name: jnp.asarray(value) for name, value in problem.options.items()}
 
     def mean(x: Array, y: Array) -> Array:
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         if not problem.has_labels:
             return -(y * jax.nn.log_softmax(x, axis)).sum(axis).mean()
+        if "softcap" in options:
+            x = options["softcap"] * jnp.tanh(x / options["softcap"])
         label_logits = jnp.take_along_axis(x, jnp.expand_dims(y, axis), axis).squeeze(axis)
-        return (jax.nn.logsumexp(x, axis) - label_logits).mean()
+        lse = jax.nn.logsumexp(x, axis)
+        if "label_smoothing" in options:
+            e = options["label_smoothing"]
+            return (lse - (1 - e) * label_logits - e * x.mean(axis)).mean()
+        if "z_loss" in options:
+            return (lse - label_logits + options["z_loss"] * lse**2).mean()
+        s = options["weight"][y] if "weight" in options else options.get("sample_weight")
+        return jnp.average(lse - label_logits, weights=s)
 
     loss, both = jax.jit(mean), jax.jit(jax.value_and_grad(mean))
     return {
@@ -165,6 +190,7 @@ def sklearn(problem: Problem) -> Calls:
     """The loss of its multinomial models: one loss per row, and the gradient of their sum."""
     from sklearn._loss.loss import HalfMultinomialLoss
 
+    _without_options(problem)
     case, n_threads = problem.case, problem.threads
     if len(case.shape) != 2 or not problem.has_labels or case.dtype not in ("float32", "float64"):
         raise Unsupported("takes labels, two dimensions, and float32 or float64 only")
@@ -180,6 +206,7 @@ def sklearn(problem: Problem) -> Calls:
 
 def log_softmax(problem: Problem, module: str) -> Calls:
     """What one composes from the log_softmax of SciPy, or of cupyx on a GPU."""
+    _without_options(problem)
     _not_too_slow(problem)
     function = importlib.import_module(module).log_softmax
     axis, wide = problem.case.axis, _wide(problem)
@@ -197,6 +224,7 @@ def log_softmax(problem: Problem, module: str) -> Calls:
 
 def numpy(problem: Problem) -> Calls:
     """Loss and gradient as most people write them."""
+    _without_options(problem)
     _not_too_slow(problem)
     axis, wide = problem.case.axis, _wide(problem)
     loss_of, less_target = _composition(problem)
@@ -213,6 +241,11 @@ def numpy(problem: Problem) -> Calls:
         return loss_of(np.log(p)) if not problem.has_labels else loss_of(p, np.log), less_target(p)
 
     return {LOSS: Call(loss), GRAD: Call(both)}
+
+
+def _without_options(problem: Problem) -> None:
+    if problem.options:
+        raise Unsupported("is timed without options only")
 
 
 def _not_too_slow(problem: Problem) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from . import peers, suite
 from .run import ROOT
-from .suite import COPY, GRAD, IN_PLACE, LOSS, OURS, OUT, Case
+from .suite import COLD, COPY, GRAD, IN_PLACE, LOSS, OURS, OUT, WARM, Case
 
 Row = dict[str, Any]
 Rows = dict[tuple[str, str, str, str], Row]  # by backend, case, library, operation
@@ -105,7 +105,9 @@ def _origin(rows: Iterable[Row]) -> str:
 
 
 def _tables(rows: Rows, backend: str) -> list[str]:
-    return [part for part in (_speed(rows, backend), _memory(rows, backend), _accuracy(rows, backend)) if part]
+    return [
+        part for part in (_speed(rows, backend), _first(rows), _memory(rows, backend), _accuracy(rows, backend)) if part
+    ]
 
 
 def _speed(rows: Rows, backend: str) -> str:
@@ -133,6 +135,17 @@ def _speed(rows: Rows, backend: str) -> str:
     names = ["ours, NumPy body" if peer == NUMPY else peer for peer in peers]
     head = ["rows × classes", "ours, ms", "into `out=`, ms", "`out=` / copy", *names]
     return f"Loss and gradient in milliseconds; for each peer, its time divided by ours:\n\n{_table(head, lines)}"
+
+
+def _first(rows: Rows) -> str:
+    """One sentence on what the first call of a process costs."""
+    cold, warm = (rows.get(("numpy", suite.FIRST.name, OURS, operation), {}).get("first") for operation in (COLD, WARM))
+    if cold is None or warm is None:
+        return ""
+    return (
+        f"The first call of a process, which imports Numba, for loss and gradient of {_size(suite.FIRST)}: "
+        f"{warm:.1f} s; where nothing has been compiled on the machine before, {cold:.1f} s."
+    )
 
 
 def _memory(rows: Rows, backend: str) -> str:
@@ -179,7 +192,8 @@ def _table(head: list[str], lines: list[list[str]]) -> str:
 def _size(case: Case) -> str:
     dtype = "" if case.dtype == "float32" else f", {case.dtype}"
     axis = "" if case.axis == -1 else f", axis={case.axis}"
-    return " × ".join(map(str, case.shape)) + dtype + (", soft targets" if case.target == "soft" else "") + axis
+    more = ", soft targets" if case.target == "soft" else f", `{case.option}`" if case.option else ""
+    return " × ".join(map(str, case.shape)) + dtype + more + axis
 
 
 def _ms(row: Row | None) -> str:

@@ -13,6 +13,7 @@ import platform
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -23,9 +24,11 @@ import ml_dtypes
 import numpy as np
 from tqdm import tqdm
 
+import xent_array
+
 from . import peers, suite
 from .peers import Problem, Unsupported, host
-from .suite import COPY, COPY_BY_ONE, GRAD, IN_PLACE, LOSS, OURS, OUT, READ, Case
+from .suite import COLD, COPY, COPY_BY_ONE, GRAD, IN_PLACE, LOSS, OURS, OUT, READ, WARM, Case
 from .timing import Call, Clock, DeviceClock, host_clock, interleave, summary, waiting_clock
 
 ROOT = Path(__file__).parents[1]
@@ -97,6 +100,8 @@ def limit_threads(threads: int) -> None:
 
 def measure(case: Case, makers: dict[str, peers.Maker], settings: Settings, xp: Any) -> tuple[list[Row], list[str]]:
     """A row for each library and operation, and remarks on those that have none."""
+    if case == suite.FIRST:
+        return first_calls(case, settings), []
     problem, truth, tiles = make(case, settings.seed, settings.threads, xp)
     calls, rows, notes = {}, {}, []
     for library, maker in makers.items():
@@ -173,10 +178,20 @@ def make(case: Case, seed: int, threads: int, xp: Any) -> tuple[Problem, Truth, 
     else:
         e = np.exp(rng.standard_normal(shape))
         target = (e / e.sum(axis, keepdims=True)).astype(dtype)
-    truth = oracle(logits, target, axis=axis, grad_output=tile / outer)
-    x, y = (xp.tile(xp.asarray(part), (outer // tile,) + (1,) * (part.ndim - 1)) for part in (logits, target))
+    options = {case.option: suite.OPTIONS[case.option]} if case.option else {}
+    for name, count in (("weight", case.classes), ("sample_weight", target.shape)):
+        if name in options:
+            options[name] = rng.uniform(0.5, 2, count).astype(np.float32)
+    truth = oracle(logits, target, axis=axis, grad_output=tile / outer, **options)
+
+    def tiled(part: Array) -> Array:
+        return xp.tile(xp.asarray(part), (outer // tile,) + (1,) * (part.ndim - 1))
+
+    options |= {name: xp.asarray(options[name]) for name in {"weight"} & set(options)}
+    options |= {name: tiled(options[name]) for name in {"sample_weight"} & set(options)}
     starts = sorted({0, outer // tile // 2 * tile, outer - tile})
-    return Problem(case, xp, x, y, threads), truth, [slice(start, start + tile) for start in starts]
+    problem = Problem(case, xp, tiled(logits), tiled(target), threads, options)
+    return problem, truth, [slice(start, start + tile) for start in starts]
 
 
 def check(result: Any, truth: Truth, tiles: list[slice], strictly: bool) -> Row:
@@ -303,6 +318,38 @@ def _device_peak(xp: Any) -> Callable[[], int]:
     return lambda: max(0, before - xp.cuda.runtime.memGetInfo()[0])
 
 
+# The first call of a process
+
+
+def first_calls(case: Case, settings: Settings) -> list[Row]:
+    """Loss and gradient of a case in a new process whose compiled loops are not kept yet, and in one where they are."""
+    rows = []
+    program = "import sys; from bench.run import print_first_call; print_first_call(*sys.argv[1:])"
+    with tempfile.TemporaryDirectory() as folder:
+        for operation in (COLD, WARM):
+            arguments = [sys.executable, "-c", program, str(settings.threads), *map(str, case.shape)]
+            environment = {**os.environ, "NUMBA_CACHE_DIR": folder}
+            done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+            first, again = map(float, done.stdout.split())
+            rows.append(_empty_row(case, OURS, operation, settings) | summary([again]) | {"first": first})
+            rows[-1] |= {"rounds": 1, "runs": 1, "bytes": case.must_move(GRAD)}
+            rows[-1]["gb_per_s"] = rows[-1]["bytes"] / again / 1e9
+    return rows
+
+
+def print_first_call(threads: str, *shape: str) -> None:
+    """Seconds of the first call, and of the next."""
+    limit_threads(int(threads))
+    rng = np.random.default_rng(0)
+    size = tuple(map(int, shape))
+    x, y = rng.standard_normal(size, np.float32), rng.integers(size[-1], size=size[:-1])
+    start = time.perf_counter()
+    xent_array.cross_entropy_value_and_grad(x, y)
+    first = time.perf_counter()
+    xent_array.cross_entropy_value_and_grad(x, y)
+    print(first - start, time.perf_counter() - first)
+
+
 # What is said of a run
 
 
@@ -368,7 +415,7 @@ def table(case: Case, rows: list[Row]) -> list[str]:
         f"{'/ ours':>7} {'units of error':>15} {'peak memory':>12}"
     )
     lines = [case.name, head]
-    order = [COPY, READ, LOSS, GRAD, OUT, IN_PLACE]
+    order = [COPY, READ, LOSS, GRAD, OUT, IN_PLACE, COLD, WARM]
     for row in sorted(rows, key=lambda row: (order.index(row["operation"]), row["seconds"] or 0)):
         name = f"  {row['operation']:<20} {row['library']:<31} "
         if row["failed"]:

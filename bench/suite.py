@@ -8,8 +8,16 @@ from typing import Any, NamedTuple
 
 LOSS, GRAD, OUT, IN_PLACE, COPY, READ = "loss", "loss+grad", "loss+grad out=", "loss+grad in place", "copy", "read"
 COPY_BY_ONE = "copy by one thread"
+COLD, WARM = "first call, nothing compiled", "first call, compiled before"
 EVERY = (LOSS, GRAD, OUT, IN_PLACE)
 OURS = "xent_array"
+OPTIONS = {  # None: an array of random weights
+    "label_smoothing": 0.1,
+    "weight": None,
+    "sample_weight": None,
+    "z_loss": 1e-4,
+    "softcap": 30.0,
+}
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
@@ -24,11 +32,13 @@ class Case(NamedTuple):
     memory: bool = False  # whether peak memory is measured too
     host: bool = False  # on a GPU: time what a call costs its caller, not the device
     operations: tuple[str, ...] = EVERY
+    option: str = ""  # the keyword of one that is given, with what OPTIONS says
 
     @property
     def name(self) -> str:
         shape = "x".join(map(str, self.shape))
-        return f"{self.group} {shape} {self.dtype} {self.target}" + ("" if self.axis == -1 else f" axis={self.axis}")
+        axis = "" if self.axis == -1 else f" axis={self.axis}"
+        return f"{self.group} {shape} {self.dtype} {self.target}{axis}" + (f" {self.option}" if self.option else "")
 
     @property
     def size(self) -> int:
@@ -60,6 +70,8 @@ DTYPES = [
 ]
 DTYPES.append(Case("dtypes", LARGE[1], "float64", operations=(LOSS, GRAD)))
 SOFT = [Case("soft", LARGE[0], target="soft", operations=(GRAD,))]
+WITH_OPTION = [Case("options", LARGE[0], operations=(GRAD,), option=name) for name in OPTIONS]
+FIRST = Case("first", (4096, 1000), operations=(COLD, WARM))  # in processes of their own
 CLASSES = [
     Case("classes", (2**24 // c, c), operations=(GRAD,)) for c in (2, 16, 64, 256, 1024, 4096, 16384, 65536, 262144)
 ]
@@ -72,6 +84,7 @@ AXIS = [
 QUICK = [
     *(Case("quick", (64, 100), dtype, target) for dtype in ITEMSIZE for target in ("labels", "soft")),
     Case("quick", (2, 20000)),
+    *(Case("quick", (64, 100), option=name) for name in OPTIONS),
     Case("quick", (2, 7, 5, 3), axis=1),
     *SIZES[4:6],
 ]
@@ -97,7 +110,7 @@ GPU_OTHER = [
 # What the tables of README.md show: loss and gradient, and the loss alone
 
 SHOWN = {
-    "numpy": [*SIZES, *(case for case in DTYPES if case.shape == LARGE[1]), *SOFT, AXIS[0]],
+    "numpy": [*SIZES, *(case for case in DTYPES if case.shape == LARGE[1]), *SOFT, AXIS[0], *WITH_OPTION],
     "cupy": [*GPU_OTHER, *GPU_CELLS],
 }
 SHOWN_LOSS = {"numpy": SIZES[:6], "cupy": GPU_OTHER[1:2]}
@@ -108,7 +121,7 @@ def cases(backend: str, quick: bool) -> list[Case]:
         return QUICK
     if backend == "cupy":
         return [*GPU_OTHER, *GPU_CELLS, *GPU_CLASSES]
-    return [*SIZES, *DTYPES, *SOFT, *CLASSES, *ROWS, *AXIS]
+    return [*SIZES, *DTYPES, *SOFT, *WITH_OPTION, FIRST, *CLASSES, *ROWS, *AXIS]
 
 
 def gpu_pieces() -> list[list[str]]:
