@@ -15,7 +15,20 @@ from array_api_compat import is_array_api_obj, is_writeable_array
 
 from . import _engines
 from ._engines import Engine
-from ._rows import Array, DType, Rows, RowStats, device, index_dtype, namespace, widest
+from ._rows import (
+    Array,
+    DType,
+    Rows,
+    RowStats,
+    device,
+    index_dtype,
+    is_ignored,
+    is_traced,
+    namespace,
+    place,
+    signed,
+    widest,
+)
 
 IGNORE_INDEX = -100
 _ARITHMETIC = {"float16": "float32", "bfloat16": "float32", "float32": "float32", "float64": "float64"}
@@ -247,6 +260,7 @@ def problem_of(
             )
         ignore_index = None
     elif ignore_index is not None:
+        ignore_index = operator.index(ignore_index)  # an integer of any size, not of NumPy
         low, high = _integer_range(target_dtype)
         if not low <= ignore_index <= high:
             ignore_index = None  # no label can be that; PyTorch wraps it to one that can
@@ -309,7 +323,7 @@ def _without_dimension(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else value.__index__() if "int" in str(value.dtype) else float(value)
 
 
-@lru_cache(maxsize=256, typed=True)  # 255.0 == 255, and only one of them is an integer
+@lru_cache(maxsize=256, typed=True)  # 1 is an ignore_index, and True and 1.0 are none
 def _checked_options(
     reduction: str,
     ignore_index: int | None,
@@ -320,11 +334,8 @@ def _checked_options(
 ) -> tuple[float, float, float | None]:
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(map(repr, _REDUCTIONS))}; got {reduction!r}")
-    if ignore_index is not None:
-        try:
-            operator.index(ignore_index)
-        except TypeError:
-            raise TypeError(f"ignore_index must be an integer or None, got {ignore_index!r}") from None
+    if isinstance(ignore_index, bool) or not (ignore_index is None or _is_integer(ignore_index)):
+        raise TypeError(f"ignore_index must be an integer or None, got {ignore_index!r}")
     if not 0 <= _number(label_smoothing, "label_smoothing") <= 1:
         raise ValueError(f"label_smoothing must be from 0 to 1, got {label_smoothing!r}")
     if not 0 <= _number(z_loss, "z_loss") < math.inf:
@@ -334,6 +345,13 @@ def _checked_options(
     if validate not in (None, True, False):
         raise ValueError(f"validate must be None, True or False; got {validate!r}")
     return float(label_smoothing), float(z_loss), None if softcap is None else float(softcap)
+
+
+def _is_integer(value: Any) -> bool:
+    with suppress(TypeError):
+        operator.index(value)
+        return True
+    return False
 
 
 def _number(value: Any, role: str) -> float:
@@ -361,8 +379,9 @@ def _array(value: Any, role: str, like: Array | None = None) -> Array:
             words = f"{_described(given)} with {_described(like)}"
             raise TypeError(f"{role} must be a list, or an array of the library of logits; got {words}")
         if not isinstance(value, np.ndarray):
-            here, there = _place(value), _place(like)
+            here, there = place(value), place(like)
             if None not in (here, there) and here != there:
+                here, there = (sorted(p, key=str) if isinstance(p, frozenset) else p for p in (here, there))
                 raise TypeError(f"{role} must be on the device of logits, {there}, but is on {here}")
     return value
 
@@ -411,11 +430,6 @@ def _instead(value: Any, role: str) -> str:
     if role == "x":
         return "pass its data, with -inf where it is masked"
     return "pass its data, and sample_weight 0 (or ignore_index) for rows that must not count"
-
-
-def _place(array: Array) -> Any:
-    """The device of an array; None while tracing."""
-    return device(array) if hasattr(array, "__dlpack_device__") else None
 
 
 def _described(value: Any) -> str:
@@ -495,19 +509,20 @@ def _real_rows(value: Any, role: str, logits: Array, acc: DType, view: View, may
 
 def _all_labels_count(target: Array, classes: int, ignore_index: int | None) -> bool:
     """Raises IndexError at the first label that is no class; else, whether every row counts."""
-    if not hasattr(target, "__dlpack_device__") or 0 in target.shape:
-        return False  # traced: there is nothing to read
+    if is_traced(target) or 0 in target.shape:
+        return False  # there is nothing to read
     xp, dtype = namespace(target), target.dtype
     if xp is np:  # a third of the time of min and max where there are few labels
         low, high = target.item(target.argmin()), target.item(target.argmax())
-    else:  # few libraries compare every integer dtype; what wraps becomes negative
-        target = xp.astype(target, index_dtype(xp), copy=False)
+    else:  # few libraries compare every integer dtype
+        target = signed(xp, target)
         low, high = int(xp.min(target)), int(xp.max(target))
     if low >= 0 and high < classes:
         return ignore_index is None or not 0 <= ignore_index < classes or not bool(xp.any(target == ignore_index))
+    target = signed(xp, target)
     bad = (target < 0) | (target >= classes)
     if ignore_index is not None:
-        bad &= target != ignore_index
+        bad = bad & ~is_ignored(xp, target, ignore_index)
     if bool(xp.any(bad)):
         first = int(xp.argmax(xp.astype(xp.reshape(bad, (-1,)), xp.int8)))
         where = ", ".join(str(int(k)) for k in np.unravel_index(first, target.shape))
@@ -576,7 +591,7 @@ class _Extent(NamedTuple):
 
 def _extent(array: Any) -> _Extent | None:
     """The bytes an array lies in, by whichever of the usual ways it tells them; None where it has none."""
-    if array is None or 0 in getattr(array, "shape", (0,)):
+    if array is None or 0 in getattr(array, "shape", (0,)) or is_traced(array):
         return None
     strides: tuple[int, ...]
     array = _detached(array)

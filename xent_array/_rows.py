@@ -7,11 +7,12 @@ labels count, what multiplies a row, what divides the sum, how two parts of a ro
 
 from __future__ import annotations
 
+import sys
 from typing import Any, NamedTuple
 
 import numpy as np
 from array_api_compat import array_namespace
-from array_api_compat import device as device
+from array_api_compat import device as _device
 
 Array = Any  # an array of any Array-API library; the standard has no common base class
 DType = Any
@@ -22,9 +23,62 @@ def namespace(array: Array) -> Any:
     return np if isinstance(array, (np.ndarray, np.generic)) else array_namespace(array)
 
 
-def index_dtype(xp: Any) -> DType:
-    """The signed integers that the library indexes with."""
-    return np.intp if xp is np else xp.__array_namespace_info__().default_dtypes()["indexing"]
+def place(array: Array) -> Any:
+    """The device of an array, or the set of those it is spread over; None where its library may still choose."""
+    if not hasattr(array, "__dlpack_device__"):  # of JAX under a transformation; of Dask
+        return None
+    if not hasattr(array, "sharding"):
+        return _device(array)
+    devices = array.sharding.device_set if array.committed else ()  # of JAX, which moves what is not committed
+    return frozenset(devices) if len(devices) > 1 else next(iter(devices), None)
+
+
+def device(array: Array) -> Any:
+    """Where to make an array that meets `array`; None for the library to choose."""
+    there = place(array)
+    return None if isinstance(there, frozenset) else there
+
+
+def is_traced(array: Array) -> bool:
+    """Whether an array stands for numbers that are not there (tracing, a meta device), not yet there, or recorded."""
+    if isinstance(array, np.ndarray):
+        return False
+    if not hasattr(array, "__dlpack_device__"):  # of JAX under a transformation; of Dask
+        return True
+    if not hasattr(array, "data_ptr"):
+        return False
+    try:  # of PyTorch, whose tensors all look alike
+        if array.data_ptr() == 0 and 0 not in array.shape:
+            return True  # of a fake or a meta tensor
+    except RuntimeError:
+        return True  # of an export or a function transform
+    torch, recorder = sys.modules["torch"], sys.modules.get("torch.fx.experimental.proxy_tensor")
+    return torch.jit.is_tracing() or (recorder is not None and recorder.get_proxy_mode() is not None)
+
+
+def index_dtype(xp: Any, where: Any = None) -> DType:
+    """The signed integers that the library indexes with on the device `where`."""
+    return np.intp if xp is np else xp.__array_namespace_info__().default_dtypes(device=where)["indexing"]
+
+
+def signed(xp: Any, target: Array) -> Array:
+    """Labels as integers with a sign, one for one: what is beyond those becomes negative, and is no class either."""
+    dtype = index_dtype(xp, device(target))
+    if xp.iinfo(target.dtype).bits > xp.iinfo(dtype).bits:
+        dtype = xp.int64
+    return xp.astype(target, dtype, copy=False)
+
+
+def is_ignored(xp: Any, index: Array, ignore_index: int) -> Array:
+    """Which labels, as `signed` gives them, are `ignore_index`, an integer that their own dtype holds."""
+    largest = int(xp.iinfo(index.dtype).max)
+    return index == (ignore_index if ignore_index <= largest else ignore_index - 2 * (largest + 1))
+
+
+def nan_unless(xp: Any, good: Array, values: Array) -> Array:
+    """`values`, and NaN where `good` is false; where all are good no NaN is made, which a debugger might wait for."""
+    with np.errstate(all="ignore"):
+        return xp.where(good, values, xp.zeros_like(values)) / xp.astype(good, values.dtype)
 
 
 class Rows(NamedTuple):
@@ -105,7 +159,7 @@ class RowStats(NamedTuple):
     def tail(self) -> Array:
         """``log1p(rest)``, so that ``lse = max + tail``; NaN in a row that is all -inf or holds +inf or NaN."""
         xp = namespace(self.max)
-        return xp.where(xp.isfinite(self.max), xp.log1p(self.rest), xp.nan)
+        return nan_unless(xp, xp.isfinite(self.max), xp.log1p(self.rest))
 
     @property
     def lse(self) -> Array:
@@ -121,7 +175,7 @@ class RowStats(NamedTuple):
     def p_max(self) -> Array:
         """The probability of the (first) largest class, ``1 / (1 + rest)``."""
         xp = namespace(self.max)
-        return xp.where(xp.isfinite(self.max), 1 / (1 + self.rest), xp.nan)
+        return nan_unless(xp, xp.isfinite(self.max), 1 / (1 + self.rest))
 
 
 def merge(one: RowStats, two: RowStats) -> RowStats:
@@ -131,12 +185,13 @@ def merge(one: RowStats, two: RowStats) -> RowStats:
     """
     xp = namespace(one.max)
     first = one.max >= two.max
-    drop = xp.where(one.max == two.max, 0, xp.abs(one.max - two.max))
+    zero = xp.zeros_like(one.max)
+    drop = xp.where(one.max == two.max, zero, xp.abs(one.max - two.max))
     low_rest, low_mass = xp.where(first, two.rest, one.rest), xp.where(first, two.mass, one.mass)
     return RowStats(
         max=xp.maximum(one.max, two.max),
         rest=xp.where(first, one.rest, two.rest) + (1 + low_rest) * xp.exp(-drop),
-        gap=one.gap + two.gap + xp.where(low_mass == 0, 0, low_mass * drop),
+        gap=one.gap + two.gap + xp.where(low_mass == 0, zero, low_mass * drop),
         mass=one.mass + two.mass,
     )
 
@@ -151,12 +206,11 @@ class Labels(NamedTuple):
 
 def labels(rows: Rows) -> Labels:
     xp, classes = rows.xp, rows.classes
-    # What a signed index cannot hold wraps to a negative number, which is no class either.
-    index = xp.astype(rows.target, index_dtype(xp), copy=False)
+    index = signed(xp, rows.target)
     if rows.all_labels_count:
         return Labels(index, None, None)
     valid = (index >= 0) & (index < classes)
-    ignored = None if rows.ignore_index is None else index == rows.ignore_index
+    ignored = None if rows.ignore_index is None else is_ignored(xp, index, rows.ignore_index)
     return Labels(xp.where(valid, index, xp.zeros_like(index)), valid, ignored)
 
 
@@ -167,7 +221,7 @@ def row_factor(rows: Rows, known: Labels | None) -> Array | None:
         return factor
     factor = xp.ones_like(known.index, dtype=rows.acc) if factor is None else factor
     inert = factor == 0 if known.ignored is None else known.ignored | (factor == 0)
-    return xp.where(inert, xp.zeros_like(factor), xp.where(known.valid, factor, xp.full_like(factor, xp.nan)))
+    return nan_unless(xp, inert | known.valid, xp.where(inert, xp.zeros_like(factor), factor))
 
 
 def denominator(rows: Rows, known: Labels | None, factor: Array | None, wide: DType) -> Array | float:
@@ -194,7 +248,7 @@ def divide(xp: Any, value: Array | float, by: Array | float) -> Array | float:
     """``value / by``, NaN where `by` is 0: a mean over nothing."""
     if isinstance(by, float):
         return value * xp.nan if by == 0 else value / by
-    return xp.where(by == 0, xp.nan, value / xp.where(by == 0, xp.ones_like(by), by))
+    return nan_unless(xp, by != 0, value / xp.where(by == 0, xp.ones_like(by), by))
 
 
 def row_scale(rows: Rows, factor: Array | None, divisor: Array | float | None) -> Array | float:
@@ -242,7 +296,9 @@ def terms(rows: Rows) -> tuple[Array | None, Array | float | None]:
 def hits(rows: Rows) -> Array:
     """Whether the label of each row is the first class of the largest logit; of rows that count and are not NaN."""
     xp = rows.xp
-    return xp.argmax(xp.astype(rows.logits, rows.acc, copy=False), axis=1) == labels(rows).index
+    index = labels(rows).index
+    at = xp.argmax(xp.astype(rows.logits, rows.acc, copy=False), axis=1)
+    return xp.astype(at, index.dtype, copy=False) == index
 
 
 def marked(rows: Rows, stats: RowStats, hit: Array | None = None) -> RowStats:
@@ -258,7 +314,7 @@ def marked(rows: Rows, stats: RowStats, hit: Array | None = None) -> RowStats:
         return stats._replace(correct=correct)
     _, valid, ignored = labels(rows)
     named, counts = (valid, valid) if ignored is None else (valid | ignored, valid & ~ignored)
-    return stats._replace(gap=xp.where(named, stats.gap, xp.full_like(stats.gap, xp.nan)), correct=correct & counts)
+    return stats._replace(gap=nan_unless(xp, named, stats.gap), correct=correct & counts)
 
 
 def finish(rows: Rows, stats: RowStats) -> Array:

@@ -16,9 +16,11 @@ def declines(rows: Rows) -> str | None:
 
 def reads_labels_free(rows: Rows) -> bool:
     """Labels in host memory can be read at no cost; a traced array has none, a device would have to be waited for."""
+    if _rows.is_traced(rows.target):
+        return False
     try:
         return int(rows.target.__dlpack_device__()[0]) == 1  # type: ignore[union-attr]  # kDLCPU
-    except Exception:  # libraries differ in how they say that an array is abstract
+    except Exception:  # libraries differ in how they say that an array is on no one device
         return False
 
 
@@ -27,12 +29,13 @@ def stats(rows: Rows) -> RowStats:
     x, _ = _capped(rows)
     a = _target(rows)
     at = xp.argmax(x, axis=1, keepdims=True)
-    top = xp.take_along_axis(x, at, axis=1)
-    below = _below(rows, x, top)
+    first = _classes(rows) == at
     zero = xp.zeros_like(x)
+    top = xp.sum(xp.where(first, x, zero), axis=1, keepdims=True)  # ties: what differentiates must see one of them
+    below = _below(rows, x, top)
     return RowStats(
         max=top[:, 0, :],
-        rest=_sum(xp, xp.where(_classes(rows) == at, zero, xp.exp(below))),
+        rest=_sum(xp, xp.where(first, zero, xp.exp(below))),
         gap=_sum(xp, xp.where(a == 0, zero, -a * below)),
         mass=xp.ones_like(at[:, 0, :], dtype=rows.acc) if rows.target is None else _sum(xp, a),
     )
@@ -75,7 +78,7 @@ def loss(rows: Rows) -> Array:
         rows = rows._replace(logits=xp.where(factor[:, None, :] == 0, zero, rows.logits))
     x, _ = _capped(rows)
     top = xp.max(x, axis=1, keepdims=True)
-    poison = xp.where(xp.isfinite(top), xp.ones_like(top), xp.full_like(top, xp.nan))
+    poison = xp.astype(_rows.nan_unless(xp, xp.isfinite(top), xp.ones_like(top)), rows.logits.dtype, copy=False)
     return _rows.finish(rows, stats(rows._replace(logits=rows.logits * poison)))
 
 
