@@ -69,14 +69,22 @@ def some(items: Iterable[Item]) -> list[Item]:
     return chosen
 
 
-def digest() -> str:
-    """Of the code in kernels/, whatever its comments and line breaks."""
+def files() -> list[Path]:
     from xent_array import _kernels
 
+    return sorted(_kernels.folder().glob("*.cu*"))
+
+
+def code_of(file: Path) -> str:
+    """What a file says beside its comments."""
+    return re.sub(r"//[^\n]*|/\*.*?\*/", "", file.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def digest() -> str:
+    """Of the code in kernels/, whatever its comments and line breaks."""
     code = hashlib.sha256()
-    for file in sorted(_kernels.folder().glob("*.cu*")):
-        text = re.sub(r"//[^\n]*|/\*.*?\*/", "", file.read_text(encoding="utf-8"), flags=re.DOTALL)
-        code.update(f"{file.name} {' '.join(text.split())}\n".encode())
+    for file in files():
+        code.update(f"{file.name} {' '.join(code_of(file).split())}\n".encode())
     return code.hexdigest()[:16]
 
 

@@ -8,7 +8,7 @@ from simt import nvrtc
 
 pytestmark = pytest.mark.skipif(nvrtc.missing() is not None, reason=str(nvrtc.missing()))
 
-DEVICE = (Path(__file__).parents[1] / "kernels" / "device.cuh").read_text()
+DEVICE = (Path(__file__).parents[1] / "kernels" / "device.cuh").read_text(encoding="utf-8")
 CHIPS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 
 # (what a kernel of `float* f, double* d, u32* u, u64* l, u16* s` does, instructions on sm_90)

@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import os
 import re
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -105,6 +107,56 @@ def test_a_text_is_complete_and_names_one_kernel():
     assert _kernels.source("rows.cu").count("struct Problem") == 1
 
 
+def test_what_reaches_the_compiler_is_ascii():
+    """Of every kernel; characters that are not stand in comments only, one for one."""
+    texts = {item.text for item in ITEMS}
+    assert all(text.isascii() for text in texts)
+    for file in kernel_resources.files():
+        assert kernel_resources.code_of(file).isascii(), file.name
+    written = (_kernels.folder() / "stats.cuh").read_text(encoding="utf-8").splitlines()
+    own = written[written.index('#include "problem.cuh"') + 1 :]
+    handed_over = _kernels.source("stats.cuh").splitlines()[-len(own) :]
+    assert handed_over != own, "no line here is anything but ASCII"
+    assert [re.sub(r"[^\x00-\x7f]", "?", line) for line in own] == handed_over
+
+
+COMPILES = """
+import json, sys
+from cupy.cuda import compiler
+compiler._get_arch_for_options_for_nvrtc = lambda arch: (f"-arch=sm_{arch}", "cubin")  # asks a GPU
+done = 0
+for text, chip in json.load(sys.stdin):
+    code, _ = compiler.compile_using_nvrtc(text, ("-ftz=true",), chip, "kernel.cu")
+    done += code[:4] == b"\\x7fELF"
+print(done, "compiled")
+"""
+
+
+def compiled_by_cupy(items):
+    """CuPy's own way of handing a text to NVRTC, by a file, in a process whose locale is "C"."""
+    given = json.dumps([(item.text, item.chip.removeprefix("sm_")) for item in items])
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILES], input=given, env=environment, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() or done.stderr[-2000:]
+
+
+@pytest.mark.skipif(nvrtc.missing() is not None, reason=f"kernels cannot be compiled here: {nvrtc.missing()}")
+def test_kernels_compile_in_a_locale_that_knows_ascii_only():
+    of_file = list({item.file: item for item in ITEMS}.values())
+    assert compiled_by_cupy(of_file) == f"{len(of_file)} compiled"
+    greek = of_file[0]._replace(text=of_file[0].text + "// Σ")
+    assert "UnicodeEncodeError" in compiled_by_cupy([greek]), "the locale knows more than ASCII"
+
+
+@pytest.mark.full
+@pytest.mark.skipif(nvrtc.missing() is not None, reason=f"kernels cannot be compiled here: {nvrtc.missing()}")
+def test_every_kernel_compiles_in_a_locale_that_knows_ascii_only():
+    texts = list({item.text: item for item in ITEMS}.values())
+    assert compiled_by_cupy(texts) == f"{len(texts)} compiled"
+
+
 @pytest.mark.parametrize(
     ("runtime", "driver", "advice"),
     [
@@ -116,16 +168,63 @@ def test_a_text_is_complete_and_names_one_kernel():
     ids=["CUDA 13", "CUDA 12", "an older driver", "no driver"],
 )
 def test_where_nothing_compiles_it_is_said_what_to_install(monkeypatch, runtime, driver, advice):
+    fail_to_compile(monkeypatch, OSError("CuPy failed to load libnvrtc.so.12: no such file"), runtime, driver)
+    with pytest.raises(RuntimeError, match=f"{re.escape(advice)}.*CuPy says: CuPy failed to load libnvrtc"):
+        compile_one()
+
+
+def fail_to_compile(monkeypatch, error, runtime=13020, driver=13000):
+    """CuPy, whose compiler raises `error`."""
+
     def fails():
-        raise OSError("libnvrtc is not there")
+        raise error
 
     class Kernel:
         def __init__(self, text, name):
             self.compile = fails
 
     versions = SimpleNamespace(runtimeGetVersion=lambda: runtime, driverGetVersion=lambda: driver)
-    compiler = SimpleNamespace(CompileException=type("CompileException", (Exception,), {}))
-    fake = SimpleNamespace(RawKernel=Kernel, cuda=SimpleNamespace(runtime=versions, compiler=compiler))
+    fake = SimpleNamespace(RawKernel=Kernel, cuda=SimpleNamespace(runtime=versions))
     monkeypatch.setitem(sys.modules, "cupy", fake)
-    with pytest.raises(RuntimeError, match=f"{re.escape(advice)}.*libnvrtc is not there"):
-        _kernels.compiled.__wrapped__(next(cuda.catalogue(90, "PLAIN")), 0)
+
+
+def compile_one():
+    _kernels.compiled.__wrapped__(next(cuda.catalogue(90, "PLAIN")), 0)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "CuPy failed to load nvrtc64_120_0.dll: FileNotFoundError: Could not find module",
+        'Failure finding "libnvrtc.so.13 or libnvrtc.so.12": No such file',
+        "CuPy failed to load libcudart.so.13: OSError: libcudart.so.13: cannot open shared object file",
+        "Failed to find CUDA headers. Please install the CUDA Toolkit or set CUDA_PATH",
+        'catastrophic error: cannot open source file "vector_types.h"',
+        "nvrtc: error: failed to open libnvrtc-builtins.so.12.4.",
+        "cudaErrorInsufficientDriver: CUDA driver version is insufficient for CUDA runtime version",
+    ],
+)
+def test_advice_is_given_where_something_is_missing(said, monkeypatch):
+    fail_to_compile(monkeypatch, RuntimeError(said))
+    with pytest.raises(RuntimeError, match=f"pip install nvidia-cuda-nvrtc.*{re.escape(said)}"):
+        compile_one()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        UnicodeEncodeError("ascii", "Σ", 0, 1, "ordinal not in range(128)"),
+        PermissionError(13, "Permission denied", "/root/.cupy/kernel_cache/tmp0"),
+        OSError(28, "No space left on device"),
+        MemoryError(),
+        RuntimeError("cudaErrorMemoryAllocation: out of memory"),
+        RuntimeError("CUDA_ERROR_INVALID_IMAGE: device kernel image is invalid"),
+        RuntimeError("nvrtc: error: invalid value for --gpu-architecture (-arch)"),
+    ],
+    ids=lambda error: f"{type(error).__name__} {error}".rstrip(),
+)
+def test_another_failure_passes_as_it_is(error, monkeypatch):
+    fail_to_compile(monkeypatch, error)
+    with pytest.raises(type(error)) as raised:
+        compile_one()
+    assert raised.value is error

@@ -643,7 +643,7 @@ def test_planted_bug_is_caught(bug):
             break
     assert caught, f"{bug}: nobody noticed"
     tally.COUNTS["caught"] += 1
-    assert old in (cuda._kernels.folder() / file).read_text()
+    assert old in (cuda._kernels.folder() / file).read_text(encoding="utf-8")
 
 
 def buffer_of(logits, buffer):

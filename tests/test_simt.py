@@ -12,7 +12,7 @@ import tally
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulation needs g++")
 
-DEVICE = (Path(__file__).parents[1] / "kernels" / "device.cuh").read_text()
+DEVICE = (Path(__file__).parents[1] / "kernels" / "device.cuh").read_text(encoding="utf-8")
 ORDERS = simt.build.ORDERS
 
 # -------------------------------------------------------------------------------------------------------- right kernels

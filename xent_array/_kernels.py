@@ -14,6 +14,12 @@ from pathlib import Path
 from typing import Any
 
 _INCLUDE = re.compile(r'^#include "(.+)"$')
+# How CuPy, the loader it uses, NVRTC and CUDA say that something is not installed; their exceptions are of many types,
+# which they share with a full disk and an exhausted GPU.
+_MISSING = re.compile(
+    r"(?i)fail(ed|ure) (to load|to open|to find|finding) .*(nvrtc|cudart|CUDA headers)|cannot open source file"
+    "|cudaErrorInsufficientDriver"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +56,12 @@ def folder() -> Path:
 def source(file: str) -> str:
     """A file with the local files it includes in place of the lines that do so, each once.
 
-    CuPy's cache does not know what an included file says, so nothing is left to include.
+    CuPy's cache does not know what an included file says, so nothing is left to include. And what is handed over is
+    ASCII, because CuPy writes it to a file in the encoding of the locale, which may have no Σ, and which some NVRTC
+    switch to ASCII themselves. Only comments hold such characters. Each becomes one "?", so that the lines and columns
+    of a compiler's message are those of the file.
     """
-    return "\n".join(_lines(file, set()))
+    return "\n".join(_lines(file, set())).encode("ascii", "replace").decode("ascii")
 
 
 def _lines(file: str, seen: set[str]) -> Iterator[str]:
@@ -74,15 +83,15 @@ def compiled(kernel: Kernel, device: int) -> Any:
     raw = cupy.RawKernel(kernel.text, kernel.name)
     try:
         raw.compile()
-    except cupy.cuda.compiler.CompileException:
-        raise
     except Exception as error:
-        raise RuntimeError(f"{_advice(cupy)} CuPy says: {error}") from error
+        if _MISSING.search(str(error)):
+            raise RuntimeError(f"{_advice(cupy)} CuPy says: {error}") from error
+        raise
     return raw
 
 
 def _advice(cupy: Any) -> str:
-    """What to install where a kernel cannot even be given to the compiler."""
+    """What to install where NVRTC, the CUDA headers or the driver are not there."""
     major, driver = (v() // 1000 for v in (cupy.cuda.runtime.runtimeGetVersion, cupy.cuda.runtime.driverGetVersion))
     if driver == 0:
         return "there is no NVIDIA driver here, or none that CuPy finds."

@@ -319,7 +319,7 @@ def _gxx_version() -> str:
 def _built(name: str, text: str, flags: Sequence[str], reads: Sequence[Path], libraries: Sequence[Path] = ()) -> Path:
     """The shared library of a text, compiled unless it is in the cache."""
     key = hashlib.sha256()
-    for part in (text, *flags, _gxx_version(), *(file.read_text() for file in reads), *map(str, libraries)):
+    for part in (text, *flags, _gxx_version(), *(file.read_text(encoding="utf-8") for file in reads), *map(str, libraries)):
         key.update(part.encode() + b"\0")
     file = _cache() / f"{name}_{key.hexdigest()[:24]}.so"
     if file.exists():
@@ -327,7 +327,7 @@ def _built(name: str, text: str, flags: Sequence[str], reads: Sequence[Path], li
         return file
     with tempfile.TemporaryDirectory(dir=_cache()) as folder:
         source, output = Path(folder) / "source.cpp", Path(folder) / "output.so"
-        source.write_text(text)
+        source.write_text(text, encoding="utf-8")
         _gxx(*flags, "-c", str(source), "-o", str(output.with_suffix(".o")))
         # Sanitizers are not linked: their callbacks are the machine's, or come by LD_PRELOAD.
         _gxx("-shared", "-o", str(output), str(output.with_suffix(".o")), *map(str, libraries), "-ldl")

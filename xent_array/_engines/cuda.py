@@ -121,7 +121,7 @@ def explain(shape: str) -> str:
         moved = chosen.bytes(job)
         lines += [
             f"  {job.lower().replace('_', ' '):14} {moved:,} bytes",
-            f"                 at least {moved / bandwidth / 1e3:.3g} µs at the {bandwidth} GB/s of a {card}",
+            f"                 at least {moved / bandwidth / 1e3:.3g} microseconds at the {bandwidth} GB/s of a {card}",
             f"                 {chosen.kernel(job).name}",
         ]
     return "\n".join(lines)
