@@ -290,3 +290,23 @@ def test_float16_gradient_of_a_large_batch(axis):
     loss, grad = cross_entropy_value_and_grad(logits, labels, axis=axis, engine="cpu")
     assert_loss(loss, truth)
     assert_grad(grad, truth)
+
+
+def test_a_denominator_may_be_traced_and_differentiated():
+    jax = pytest.importorskip("jax")
+    mean = jax.jit(lambda x, y, denominator: cross_entropy(x, y, denominator=denominator))
+    for denominator in (3, 3.5):
+        wanted = cross_entropy(LOGITS, LABELS, denominator=denominator)
+        np.testing.assert_allclose(mean(LOGITS, LABELS, denominator), wanted, rtol=1e-6)
+    grad, by_denominator = jax.grad(mean, argnums=(0, 2))(jax.numpy.asarray(LOGITS), LABELS, 2.0)
+    np.testing.assert_allclose(grad, cross_entropy_grad(LOGITS, LABELS, denominator=2), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(by_denominator, -cross_entropy(LOGITS, LABELS, denominator=2) / 2, rtol=1e-6)
+    traced = jax.jit(lambda x, y: cross_entropy_value_and_grad(x, y, return_stats=True))
+    np.testing.assert_array_equal(traced(LOGITS, LABELS)[2].correct, LOGITS.argmax(axis=1) == LABELS)
+
+
+def test_a_denominator_under_autograd():
+    torch = pytest.importorskip("torch")
+    logits = torch.from_numpy(LOGITS.copy()).requires_grad_()
+    cross_entropy(logits, torch.from_numpy(LABELS), denominator=torch.tensor(4)).backward()
+    np.testing.assert_allclose(logits.grad, cross_entropy_grad(LOGITS, LABELS, denominator=4), rtol=1e-5, atol=1e-7)

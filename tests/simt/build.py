@@ -319,7 +319,13 @@ def _gxx_version() -> str:
 def _built(name: str, text: str, flags: Sequence[str], reads: Sequence[Path], libraries: Sequence[Path] = ()) -> Path:
     """The shared library of a text, compiled unless it is in the cache."""
     key = hashlib.sha256()
-    for part in (text, *flags, _gxx_version(), *(file.read_text(encoding="utf-8") for file in reads), *map(str, libraries)):
+    for part in (
+        text,
+        *flags,
+        _gxx_version(),
+        *(file.read_text(encoding="utf-8") for file in reads),
+        *map(str, libraries),
+    ):
         key.update(part.encode() + b"\0")
     file = _cache() / f"{name}_{key.hexdigest()[:24]}.so"
     if file.exists():
