@@ -14,7 +14,20 @@ from array_api_compat import is_array_api_obj, is_writeable_array
 
 from . import _engines
 from ._engines import Engine
-from ._rows import Array, DType, Rows, RowStats, device, index_dtype, is_ignored, is_traced, namespace, place, signed
+from ._rows import (
+    Array,
+    DType,
+    Rows,
+    RowStats,
+    device,
+    index_dtype,
+    is_ignored,
+    is_traced,
+    lacks,
+    namespace,
+    place,
+    signed,
+)
 
 IGNORE_INDEX = -100
 _ARITHMETIC = {"float16": "float32", "bfloat16": "float32", "float32": "float32", "float64": "float64"}
@@ -79,9 +92,13 @@ def _view(logits: Array, axis: int) -> View:
     So any axis order of a contiguous array is a view: (N, C, H, W) over channels-last memory has dense rows.
     """
     try:
-        view = _ordered_view(tuple(logits.shape), operator.index(axis))
+        axis = operator.index(axis)
     except TypeError:
         raise TypeError(f"axis must be an integer, got {axis!r}") from None
+    try:
+        view = _ordered_view(tuple(logits.shape), axis)
+    except TypeError:  # of lengths that are symbols, which cannot be hashed
+        view = _ordered_view.__wrapped__(tuple(logits.shape), axis)
     shape, axis, strides = view.shape, view.axis, getattr(logits, "strides", None)
     if strides is None or shape[axis] == 1 or logits.flags.c_contiguous:
         return view
@@ -244,11 +261,8 @@ def _checked_options(
 ) -> tuple[float, float, float | None]:
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(map(repr, _REDUCTIONS))}; got {reduction!r}")
-    if ignore_index is not None:
-        try:
-            operator.index(None if isinstance(ignore_index, bool) else ignore_index)
-        except TypeError:
-            raise TypeError(f"ignore_index must be an integer or None, got {ignore_index!r}") from None
+    if ignore_index is not None and not _is_integer(ignore_index):
+        raise TypeError(f"ignore_index must be an integer or None, got {ignore_index!r}")
     if not 0 <= _number(label_smoothing, "label_smoothing") <= 1:
         raise ValueError(f"label_smoothing must be from 0 to 1, got {label_smoothing!r}")
     if not 0 <= _number(z_loss, "z_loss") < math.inf:
@@ -258,6 +272,15 @@ def _checked_options(
     if validate not in (None, True, False):
         raise ValueError(f"validate must be None, True or False; got {validate!r}")
     return float(label_smoothing), float(z_loss), None if softcap is None else float(softcap)
+
+
+def _is_integer(value: Any) -> bool:
+    """Whether `value` is an integer of any library; True and False, which Python counts with, are none."""
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return not isinstance(value, bool)
 
 
 def _number(value: Any, role: str) -> float:
@@ -284,6 +307,13 @@ def _array(value: Any, role: str, like: Array | None = None) -> Array:
         raise TypeError(
             f"{role} must be a list, or an array of NumPy, CuPy, PyTorch, JAX or another library of the Array API;"
             f" got {_described(value)} (numpy.asarray may convert it)"
+        )
+    elif lacking := lacks(namespace(value)):
+        ways = [f".{way}()" for way in ("todense", "compute") if hasattr(value, way)]
+        raise TypeError(
+            f"{role} must be an array of a library that has all of the Array API that is needed here;"
+            f" got {_described(value)}, and {namespace(value).__name__} lacks {', '.join(lacking)}"
+            f" ({' or '.join(ways) or 'numpy.asarray'} may convert it)"
         )
     if like is not None and value is not like:
         if namespace(value) is not namespace(like):
