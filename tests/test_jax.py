@@ -162,8 +162,191 @@ def test_out_is_refused(function):
         jax.jit(lambda x, labels: function(x, labels, out=x))(LOGITS, LABELS)
 
 
+# -- modes in which JAX is strict --------------------------------------------------------------------------------
+
+CLEAN = np.array([[2, 2, 1, 0], [0, 3, -7, 1], [40, 0, 0, 0], [1, -2, 4, 0.5], [1, 0, 5, 1]])
+MODES = {
+    "debug_nans": lambda: jax.debug_nans(True),
+    "debug_infs": lambda: jax.debug_infs(True),
+    "dtype_promotion": lambda: jax.numpy_dtype_promotion("strict"),
+    "rank_promotion": lambda: jax.numpy_rank_promotion("raise"),
+    "checking_leaks": lambda: jax.checking_leaks(),
+    "transfer_guard": lambda: jax.transfer_guard("disallow"),
+}
+
+
+# All of them would take minutes, because each mode compiles anew: what a mode may object to.
+STRICT = [*((mode, "float32", OPTIONS[1]) for mode in MODES), ("debug_nans", "float32", {})]
+STRICT += [("dtype_promotion", "bfloat16", options) for options in OPTIONS]
+
+
+@each_target
+@pytest.mark.parametrize(("mode", "dtype", "options"), STRICT, ids=lambda part: part if isinstance(part, str) else "")
+def test_strict_modes(mode, dtype, options, target):
+    """Clean data, with a row to ignore, pass through every mode: eagerly, under jit, and under jax.grad."""
+    x = jnp.asarray(CLEAN, dtype=dtype)
+    given = {k: jnp.asarray(v, dtype="float32") for k, v in ARRAYS.items()} if options else {}
+    t = jnp.asarray(target, dtype=dtype if target.dtype.kind == "f" else None)
+    known = {k: np.asarray(v) for k, v in given.items()}
+    truth = oracle(np.asarray(x), np.asarray(t), **known, **options)
+
+    def value_and_grad(x, t, given):
+        return cross_entropy_value_and_grad(x, t, **given, **options)
+
+    def loss(x, t, given):
+        return cross_entropy(x, t, **given, **options)
+
+    def from_stats(x, t, given):
+        stats = row_stats(x, t, **given, **options)
+        return cross_entropy_grad(x, t, stats=stats, **given, **options)
+
+    ways = [jax.jit(value_and_grad), jax.jit(jax.value_and_grad(loss))]
+    if mode != "transfer_guard":  # under which JAX refuses its own zeros_like, and a number in arithmetic, outside jit
+        ways += [value_and_grad, jax.value_and_grad(loss), lambda *given: (loss(*given), from_stats(*given))]
+    with MODES[mode]():
+        results = [way(x, t, given) for way in ways]
+    for value, grad in results:
+        assert_loss(value, truth)
+        assert grad.dtype == x.dtype
+        assert_grad(grad, truth)
+
+
+def test_strict_modes_of_the_softmax():
+    x = jnp.asarray(CLEAN, dtype="float32")
+    for mode in MODES.values():
+        for function in (softmax, log_softmax, logsumexp):
+            if mode is MODES["transfer_guard"]:
+                function = jax.jit(function)
+            with mode():
+                result = function(x)
+            np.testing.assert_allclose(result, function(CLEAN), rtol=1e-5)
+
+
+def test_debug_nans_finds_a_bad_label_and_a_bad_logit():
+    labels = jnp.asarray([0, 1, 4, 3, -100])
+    for x, t in ((CLEAN, labels), (np.where(CLEAN == 40, np.nan, CLEAN), LABELS)):
+        with jax.debug_nans(True), pytest.raises(FloatingPointError, match="nan"):
+            cross_entropy(jnp.asarray(x), jnp.asarray(t), validate=False)
+
+
+# -- shapes without numbers --------------------------------------------------------------------------------------
+
+
+def exported(function, *arguments):
+    return jax.export.export(jax.jit(function))(*arguments).call
+
+
+def test_eval_shape_and_export():
+    jax_export = pytest.importorskip("jax.export")
+    shapes = jax.ShapeDtypeStruct((5, 4), "float32"), jax.ShapeDtypeStruct((5,), "int64")
+    loss, grad = jax.eval_shape(partial(cross_entropy_value_and_grad, validate=True), *shapes)
+    assert (loss.shape, grad.shape, loss.dtype, grad.dtype) == ((), (5, 4), "float32", "float32")
+    (rows,) = jax_export.symbolic_shape("rows")
+    for target in (LABELS, SOFT):
+        logits = jnp.asarray(CLEAN)
+        symbols = [jax.ShapeDtypeStruct((rows, *v.shape[1:]), v.dtype) for v in (logits, target)]
+        for arguments in ((logits, jnp.asarray(target)), symbols):
+            call = exported(cross_entropy_value_and_grad, *arguments)
+            loss, grad = call(logits, jnp.asarray(target[::-1]))
+            truth = oracle(CLEAN, target[::-1])
+            assert_loss(loss, truth)
+            assert_grad(grad, truth)
+
+
+# -- several devices ---------------------------------------------------------------------------------------------
+
+SHARDED = """
+import itertools
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from close import assert_grad, assert_loss
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from oracle import oracle
+from xent_array import cross_entropy, cross_entropy_grad, cross_entropy_value_and_grad, log_softmax, row_stats, softmax
+
+devices = jax.devices()
+assert len(devices) == 4
+mesh = Mesh(np.array(devices).reshape(2, 2), ("batch", "class"))
+half = Mesh(np.array(devices[:2]), ("batch",))
+
+
+def on(spec, array, mesh=mesh):
+    "The array spread over the mesh; on one device that it is not bound to, where spec is None."
+    return jnp.asarray(array) if spec is None else jax.device_put(array, NamedSharding(mesh, spec))
+
+
+rng = np.random.default_rng(0)
+X = (3 * rng.normal(size=(4, 8))).astype("float32")
+labels, soft = np.array([0, 7, -100, 3]), rng.random((4, 8)).astype("float32")
+W, S = rng.random(8).astype("float32"), rng.random(4).astype("float32")
+smooth = {"label_smoothing": 0.1, "z_loss": 0.1, "softcap": 5.0}
+
+BATCH, CLASS, BOTH, WHOLE = P("batch"), P(None, "class"), P("batch", "class"), P()
+cases = [  # of logits, of labels or soft targets, of the weight per class, of the weight per row
+    (BATCH, BATCH, WHOLE, BATCH), (BATCH, None, None, None), (CLASS, WHOLE, P("class"), WHOLE),
+    (CLASS, None, None, None), (BOTH, BATCH, P("class"), BATCH), (BOTH, WHOLE, None, None),
+    (WHOLE, None, WHOLE, None), (None, BATCH, WHOLE, None),
+]
+for number, (of_logits, of_rows, of_weight, of_samples) in enumerate(cases):
+    x = on(of_logits, X)
+    for target, options in ((soft, smooth), (labels, smooth)) if number in (0, 4) else ((labels, {}),):
+        of_target = of_logits if target is soft and of_rows is not None else of_rows
+        t, w, s = on(of_target, target), on(of_weight, W), on(of_samples, S)
+        options = {"reduction": ("none", "mean", "sum")[number % 3], **options}
+        truth = oracle(X, target, weight=W, sample_weight=S, **options)
+
+        def both(x, t, w, s):
+            return cross_entropy_value_and_grad(x, t, weight=w, sample_weight=s, **options)
+
+        def alone(x, t, w, s):
+            return jnp.sum(cross_entropy(x, t, weight=w, sample_weight=s, **options))
+
+        results = [both(x, t, w, s)]
+        if number in (0, 3):
+            results.append(jax.jit(both)(x, t, w, s))
+            stats = row_stats(x, t, weight=w, **{k: v for k, v in options.items() if k != "reduction"})
+            given = {"weight": w, "sample_weight": s, **options}
+            results.append((cross_entropy(x, t, **given), cross_entropy_grad(x, t, stats=stats, **given)))
+            results.append((results[0][0], jax.grad(alone)(x, t, w, s)))
+        for loss, grad in results:
+            assert_loss(loss, truth)
+            assert_grad(grad, truth)
+            assert x.committed <= (grad.sharding.device_set == x.sharding.device_set)
+for function in (softmax, log_softmax):
+    np.testing.assert_allclose(function(on(BOTH, X)), function(X), rtol=1e-5)
+
+# One device that the arrays are bound to, others that they are not, and lists, which go where the logits are.
+bound = jax.device_put(X, devices[1])
+for t in (jax.device_put(labels, devices[1]), jnp.asarray(labels), labels.tolist()):
+    assert cross_entropy(bound, t).devices() == {devices[1]}
+assert not cross_entropy(jnp.asarray(X), jnp.asarray(labels)).committed
+assert_loss(cross_entropy(on(BOTH, X), labels.tolist()), oracle(X, labels))
+with pytest.raises(TypeError, match=r"target must be on the device of logits, .*1, but is on .*0"):
+    cross_entropy(bound, jax.device_put(labels, devices[0]))
+with pytest.raises(TypeError, match=r"target must be on the device of logits, .*0.*1.*2.*3.*, but is on .*1"):
+    cross_entropy(on(BATCH, X), jax.device_put(labels, devices[1]))
+with pytest.raises(TypeError, match=r"weight must be on the device of logits"):
+    cross_entropy(on(BATCH, X), labels.tolist(), weight=on(WHOLE, W, half))
+
+# Labels on several devices are looked at where that is asked for; a bad one makes its row NaN elsewhere.
+bad = on(BATCH, np.array([0, 8, -100, 3]))
+with pytest.raises(IndexError, match=r"target\\[1\\] is 8"):
+    cross_entropy(on(BATCH, X), bad, validate=True)
+assert np.isnan(cross_entropy(on(BATCH, X), bad, reduction="none")).tolist() == [False, True, False, False]
+with pytest.raises(TypeError, match="out"):
+    cross_entropy_grad(on(BATCH, X), on(BATCH, labels), out=on(BATCH, X))
+"""
+
+
+def test_several_devices():
+    run(SHARDED, XLA_FLAGS="--xla_force_host_platform_device_count=4")
+
+
 WITHOUT_X64 = """
 import itertools
+import jax
 import jax.numpy as jnp
 import numpy as np
 from close import assert_grad, assert_loss
@@ -184,15 +367,39 @@ for dtype, target, given, reduction in itertools.product(
     assert_loss(loss, truth)
     assert_grad(grad, truth)
     assert_loss(cross_entropy(x, jnp.asarray(target), reduction=reduction, **arrays), truth)
+
+# What 32 bits cannot hold is ignored by no label, and matches none that it would be equal to in 32 bits.
+x = jnp.asarray(rng.normal(size=(3, 5)), dtype="float32")
+for dtype, label, ignores in (
+    ("int32", 1, 2**32 + 1), ("int32", -1, 2**32 - 1), ("int32", 1, 2**40), ("uint32", 2**32 - 1, -1),
+    ("uint32", 2**32 - 1, 2**64 - 1), ("uint32", 2**32 - 1, 2**32 - 1), ("int32", -(2**31), -(2**31)),
+    ("int32", -(2**31), 2**31),
+):
+    labels = np.array([0, label, 2], dtype)
+    truth = oracle(np.asarray(x), labels.astype(object), ignore_index=ignores, reduction="none")
+    given = {"ignore_index": ignores, "reduction": "none", "validate": False}
+    loss, grad = jax.jit(lambda x, t: cross_entropy_value_and_grad(x, t, **given))(x, jnp.asarray(labels))
+    assert_loss(loss, truth)
+    assert_grad(grad, truth)
+    assert_loss(cross_entropy(x, jnp.asarray(labels), **given), truth)
+
+for mode in (jax.debug_nans(True), jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise")):
+    with mode:
+        for target in (jnp.asarray([0, 1, -100]), jnp.ones((3, 5), dtype="float32")):
+            truth = oracle(np.asarray(x), np.asarray(target))
+            assert_loss(cross_entropy_value_and_grad(x, target)[0], truth)
+            assert_grad(jax.grad(cross_entropy)(x, target), truth)
 """
 
 
-def test_without_x64():
+def run(script, **variables):
+    """Runs a script in a process of its own, with warnings as errors."""
     tests = Path(__file__).parent
-    environment = os.environ | {
-        "JAX_ENABLE_X64": "0",
-        "PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)]),
-    }
-    command = [sys.executable, "-W", "error", "-c", WITHOUT_X64]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)]), **variables}
+    command = [sys.executable, "-W", "error", "-c", script]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert (ran.returncode, ran.stderr) == (0, "")
+
+
+def test_without_x64():
+    run(WITHOUT_X64, JAX_ENABLE_X64="0")

@@ -1,6 +1,7 @@
 """PyTorch: the same numbers as torch.nn.functional.cross_entropy, and a citizen of its autograd."""
 
 import itertools
+import warnings
 
 import numpy as np
 import pytest
@@ -166,3 +167,135 @@ def test_autograd_function_of_saved_stats(kind, softcap):
     options = {"axis": 1, "weight": torch.tensor(rng.random(5)), "label_smoothing": 0.1}
     options |= {"z_loss": 0.2, "softcap": softcap}
     assert torch.autograd.gradcheck(CrossEntropy.apply, (x, target, options))
+
+
+# -- tensors without numbers -------------------------------------------------------------------------------------
+
+X, Y = (
+    torch.tensor(np.array([[2, 2, 1, 0], [0, 3, -7, 1], [40, 0, 0, 0]]), dtype=torch.float32),
+    torch.tensor([0, 1, 2]),
+)
+# A class that was not there while tracing, one to ignore, and one that is no class.
+OTHERS = [torch.tensor([3, 1, 0]), torch.tensor([3, -100, 0]), torch.tensor([3, 4, 0])]
+
+
+SMOOTHED = {"z_loss": 0.1, "label_smoothing": 0.1}
+
+
+def row_losses_and_grad(x, y):
+    return cross_entropy_value_and_grad(x, y, reduction="none", **SMOOTHED)
+
+
+def mean(x, y):
+    return (cross_entropy(x, y),)
+
+
+def make_fx(mode):
+    def trace(function, x, y):
+        from torch.fx.experimental.proxy_tensor import make_fx
+
+        return make_fx(function, tracing_mode=mode)(x, y)
+
+    return trace
+
+
+def exported(function, x, y):
+    class Module(torch.nn.Module):
+        def forward(self, x, y):
+            return function(x, y)
+
+    rows = torch.export.Dim("rows", min=2)
+    return torch.export.export(Module(), (x, y), strict=False, dynamic_shapes=({0: rows}, {0: rows})).module()
+
+
+def jit_traced(function, x, y):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is deprecated, and that shapes become constants
+        return torch.jit.trace(function, (x, y))
+
+
+def compiled(function, x, y):
+    torch.compiler.reset()
+    ready = torch.compile(function, backend="eager")
+
+    def quiet(x, y):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it cannot see through caches
+            return ready(x, y)
+
+    quiet(x, y)
+    return quiet
+
+
+TRACERS = {
+    **{f"make_fx-{mode}": make_fx(mode) for mode in ("real", "fake", "symbolic")},
+    "export": exported,
+    "jit.trace": jit_traced,
+    "compile": compiled,
+}
+
+
+@pytest.mark.parametrize("function", [row_losses_and_grad, mean])
+@pytest.mark.parametrize("tracer", TRACERS)
+def test_what_was_traced_is_right_for_other_labels(tracer, function):
+    """Nothing that was read while tracing is kept: labels that all count then need not do so later."""
+    traced = TRACERS[tracer](function, X, Y)
+    for labels in OTHERS:
+        options = {"reduction": "none", **SMOOTHED} if function is row_losses_and_grad else {}
+        truth = oracle(X.numpy(), labels.numpy(), **options)
+        for result, check in zip(traced(X, labels), (assert_loss, assert_grad), strict=False):
+            check(result.numpy(), truth)
+
+
+def test_export_of_any_number_of_rows():
+    function = exported(row_losses_and_grad, X, Y)
+    x, y = torch.cat([X, X - 1]), torch.cat([Y, OTHERS[1]])
+    truth = oracle(x.numpy(), y.numpy(), reduction="none", **SMOOTHED)
+    loss, grad = function(x, y)
+    assert_loss(loss.numpy(), truth)
+    assert_grad(grad.numpy(), truth)
+
+
+def fake(*tensors):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    mode = FakeTensorMode()
+    return mode, [mode.from_tensor(tensor) for tensor in tensors]
+
+
+@pytest.mark.parametrize("validate", [None, True])
+def test_fake_tensors(validate):
+    mode, (x, y, out) = fake(X, Y, torch.empty_like(X))
+    with mode:
+        loss, grad = cross_entropy_value_and_grad(x, y, out=out, validate=validate)
+        assert type(loss) is type(grad) is type(x)
+        assert grad is out
+        assert cross_entropy_grad(x, y, stats=row_stats(x, y)).shape == X.shape
+
+
+def test_meta_tensors():
+    x, y = X.to("meta"), Y.to("meta")
+    out = torch.empty_like(x)
+    loss, grad = cross_entropy_value_and_grad(x, y, out=out, validate=True)
+    assert grad is out
+    assert loss.device == x.device
+    with pytest.raises(TypeError, match="must be on the device of logits, meta, but is on cpu"):
+        cross_entropy(x, Y)
+
+
+def test_function_transforms():
+    """A gradient by torch.func of rows with a bad label, which nobody can look at; batches; both together."""
+    grads = torch.func.vmap(torch.func.grad(cross_entropy))(torch.stack([X] * 4), torch.stack([Y, *OTHERS]))
+    values, ours = torch.func.vmap(cross_entropy_value_and_grad)(torch.stack([X] * 4), torch.stack([Y, *OTHERS]))
+    alone = [torch.func.functionalize(cross_entropy_value_and_grad)(X, labels) for labels in (Y, *OTHERS)]
+    for k, labels in enumerate([Y, *OTHERS]):
+        truth = oracle(X.numpy(), labels.numpy())
+        for grad in (grads[k], ours[k], alone[k][1], torch.func.grad(cross_entropy)(X, labels)):
+            assert_grad(grad.numpy(), truth)
+        for loss in (values[k], alone[k][0]):
+            assert_loss(loss.numpy(), truth)
+
+
+def test_labels_with_memory_are_looked_at():
+    with pytest.raises(IndexError, match=r"target\[1\] is 4"):
+        cross_entropy(X, OTHERS[2])

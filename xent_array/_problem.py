@@ -24,6 +24,7 @@ from ._rows import (
     index_dtype,
     is_ignored,
     is_traced,
+    lacks,
     namespace,
     place,
     signed,
@@ -103,9 +104,13 @@ def _view(logits: Array, axis: int, role: str) -> View:
     So any axis order of a contiguous array is a view: (N, C, H, W) over channels-last memory has dense rows.
     """
     try:
-        view = _ordered_view(tuple(logits.shape), operator.index(axis), role)
+        axis = operator.index(axis)
     except TypeError:
         raise TypeError(f"axis must be an integer, got {axis!r}") from None
+    try:
+        view = _ordered_view(tuple(logits.shape), axis, role)
+    except TypeError:  # of lengths that are symbols, which cannot be hashed
+        view = _ordered_view.__wrapped__(tuple(logits.shape), axis, role)
     shape, axis, strides = view.shape, view.axis, getattr(logits, "strides", None)
     if strides is None or shape[axis] == 1 or logits.flags.c_contiguous:
         return view
@@ -334,7 +339,7 @@ def _checked_options(
 ) -> tuple[float, float, float | None]:
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(map(repr, _REDUCTIONS))}; got {reduction!r}")
-    if isinstance(ignore_index, bool) or not (ignore_index is None or _is_integer(ignore_index)):
+    if ignore_index is not None and not _is_integer(ignore_index):
         raise TypeError(f"ignore_index must be an integer or None, got {ignore_index!r}")
     if not 0 <= _number(label_smoothing, "label_smoothing") <= 1:
         raise ValueError(f"label_smoothing must be from 0 to 1, got {label_smoothing!r}")
@@ -348,10 +353,12 @@ def _checked_options(
 
 
 def _is_integer(value: Any) -> bool:
-    with suppress(TypeError):
+    """Whether `value` is an integer of any library; True and False, which Python counts with, are none."""
+    try:
         operator.index(value)
-        return True
-    return False
+    except TypeError:
+        return False
+    return not isinstance(value, bool)
 
 
 def _number(value: Any, role: str) -> float:
@@ -374,6 +381,13 @@ def _array(value: Any, role: str, like: Array | None = None) -> Array:
         return _from_list(value, role, like)
     elif not is_array_api_obj(value):
         value = _from_protocol(value, role)
+    elif lacking := lacks(namespace(value)):
+        ways = [f".{way}()" for way in ("todense", "compute") if hasattr(value, way)]
+        raise TypeError(
+            f"{role} must be an array of a library that has all of the Array API that is needed here;"
+            f" got {_described(value)}, and {namespace(value).__name__} lacks {', '.join(lacking)}"
+            f" ({' or '.join(ways) or 'numpy.asarray'} may convert it)"
+        )
     if like is not None and value is not like:
         if namespace(value) is not namespace(like):
             words = f"{_described(given)} with {_described(like)}"

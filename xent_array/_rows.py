@@ -8,6 +8,7 @@ labels count, what multiplies a row, what divides the sum, how two parts of a ro
 from __future__ import annotations
 
 import sys
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +22,20 @@ DType = Any
 def namespace(array: Array) -> Any:
     """The Array-API functions of the library that made `array` (NumPy 2 is its own Array-API namespace)."""
     return np if isinstance(array, (np.ndarray, np.generic)) else array_namespace(array)
+
+
+# Of the Array API 2023.12: what is asked of a library beside its dtypes and what its arrays do themselves.
+FUNCTIONS = (
+    "__array_namespace_info__", "abs", "any", "arange", "argmax", "asarray", "astype", "concat", "exp", "expand_dims",
+    "finfo", "iinfo", "isfinite", "log1p", "max", "maximum", "min", "ones", "ones_like", "permute_dims", "reshape",
+    "sum", "take", "tanh", "where", "zeros_like",
+)  # fmt: skip
+
+
+@cache
+def lacks(xp: Any) -> list[str]:
+    """The functions among these that a library has not."""
+    return [name for name in FUNCTIONS if not hasattr(xp, name)]
 
 
 def place(array: Array) -> Any:
@@ -47,13 +62,13 @@ def is_traced(array: Array) -> bool:
         return True
     if not hasattr(array, "data_ptr"):
         return False
-    try:  # of PyTorch, whose tensors all look alike
-        if array.data_ptr() == 0 and 0 not in array.shape:
-            return True  # of a fake or a meta tensor
-    except RuntimeError:
-        return True  # of an export or a function transform
     torch, recorder = sys.modules["torch"], sys.modules.get("torch.fx.experimental.proxy_tensor")
-    return torch.jit.is_tracing() or (recorder is not None and recorder.get_proxy_mode() is not None)
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or (recorder and recorder.get_proxy_mode()):
+        return True
+    try:  # a fake tensor keeps its numbers where a meta tensor does; one that a function transform wraps, nowhere
+        return array.untyped_storage().device.type == "meta" or (array.data_ptr() == 0 and 0 not in array.shape)
+    except RuntimeError:
+        return True
 
 
 def index_dtype(xp: Any, where: Any = None) -> DType:
@@ -232,8 +247,9 @@ def denominator(rows: Rows, known: Labels | None, factor: Array | None, wide: DT
     if rows.denominator is not None:
         return rows.denominator
     xp = rows.xp
-    if factor is None and (known is None or rows.weight is None):
-        return float(rows.shape[0] * rows.shape[1])
+    count = rows.shape[0] * rows.shape[1]
+    if factor is None and (known is None or rows.weight is None) and isinstance(count, int):  # else it is a symbol
+        return float(count)
     counted = xp.ones(rows.shape, dtype=rows.acc, device=device(rows.logits)) if factor is None else factor
     if known is not None and rows.weight is not None:
         of_label = xp.reshape(xp.take(rows.weight, xp.reshape(known.index, (-1,))), known.index.shape)
