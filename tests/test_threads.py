@@ -191,3 +191,195 @@ def test_a_fork_while_there_is_a_first_call(first_calls, count):
     """By the main thread while another one calls, by another one, and by a handler in the call itself."""
     for who, (cache, moment) in zip(itertools.cycle(["main", "thread", "handler"]), first_calls(count), strict=False):
         assert ended(started(FORKED, who, str(moment), cache=cache)) == ["[0]", "True"]
+
+
+HANDLED = """
+calls = []
+cpu.ALONE = 1 << 12  # so that more threads take part
+
+def handle(*_):
+    calls.append(is_right(answers()))
+    signal.setitimer(signal.ITIMER_REAL, rng.exponential(0.01))
+
+signal.signal(signal.SIGALRM, handle)
+signal.setitimer(signal.ITIMER_REAL, float(sys.argv[1]))
+for count in range(3, 20):  # each time there is one more thread to start
+    os.environ["XENT_ARRAY_NUM_THREADS"] = str(count)
+    assert is_right(answers())
+signal.setitimer(signal.ITIMER_REAL, 0)
+names = [thread.name for thread in threading.enumerate() if thread.name.startswith("xent_array")]
+print(len(calls) > 0, _threads._pool.size == len(names) == len(set(names)) == 18)
+"""
+
+
+@is_posix
+@needs_numba
+def test_a_handler_that_calls_at_any_moment(first_calls):
+    """While there is an import, a compilation, a thread to start, a job to send or to wait for."""
+    for cache, moment in first_calls(4):
+        assert ended(started(HANDLED, str(moment), cache=cache)) == ["True", "True"]
+
+
+IMPORTING = """
+import importlib, pathlib, tempfile
+folder = tempfile.mkdtemp()
+pathlib.Path(folder, "in_progress.py").write_text("import __main__; __main__.found = __main__.answers()")
+sys.path.insert(0, folder)
+sys.modules.pop("numba", None)
+
+class Finder:  # Numba needs a module that is being imported by the thread that calls
+    def find_spec(self, name, path=None, target=None):
+        if name == "numba":
+            import in_progress
+
+sys.meta_path.insert(0, Finder())
+import in_progress
+(loss, _), _ = found
+assert is_right(found) and loss == answers("numpy")[0][0]
+print(all_is_well())
+"""
+
+
+@needs_numba
+def test_a_call_in_the_middle_of_an_import_that_it_waits_for(filled):
+    """It goes without compiled loops, and only this once."""
+    assert ended(started(IMPORTING, cache=filled[0])) == ["True"]
+
+
+# -- threads of the pool -----------------------------------------------------------------------------------------
+
+
+@is_posix
+def test_an_interrupt_while_a_thread_starts(monkeypatch):
+    """The pool knows of each thread that it has."""
+    start, began = threading.Thread.start, []
+
+    def interrupted(thread):
+        start(thread)
+        began.append(thread)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        time.sleep(0.05)
+
+    pool = _threads.Pool()
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pool.send(lambda: None, 1)
+    _threads.whole(lambda: None)  # comes after it
+    assert pool.size == len(began) == 1
+
+
+@is_posix
+def test_an_interrupt_while_others_work():
+    """Comes when they have ended: nobody writes any more. And what nobody had begun is not begun."""
+    caller, here, done = threading.current_thread(), threading.Barrier(2), []
+
+    def work(parts):
+        for part in parts:
+            if part < 2:
+                here.wait(10)
+            if threading.current_thread() is not caller:
+                time.sleep(0.1)
+                signal.pthread_kill(caller.ident, signal.SIGINT)
+                time.sleep(0.1)
+            elif part < 2:
+                return  # so that it waits for the other
+            done.append(part)
+
+    with pytest.raises(KeyboardInterrupt):
+        _threads.spread(work, range(10), 2)
+    assert len(done) == 1
+    time.sleep(0.2)
+    assert len(done) == 1
+
+
+@is_posix
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_fork_in_the_middle_of_a_job():
+    """By who waits for others: they have ended the part that they were at, and parent and child go on with the rest."""
+    caller, here, done, children = threading.current_thread(), threading.Barrier(3), [], []
+
+    def work(parts):
+        for part in parts:
+            if part < 3:
+                here.wait(10)
+            if threading.current_thread() is not caller:
+                time.sleep(0.1)
+            elif not children:
+                children.append(os.fork())
+                if not children[0]:
+                    signal.alarm(30)  # ends a child that hangs
+            done.append(part)
+
+    try:
+        _threads.spread(work, range(20), 3)
+        is_done = sorted(done) == list(range(20))
+    finally:
+        if children == [0]:
+            os._exit(not (is_done and answer() == answer()))
+    assert is_done
+    assert os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1]) == 0
+
+
+def answer():
+    return cross_entropy(np.zeros((60_000, 10), np.float32), np.zeros(60_000, int))
+
+
+def test_parts_are_drawn_once():
+    drawn = []
+    _threads.spread(lambda parts: drawn.extend(parts), iter(range(20_000)), 5)
+    assert sorted(drawn) == list(range(20_000))
+
+
+# -- done whole --------------------------------------------------------------------------------------------------
+
+
+def test_whole():
+    """In another thread, one after another, and within itself; what it raises is raised."""
+    places, inside = [], []
+
+    def task():
+        inside.append(None)
+        assert len(inside) == 1
+        time.sleep(0.01)
+        places.append(_threads.whole(threading.get_ident) == threading.get_ident())
+        inside.pop()
+        return threading.get_ident()
+
+    assert _threads.whole(task) != threading.get_ident()
+    callers = [threading.Thread(target=_threads.whole, args=(task,)) for _ in range(5)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert places == [True] * 6
+    with pytest.raises(ZeroDivisionError):
+        _threads.whole(lambda: 1 / 0)
+    assert not _threads._asked
+
+
+def test_whole_without_another_thread(monkeypatch):
+    def fails(*_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(_threads._thread, "start_new_thread", fails)
+    assert _threads.whole(lambda: _threads.whole(threading.get_ident)) == threading.get_ident()
+
+
+def test_what_says_nothing_of_the_next_time_is_forgotten(monkeypatch):
+    """A lack of memory; any other reason is remembered."""
+    for error, calls in ((MemoryError(), 2), (ImportError("broken"), 1)):
+        tries = []
+
+        class Finder:
+            def find_spec(self, name, path=None, target=None, tries=tries, error=error):
+                if name == "xent_array._engines._compiled":
+                    tries.append(name)
+                    raise error
+
+        with monkeypatch.context() as patched:
+            patched.setattr(cpu, "_compiled_body", None)
+            patched.delitem(sys.modules, "xent_array._engines._compiled", raising=False)
+            patched.delattr("xent_array._engines._compiled", raising=False)
+            patched.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
+            assert all(cpu.compiled_body().startswith("Numba cannot be used") for _ in range(2))
+        assert len(tries) == calls
