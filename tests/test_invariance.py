@@ -23,7 +23,7 @@ from close import assert_confident, assert_grad, assert_loss
 from oracle import oracle
 
 from xent_array import cross_entropy, cross_entropy_grad, cross_entropy_value_and_grad, log_softmax, row_stats
-from xent_array._engines import ENGINES, cpu
+from xent_array._engines import ENGINES, _threads, cpu
 
 C = 37
 ROWS = 240
@@ -178,7 +178,7 @@ FORK = """
 import os, signal, sys, threading, warnings
 import numpy as np
 from xent_array import cross_entropy_value_and_grad
-from xent_array._engines import cpu
+from xent_array._engines import _threads, cpu
 
 x = np.random.default_rng(0).normal(size=(420, 1000)).astype("f4")  # a few blocks: forks often meet a held lock
 labels = np.arange(420)
@@ -188,7 +188,7 @@ def answer():
     return [loss.tobytes() + grad.tobytes() for loss, grad in answers]
 
 wanted = answer()
-assert cpu._pool.size == 2
+assert _threads._pool.size == 2
 sys.setswitchinterval(1e-6)
 stop = threading.Event()
 def keep_the_pool_busy():
@@ -252,8 +252,8 @@ def test_fewer_threads_than_asked_for(small_blocks, body, monkeypatch, options):
     """None can be started, or all are at work for others: the caller does without, and nothing is left to wait for."""
     wanted = cross_entropy(LOGITS, LABELS, **options)
     monkeypatch.setenv("XENT_ARRAY_NUM_THREADS", "3")
-    pool = cpu._Pool()
-    monkeypatch.setattr(cpu, "_pool", pool)
+    pool = _threads.Pool()
+    monkeypatch.setattr(_threads, "_pool", pool)
     with monkeypatch.context() as patched:
         patched.setattr(threading.Thread, "start", mock.Mock(side_effect=RuntimeError("can't start new thread")))
         assert cross_entropy(LOGITS, LABELS, **options) == wanted

@@ -13,25 +13,14 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from numba import typeof
 
 from .. import _rows
 from .._rows import Array, Rows
-from . import _loops, _memory, cpu
+from . import _loops, _memory, _threads, cpu
 from ._tiles import EACH, LANES
 from ._vectors import LINE, PARTIAL
-from .cpu import (
-    QUICK,
-    ROW,
-    Part,
-    _dense,
-    _distribution,
-    _Scratch,
-    _shrinking,
-    _spread,
-    _store,
-    _team,
-    _Want,
-)
+from .cpu import QUICK, ROW, Part, _dense, _distribution, _Scratch, _store, _Want
 
 FEW = 256  # rows of up to so many classes share vector instructions
 FEW_IN_LARGE = 96  # and of up to so many where the gradient goes to memory: turned, it comes there in pieces
@@ -45,6 +34,11 @@ KEPT = 1 << 22  # bytes that a thread keeps to work in
 _ONE = {np.dtype(kind): np.ones(1, kind) for kind in (np.float32, np.float64)}
 _NONE = {np.dtype(kind): np.empty(0, kind) for kind in (np.float32, np.float64, np.intp, np.uint16)}
 _PLACES = {np.dtype(np.float32): np.int32, np.dtype(np.float64): np.int64}
+
+for (
+    _array
+) in _NONE.values():  # what Numba imports at the first look at an array, it imports here, in no caller's thread
+    typeof(_array)
 
 
 _INDEX = np.dtype(np.intp)
@@ -99,9 +93,9 @@ def at_once(
                 flat = slice(part.start * classes, part.stop * classes)
                 _plain(x[flat], label[part], classes, scale, job, loss[part], into[flat], in_lanes)
 
-        team = _team(work, QUICK * cpu.ALONE)
+        team = _threads.team(work, QUICK * cpu.ALONE)
         least, most = (max(1, size // (classes + ROW)) for size in (cpu.ALONE, 4 * cpu.BLOCK))
-        _spread(work_off, _shrinking(count, least, most, team), team)
+        _threads.spread(work_off, _threads.shrinking(count, least, most, team), team)
     if reduction == "none":
         return loss.reshape(target.shape), grad
     if total is None:

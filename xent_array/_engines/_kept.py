@@ -11,10 +11,13 @@ import hashlib
 import os
 import stat
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from numba.core.caching import FunctionCache
+
+from . import _threads
 
 SOURCES = ("_loops.py", "_dense.py", "_tiles.py", "_vectors.py")  # what the machine code is made of
 
@@ -36,6 +39,13 @@ def _is_ours(folder: str) -> bool:
     if above.st_mode & stat.S_IWOTH and not above.st_mode & stat.S_ISVTX:
         return False
     return found.st_uid in (os.geteuid(), os.stat(__file__).st_uid) and not found.st_mode & stat.S_IWOTH
+
+
+def compiled_whole(function: Any) -> Any:
+    """The same function; what Numba does at a call that it has no code for is done whole."""
+    compile_for = function._compile_for_args
+    function._compile_for_args = lambda *arguments: _threads.whole(partial(compile_for, *arguments))
+    return function
 
 
 class _Cache(FunctionCache):  # type: ignore[misc]  # Numba has no types

@@ -18,7 +18,7 @@ from numba.extending import overload
 from . import _dense as dense
 from . import _tiles as tiles
 from . import _vectors as v
-from ._kept import kept
+from ._kept import compiled_whole, kept
 from ._tiles import AT_LABEL, BY, EACH, FACTOR, GAP, HALF, LABEL, LANES, MASS, OF_ROW, PART, SCALE, M
 from ._vectors import PARTIAL
 
@@ -39,8 +39,8 @@ inner = njit(**_INNER)
 
 
 def compiled(function: Callable[..., Any]) -> Any:
-    """What Python calls, kept between processes."""
-    return kept(njit(**_OPTIONS)(function))
+    """What Python calls, kept between processes, and compiled whole or not at all."""
+    return compiled_whole(kept(njit(**_OPTIONS)(function)))
 
 
 # One row, its numbers
@@ -141,7 +141,7 @@ def rows(
     if job & SUM, or 0.
     """
     v.make_compact()
-    if job & CHECK and not _are_classes(label, classes):
+    if job & CHECK and not (v.is_usual() and _are_classes(label, classes)):
         return -1.0
     kind = work.dtype.type
     wide, e, slope = v.part(work, 0, classes), v.part(work, classes, classes), v.part(work, 2 * classes, classes)
@@ -402,7 +402,7 @@ def lanes(
 ):  # fmt: skip
     """What `rows` does, for `width` rows at a time, a multiple of 16, under labels or no target."""
     v.make_compact()
-    if job & CHECK and not _are_classes(label, classes):
+    if job & CHECK and not (v.is_usual() and _are_classes(label, classes)):
         return -1.0
     tile = v.part(work, 0, classes * width)
     each = v.part(work, classes * width, EACH * width)

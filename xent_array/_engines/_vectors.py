@@ -287,6 +287,28 @@ def fence(_context: Any) -> Any:
     return types.void(), build
 
 
+@intrinsic
+def is_usual(_context: Any) -> Any:
+    """Whether this thread calculates as `_arithmetic` has it, as far as that is known of the processor."""
+
+    def build(_: Any, builder: Any, _signature: Any, _arguments: Any) -> Any:
+        triple = builder.module.triple
+        if triple.startswith("x86_64"):
+            settings = cgutils.alloca_once(builder, _WORD)
+            type_ = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t])
+            store = cgutils.get_or_insert_function(builder.module, type_, "llvm.x86.sse.stmxcsr")
+            builder.call(store, [builder.bitcast(settings, cgutils.voidptr_t)])
+            word, others = builder.load(settings), 0xE040  # small results to 0, the way to round, small operands to 0
+        elif triple.startswith(("aarch64", "arm64")):
+            word = builder.asm(ir.FunctionType(_INDEX, []), "mrs $0, fpcr", "=r", [], True)
+            others = 0x1C00003  # both to 0, the way to round; and that of small operands or results alone
+        else:
+            return ir.Constant(ir.IntType(1), 1)
+        return builder.icmp_unsigned("==", builder.and_(word, word.type(others)), word.type(0))
+
+    return types.boolean(), build
+
+
 # Stretches of an array
 
 

@@ -14,21 +14,17 @@ in any batch and under any number of threads.
 from __future__ import annotations
 
 import math
-import os
-import sys
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from functools import cache, lru_cache
-from queue import SimpleQueue
+from functools import lru_cache
 from types import ModuleType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from .. import _rows
 from .._rows import Array, Rows, RowStats
-from . import _memory
+from . import _arithmetic, _memory, _threads
+from ._cores import threads as threads
 
 BLOCK = 1 << 18  # logits in a block, at most: its scratch is 1 MiB in float32
 TILE = 1 << 20  # a row of more classes is read in tiles of this many, so that scratch stays bounded
@@ -36,7 +32,6 @@ ALONE = 1 << 16  # less work than this many logits is not worth waking a thread 
 ROW = 24  # what a row costs beside its logits, in logits
 QUICK = 3  # times as much work is not worth one where loops are compiled
 
-P = TypeVar("P")
 Part = tuple[slice, slice]  # of the outer and of the inner axis
 _WHOLE: Part = (slice(None), slice(None))
 
@@ -56,7 +51,7 @@ class Cpu:
     def at_once(
         self, logits: Any, target: Any, reduction: str, upstream: float | None, wants_grad: bool, out: Any
     ) -> tuple[Array, Array | None] | None:
-        compiled = compiled_body() if self.compile else ""
+        compiled = (_compiled_body or compiled_body()) if self.compile else ""
         if isinstance(compiled, str):
             return None
         answer: tuple[Array, Array | None] | None = compiled.at_once(
@@ -64,37 +59,45 @@ class Cpu:
         )
         return answer
 
+    @_arithmetic.in_usual
     def stats(self, rows: Rows) -> RowStats:
         filled = _stats(rows)
         self._drive(rows, _Want(stats=filled))
         return filled
 
+    @_arithmetic.in_usual
     def row_stats(self, rows: Rows) -> RowStats:
         filled = _stats(rows, with_hits=True)
         self._drive(rows, _Want(stats=filled))
         return _rows.marked(rows, filled, filled.correct)
 
+    @_arithmetic.in_usual
     def stats_and_loss(self, rows: Rows) -> tuple[RowStats, Array]:
         filled = _stats(rows)
         return filled, self._loss(rows, stats=filled)
 
+    @_arithmetic.in_usual
     def loss(self, rows: Rows) -> Array:
         return self._loss(rows)
 
+    @_arithmetic.in_usual
     def grad(self, rows: Rows, stats: RowStats, out: Array | None = None) -> Array:
         out = _gradient(rows) if out is None else out
         self._drive(rows, _Want(given=stats, grad=out, divisor=_divisor(rows) if rows.reduction == "mean" else None))
         return out
 
+    @_arithmetic.in_usual
     def loss_and_grad(self, rows: Rows, out: Array | None = None) -> tuple[Array, Array]:
         out = _gradient(rows) if out is None else out
         return self._loss(rows, out=out), out
 
+    @_arithmetic.in_usual
     def loss_grad_and_stats(self, rows: Rows, out: Array | None = None) -> tuple[Array, Array, RowStats]:
         filled = _stats(rows, with_hits=True)
         out = _gradient(rows) if out is None else out
         return self._loss(rows, stats=filled, out=out), out, _rows.marked(rows, filled, filled.correct)
 
+    @_arithmetic.in_usual
     def softmax(self, rows: Rows, log: bool) -> Array:
         out = _gradient(rows)
         self._drive(rows, _Want(log=out) if log else _Want(grad=out))
@@ -120,7 +123,7 @@ class Cpu:
             if count:
                 body(rows, want, _WHOLE, _Scratch(count * min(classes, TILE), rows.acc))
             return
-        team = _team(work, alone)
+        team = _threads.team(work, alone)
         # Small enough for cache, large enough that Python is idle, and some for every thread.
         blocks = max(team if work <= 4 * team * alone else 2 * team, -(-work // block))
         in_block = -(-count // blocks)
@@ -132,7 +135,7 @@ class Cpu:
                 for part in parts:
                     body(_sliced(rows, part), want, part, scratch)
 
-        _spread(work_off, _parts(rows.shape, in_block), team)
+        _threads.spread(work_off, _parts(rows.shape, in_block), team)
 
     def _body(self, rows: Rows, want: _Want) -> tuple[Callable[[Rows, _Want, Part, _Scratch], None], int, int]:
         """What does a block of these rows, how much work a block may be, and how much is not worth another thread."""
@@ -147,16 +150,32 @@ engine = Cpu("cpu", compile=True)
 numpy_engine = Cpu("numpy", compile=False)
 
 
-@cache
+_compiled_body: ModuleType | str | None = None
+
+
 def compiled_body() -> ModuleType | str:
     """The loops that Numba compiles, or why there are none."""
-    try:
-        from . import _compiled
-    except Exception as error:  # such as from a Numba that this NumPy or this Python is too new for
-        if isinstance(error, ModuleNotFoundError) and error.name == "numba":
-            return "Numba is not installed"
-        return f"Numba cannot be used: {error}"
-    return _compiled
+    if _compiled_body is None:
+        try:
+            return _threads.whole(_find_compiled_body)
+        except _threads.Busy:  # so for now there are none
+            return "Numba is just being imported"
+    return _compiled_body
+
+
+def _find_compiled_body() -> ModuleType | str:
+    global _compiled_body
+    if _compiled_body is None:
+        try:
+            from . import _compiled
+
+            _compiled_body = _compiled
+        except MemoryError as error:  # says nothing of the next time
+            return f"Numba cannot be used: {error}"
+        except Exception as error:  # such as from a Numba that this NumPy or this Python is too new for
+            is_absent = isinstance(error, ModuleNotFoundError) and error.name == "numba"
+            _compiled_body = "Numba is not installed" if is_absent else f"Numba cannot be used: {error}"
+    return _compiled_body
 
 
 def _sum(losses: Array) -> float:
@@ -546,127 +565,3 @@ def _column(values: Any) -> Any:
 
 def _of(values: Any, who: Any) -> Any:
     return values[who] if isinstance(values, np.ndarray) else values
-
-
-# Threads
-
-
-def threads() -> int:
-    """How many threads a large problem may use: XENT_ARRAY_NUM_THREADS, else the cores this process may run on."""
-    asked = os.environ.get("XENT_ARRAY_NUM_THREADS", "").strip()
-    if asked:
-        if not asked.isdecimal() or int(asked) < 1:
-            raise ValueError(f"XENT_ARRAY_NUM_THREADS must be a whole number of threads, at least 1; got {asked!r}")
-        return int(asked)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _team(work: int, alone: int) -> int:
-    """How many threads share so much work, of which `alone` is not worth another one."""
-    return min(threads(), -(-work // alone))
-
-
-def _shrinking(count: int, least: int, most: int, team: int) -> Iterator[slice]:
-    """Cuts rows into parts, each a thread's share of what is left: threads that begin apart still end together.
-
-    No part is so large that an interrupt would have to wait for long.
-    """
-    start = 0
-    while start < count:
-        stop = min(count, start + max(least, min(most, (count - start) // team)))
-        yield slice(start, stop)
-        start = stop
-
-
-def _spread(work: Callable[[Iterator[P]], None], parts: Iterator[P], team: int) -> None:
-    """Calls `work(parts)` here and on up to `team` - 1 threads of the pool at once; returns when all have ended.
-
-    Each draws what parts the others have left, and none any more once one has failed.
-    """
-    job = _Job(work, parts)
-    try:
-        _pool.send(job.help, team - 1)
-        job.run()
-    finally:
-        errors = job.close()
-    if errors:
-        raise errors[0]
-
-
-class _Job(Iterator[P]):
-    """Parts that several threads draw from, and what they do with them."""
-
-    def __init__(self, work: Callable[[Iterator[P]], None], parts: Iterator[P]) -> None:
-        self.work, self.parts, self.lock = work, parts, threading.Lock()
-        self.is_open, self.helpers = True, 0
-        self.ends: SimpleQueue[BaseException | None] = SimpleQueue()
-
-    def __next__(self) -> P:
-        with self.lock:
-            return next(self.parts)
-
-    def run(self) -> None:
-        try:
-            self.work(self)
-        except BaseException:
-            with self.lock:
-                self.parts = iter(())
-            raise
-
-    def help(self) -> None:
-        """What a thread of the pool calls, now or too late."""
-        with self.lock:
-            if not self.is_open:
-                return
-            self.helpers += 1
-        error = None
-        try:
-            self.run()
-        except BaseException as raised:
-            error = raised
-        self.ends.put(error)
-
-    def close(self) -> list[BaseException]:
-        """Waits for those that help already, and lets no more begin. Returns what they raised."""
-        with self.lock:
-            self.is_open = False
-        ends = [self.ends.get() for _ in range(self.helpers)]
-        return [error for error in ends if error is not None]
-
-
-class _Pool:
-    """Threads that wait for calls. As daemons they keep no interpreter from ending; it leaves them where they are."""
-
-    def __init__(self) -> None:
-        self.calls: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self.size, self.lock = 0, threading.Lock()
-
-    def send(self, call: Callable[[], None], count: int) -> None:
-        """Has it called by `count` threads, or by as many as there can be."""
-        if count > self.size:
-            self._grow(count)
-        for _ in range(min(count, self.size)):
-            self.calls.put(call)
-
-    def _grow(self, size: int) -> None:
-        with self.lock, suppress(RuntimeError):  # there are no more threads: fewer suffice
-            while self.size < size and not sys.is_finalizing():
-                threading.Thread(target=self._run, name=f"xent_array-{self.size}", daemon=True).start()
-                self.size += 1
-
-    def _run(self) -> None:
-        while True:
-            self.calls.get()()
-
-
-_pool = _Pool()
-
-
-def _after_fork() -> None:
-    """A child has none of its parent's threads: it starts with a pool of none, and a lock that nobody holds."""
-    global _pool
-    _pool = _Pool()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
