@@ -125,12 +125,12 @@ def merge(one: RowStats, two: RowStats) -> RowStats:
     """
     xp = namespace(one.max)
     first = one.max >= two.max
-    drop = xp.where(one.max == two.max, 0, xp.abs(one.max - two.max))
+    half = xp.where(one.max == two.max, 0, xp.abs(one.max / 2 - two.max / 2))  # the whole may be beyond the range
     low_rest, low_mass = xp.where(first, two.rest, one.rest), xp.where(first, two.mass, one.mass)
     return RowStats(
         max=xp.maximum(one.max, two.max),
-        rest=xp.where(first, one.rest, two.rest) + (1 + low_rest) * xp.exp(-drop),
-        gap=one.gap + two.gap + xp.where(low_mass == 0, 0, low_mass * drop),
+        rest=xp.where(first, one.rest, two.rest) + (1 + low_rest) * xp.exp(-2 * half),
+        gap=one.gap + two.gap + xp.where((low_mass == 0) | (half == 0), 0, 2 * (low_mass * half)),
         mass=one.mass + two.mass,
     )
 
