@@ -7,6 +7,7 @@ dtype holds the same numbers, and have one of two shapes wherever that will do (
 
 import itertools
 import warnings
+from unittest import mock
 
 import array_api_strict
 import numpy as np
@@ -25,6 +26,7 @@ from xent_array import (
     row_stats,
     softmax,
 )
+from xent_array._engines import cpu
 
 REDUCTIONS = ("none", "mean", "sum")
 NAN, INF = np.nan, np.inf
@@ -497,6 +499,9 @@ def test_products_beyond_the_range(backend, target):
         check(backend, confident, target, **options)
         check(backend, confident, target, label_smoothing=2.0**-20, **options)
         check(backend, LOGITS, target, **options)
+        half = np.sqrt(large) * 2.0**24  # the square is beyond the range, and is what the mean divides by
+        check(backend, confident, LABELS, weight=np.full(5, half), sample_weight=np.full(4, half), dtypes=[dtype],
+              grad_output=large)  # fmt: skip
 
 
 @pytest.mark.parametrize("value", [INF, NAN])
@@ -531,6 +536,34 @@ def test_infinite_weight_of_a_class_that_is_met(backend, value):
         check(backend, LOGITS, missed, weight=weight, label_smoothing=smoothing)
         check(backend, LOGITS, np.eye(5)[missed], weight=weight, label_smoothing=smoothing)
         assert not np.isfinite(oracle(LOGITS, missed, weight=weight, label_smoothing=smoothing).loss)
+
+
+@pytest.mark.parametrize("engine", ["cpu", "numpy", "generic"])
+def test_memory_order_changes_no_bit(engine):
+    """Of what a mean divides by, nor of a sum: rows are added in the user's order, however they lie in memory."""
+    rng = np.random.default_rng(0)
+    shape = (12, 9, 7, 3)
+
+    def laid(x, order):
+        return x.transpose(order).copy(order="C").transpose(np.argsort(order))
+
+    for dtype in ("float32", "float64"):
+        sizes = np.exp(3 * rng.normal(size=shape[:-1]))
+        x = (sizes[..., None] * rng.normal(size=shape)).astype(dtype)
+        labels, soft = rng.integers(0, 3, shape[:-1]), rng.random(shape).astype(dtype)
+        s, weight = sizes.astype(dtype), rng.random(3).astype(dtype)
+        for target, reduction, block in itertools.product([labels, soft], ["mean", "sum"], [cpu.BLOCK, 100]):
+            seen = set()
+            with mock.patch.object(cpu, "BLOCK", block):
+                for order in itertools.permutations(range(3)):
+                    options = {"sample_weight": laid(s, order), "weight": weight, "reduction": reduction}
+                    of_target = laid(target, order if target is labels else (*order, 3))
+                    for of_logits in ((*order, 3), (3, *order), (0, 1, 2, 3)):
+                        loss, grad = cross_entropy_value_and_grad(
+                            laid(x, of_logits), of_target, engine=engine, **options
+                        )
+                        seen.add((loss.tobytes(), grad.tobytes()))
+            assert len(seen) == 1
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------

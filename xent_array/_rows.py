@@ -32,8 +32,9 @@ class Rows(NamedTuple):
 
     Shapes: logits (outer, C, inner); target (outer, inner) for class indices, (outer, C, inner) for
     distributions, None to ask for the softmax alone; weight (C,); sample_weight and a per-row upstream (outer, inner).
-    `acc` is the dtype of the arithmetic and of the loss. `all_labels_count` is True where it is already known that
-    every label is a class and none is ignored; False promises nothing.
+    `acc` is the dtype of the arithmetic and of the loss. `row_order` is the user's shape of the rows, and the order of
+    its axes that makes them (outer, inner); None where they are in that order anyhow. `all_labels_count` is True where
+    it is already known that every label is a class and none is ignored; False promises nothing.
     """
 
     xp: Any
@@ -48,6 +49,7 @@ class Rows(NamedTuple):
     softcap: float | None = None
     reduction: str = "none"
     upstream: Array | float | None = None
+    row_order: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     all_labels_count: bool = False
 
     @property
@@ -169,14 +171,27 @@ def denominator(rows: Rows, known: Labels | None, factor: Array | None, wide: DT
     xp = rows.xp
     if factor is None and (known is None or rows.weight is None):
         return float(rows.shape[0] * rows.shape[1])
-    counted = xp.ones(rows.shape, dtype=rows.acc, device=device(rows.logits)) if factor is None else factor
+    # In the wide dtype, which has room for a product of two weights.
+    if factor is None:
+        counted = xp.ones(rows.shape, dtype=wide, device=device(rows.logits))
+    else:
+        counted = xp.astype(factor, wide, copy=False)
     if known is not None and rows.weight is not None:
         of_label = xp.reshape(xp.take(rows.weight, xp.reshape(known.index, (-1,))), known.index.shape)
-        counted = xp.where(counted == 0, counted, counted * of_label)
+        counted = xp.where(counted == 0, counted, counted * xp.astype(of_label, wide, copy=False))
     if known is not None and known.valid is not None:
         # A bad label makes its own row NaN, and leaves the gradient of the others alone.
         counted = xp.where(known.valid, counted, xp.zeros_like(counted))
-    return xp.sum(counted, dtype=wide)
+    return xp.sum(in_order(rows, counted), dtype=wide)
+
+
+def in_order(rows: Rows, values: Array) -> Array:
+    """One number per row, one after another as the user has them, so that no sum depends on how they lie in memory."""
+    if rows.row_order is not None:
+        shape, order = rows.row_order
+        values = rows.xp.reshape(values, tuple(shape[k] for k in order))
+        values = rows.xp.permute_dims(values, tuple(order.index(k) for k in range(len(order))))
+    return values.ravel() if rows.xp is np else rows.xp.reshape(values, (-1,))
 
 
 def divide(xp: Any, value: Array | float, by: Array | float) -> Array | float:
@@ -211,7 +226,7 @@ def reduce_loss(rows: Rows, loss: Array, divisor: Array | float | None, wide: DT
     """Row losses to what the caller asked for, summed in the dtype `wide`."""
     if rows.reduction == "none":
         return loss
-    total = rows.xp.sum(loss, dtype=wide)
+    total = rows.xp.sum(in_order(rows, loss), dtype=wide)
     return rows.xp.astype(total if divisor is None else divide(rows.xp, total, divisor), rows.acc)
 
 

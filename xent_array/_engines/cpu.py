@@ -101,7 +101,8 @@ class Cpu:
         if rows.reduction == "none":
             return losses
         compiled = compiled_body() if self.compile else ""
-        total = _sum(losses) if isinstance(compiled, str) else compiled.total(losses.reshape(-1))
+        losses = _rows.in_order(rows, losses)
+        total = _sum(losses) if isinstance(compiled, str) else compiled.total(losses)
         return rows.acc.type(total if divisor is None else _rows.divide(np, total, divisor))
 
     def _drive(self, rows: Rows, want: _Want) -> None:
@@ -153,7 +154,7 @@ def compiled_body() -> ModuleType | str:
 
 
 def _sum(losses: Array) -> float:
-    return float(np.add.reduce(losses, axis=None, dtype=np.float64))
+    return float(np.add.reduce(losses, dtype=np.float64))
 
 
 def _stats(rows: Rows) -> RowStats:
@@ -165,14 +166,28 @@ def _gradient(rows: Rows) -> Array:
 
 
 def _divisor(rows: Rows) -> float:
-    """The mean's denominator, part by part: nothing of the size of the batch is held."""
+    """The mean's denominator, part by part in the user's order of rows: nothing else of the batch's size is held."""
     if rows.sample_weight is None and ((rows.all_labels_count and rows.weight is None) or not rows.has_labels):
         return float(rows.shape[0] * rows.shape[1])
+    count = rows.shape[0] * rows.shape[1]
+    if count <= BLOCK:
+        known = _rows.labels(rows) if rows.has_labels else None
+        return float(_rows.denominator(rows, known, _rows.row_factor(rows, known), np.float64))
+    target, s = (
+        None if values is None else _rows.in_order(rows, values)[:, None]
+        for values in (rows.target if rows.has_labels else None, rows.sample_weight)
+    )
     total = 0.0
-    for part in _parts(rows.shape, BLOCK):
-        here = _sliced(rows, part)
-        known = _rows.labels(here) if rows.has_labels else None
-        total += float(_rows.denominator(here, known, _rows.row_factor(here, known), np.float64))
+    for start in range(0, count, BLOCK):
+        part = slice(start, min(start + BLOCK, count))
+        total += _divisor(
+            rows._replace(
+                logits=np.broadcast_to(rows.acc.type(0), (part.stop - start, rows.classes, 1)),  # nobody reads them
+                target=None if target is None else target[part],
+                sample_weight=None if s is None else s[part],
+                row_order=None,
+            )
+        )
     return total
 
 
