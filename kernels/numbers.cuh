@@ -6,6 +6,9 @@
 template <class A> XE_DEVICE A infinity();
 template <> XE_DEVICE float infinity<float>() { return bits_float(0x7f800000u); }
 template <> XE_DEVICE double infinity<double>() { return static_cast<double>(infinity<float>()); }
+template <class A> XE_DEVICE A largest();
+template <> XE_DEVICE float largest<float>() { return 3.40282347e38f; }
+template <> XE_DEVICE double largest<double>() { return 1.7976931348623157e308; }
 template <class A> XE_DEVICE A not_a_number() { return static_cast<A>(bits_float(0x7fc00000u)); }
 
 // A product that no compiler fuses with the sum it goes into.

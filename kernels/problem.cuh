@@ -112,7 +112,7 @@ template <class T, int VARIANT> struct Row {
         if (kind == OF_FLOAT32) value += keep * static_cast<const float*>(q)[k * target_class];
         else if (kind == OF_LOGITS) value += keep * to_acc(static_cast<const T*>(q)[k * target_class]);
         else if (k == label) value += keep;
-        return w ? w[k] * value : value;
+        return w && value != 0 ? w[k] * value : value;  // a weight of inf or NaN counts only where something meets it
     }
 
     // Whether the numbers that a job writes depend on the logits: not in a row that does not count, or is NaN anyhow.

@@ -94,7 +94,7 @@ template <class T, int VARIANT, int K, int STEP> struct Held {
         if (VARIANT == PLAIN) return answer.grad(x);
         if (VARIANT == GENERAL) return answer.grad(x, row.a(k));
         const Capped<A> c = capped(x, p.softcap);
-        return answer.grad(c.x, row.a(k)) * c.slope;
+        return answer.grad(c.x, row.a(k), c.slope);
     }
     // Writes the gradient (or log-softmax) of what is held: zeros in a row whose scale is 0.
     template <int JOB>

@@ -10,13 +10,20 @@
 #pragma once
 #include "problem.cuh"
 
+// Half of max - x, all of which may be beyond the range of finite numbers; inf - inf is 0.
+template <class A> XE_DEVICE A half_below(A max, A x) {
+    return x == max ? 0 : static_cast<A>(0.5) * max - static_cast<A>(0.5) * x;
+}
+
+template <class A> XE_DEVICE A times(A a, A b) { return a == 0 || b == 0 ? 0 : a * b; }  // 0·inf counts 0
+
 template <class A> struct Stats {
     A max = -infinity<A>(), rest = -1, gap = 0, mass = 0;
 };
 
 // One thread's classes, added up against their maximum.
 template <int VARIANT, class A> struct Sum {
-    A max, sum = 0, at_max = 0, gap = 0, mass = 0;  // sum leaves out the logits that are max; at_max counts them
+    A max, sum = 0, at_max = 0, half_gap = 0, mass = 0;  // sum leaves out logits that are max; at_max counts them
     XE_DEVICE explicit Sum(A max) : max(max) {}
     XE_DEVICE void add(A x) {
         const A e = exp_acc(x - max);
@@ -25,11 +32,10 @@ template <int VARIANT, class A> struct Sum {
     }
     XE_DEVICE void add(A x, A a) {
         add(x);
-        const A below = x == max ? 0 : max - x;  // inf - inf is 0
-        gap += a == 0 ? 0 : a * below;           // 0·inf counts 0
+        half_gap += times(a, half_below(max, x));
         mass += a;
     }
-    XE_DEVICE Stats<A> stats() const { return {max, sum + (at_max - 1), gap, mass}; }
+    XE_DEVICE Stats<A> stats() const { return {max, sum + (at_max - 1), 2 * half_gap, mass}; }
 };
 
 template <int VARIANT, class A> XE_DEVICE Stats<A> merge(const Stats<A>& one, const Stats<A>& two) {
@@ -40,7 +46,7 @@ template <int VARIANT, class A> XE_DEVICE Stats<A> merge(const Stats<A>& one, co
     both.max = high.max;
     both.rest = high.rest + (1 + low.rest) * exp_acc(-drop);
     if (VARIANT != PLAIN) {
-        both.gap = high.gap + low.gap + (low.mass == 0 ? 0 : low.mass * drop);
+        both.gap = high.gap + low.gap + 2 * times(low.mass, half_below(high.max, low.max));
         both.mass = high.mass + low.mass;
     }
     return both;
@@ -55,7 +61,7 @@ template <int WIDTH, int VARIANT, class A> XE_DEVICE Stats<A> merge_lanes(Stats<
     const bool first = ((holds_max & (0u - holds_max)) << group) == 1u << lane;
     part.rest = lanes_sum<WIDTH>(first ? part.rest : (1 + part.rest) * exp_acc(-drop));
     if (VARIANT != PLAIN) {
-        part.gap = lanes_sum<WIDTH>(part.gap + (part.mass == 0 ? 0 : part.mass * drop));
+        part.gap = lanes_sum<WIDTH>(part.gap + 2 * times(part.mass, half_below(max, part.max)));
         part.mass = lanes_sum<WIDTH>(part.mass);
     }
     part.max = max;
@@ -67,23 +73,33 @@ template <class T, int VARIANT> struct Answer {
     typedef typename Acc<T>::type A;
     Stats<A> stats;
     A tail, coef, p_max, scale;
+    bool confident;  // p > 1/2 at the maximum
 
     XE_DEVICE Answer(const Problem<T>& p, const Row<T, VARIANT>& row, const Stats<A>& s) : stats(s) {
         if (VARIANT == PLAIN || !row.has_target) stats.mass = 1;
         const bool finite = isfinite(stats.max);
         tail = finite ? log1p_acc(stats.rest) : not_a_number<A>();
         p_max = finite ? 1 / (1 + stats.rest) : not_a_number<A>();
-        coef = stats.mass;
-        if (VARIANT != PLAIN) coef += 2 * static_cast<A>(p.z_loss) * (stats.max + tail);
-        scale = row.scale;
+        coef = stats.mass, scale = row.scale;
+        confident = stats.rest < 1;
+        if (VARIANT == PLAIN) return;
+        if (p.z_loss != 0) {
+            const A of_lse = static_cast<A>(p.z_loss) * (stats.max + tail);
+            coef += of_lse + of_lse;
+        }
+        if (max_acc(coef, -coef) == infinity<A>()) {  // of which a p of 0 makes 0: as a product of two that are finite
+            coef = coef > 0 ? largest<A>() : -largest<A>();
+            p_max = finite ? largest<A>() : not_a_number<A>();
+            confident = false;
+        }
     }
 
     // The loss of the row; `gap` and `mass` apart, because PLAIN knows them in one thread only.
     XE_DEVICE A loss(const Problem<T>& p, const Row<T, VARIANT>& row) const {
         A value = stats.gap + stats.mass * tail;
-        if (VARIANT != PLAIN) {
+        if (VARIANT != PLAIN && p.z_loss != 0) {
             const A lse = stats.max + tail;
-            value += static_cast<A>(p.z_loss) * (lse * lse);
+            value += (static_cast<A>(p.z_loss) * lse) * lse;  // lse² alone may overflow
         }
         return row.factor == 0 ? 0 : row.factor * value;
     }
@@ -97,10 +113,11 @@ template <class T, int VARIANT> struct Answer {
         p.mass[r] = VARIANT == PLAIN && row.has_target && row.label < 0 ? 0 : stats.mass;
     }
 
-    // scale·[coef·p - a] for any class; where p > 1/2, 1 - p is taken from rest, which has not cancelled.
-    XE_DEVICE A grad(A x, A a) const {
-        if (x == stats.max && stats.rest < 1) return scale * ((coef - a) - coef * (stats.rest * p_max));
-        return scale * (coef * (exp_acc(x - stats.max) * p_max) - a);
+    // scale·[coef·p - a] for any class; where p > 1/2, 1 - p is taken from rest, which has not cancelled. The slope is
+    // softcap's; what is multiplied last may make the whole infinite.
+    XE_DEVICE A grad(A x, A a, A slope = 1) const {
+        if (x == stats.max && confident) return scale * (((coef - a) - coef * (stats.rest * p_max)) * slope);
+        return scale * ((coef * (exp_acc(x - stats.max) * p_max) - a) * slope);
     }
     // The same where a = 0, and coef = 1 as in PLAIN.
     XE_DEVICE A grad(A x) const { return exp_acc(x - stats.max) * (p_max * scale); }

@@ -46,7 +46,7 @@ template <class A> XE_DEVICE void xent_sums(XE_SUM_PARAMETERS(A)) {
     for (i64 r = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x; r < rows; r += step) {
         if (losses) s.loss += losses[r];
         if (!counts) continue;
-        A count = sample_weight ? sample_weight[r] : 1;
+        double count = sample_weight ? sample_weight[r] : 1;
         if (INT8 <= kind && kind <= UINT64) {
             const i64 label = label_at(target, r / inner * target_outer + r % inner * target_inner, kind);
             const bool counted = !(ignores && label == ignore_index) && 0 <= label && label < classes;

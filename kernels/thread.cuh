@@ -64,7 +64,7 @@ XE_DEVICE void xent_thread(const Problem<T>& p, i64 r, const Row<T, VARIANT>& ro
                 y = answer.grad(v[u], row.a(k + u));
             } else {
                 const Capped<A> c = capped(v[u], p.softcap);
-                y = answer.grad(c.x, row.a(k + u)) * c.slope;
+                y = answer.grad(c.x, row.a(k + u), c.slope);
             }
             put(k + u, from_acc(silent ? 0 : y, T()));
         }

@@ -41,13 +41,7 @@ def _assert_close(what, actual, wanted, unit, bar, dtype):
     actual, wanted = np.asarray(actual), np.asarray(wanted)
     assert (actual.dtype.name, actual.dtype.isnative) == (dtype, True), f"{what} is {actual.dtype!r}, wanted {dtype}"
     assert actual.shape == wanted.shape, f"{what} has shape {actual.shape}, wanted {wanted.shape}"
-    got = actual.astype(np.float64).astype(wanted.dtype)
-    with np.errstate(all="ignore"):
-        wanted_stored = wanted.astype(np.float64).astype(actual.dtype).astype(np.float64)
-        wanted = np.where(np.isfinite(wanted_stored), wanted, wanted_stored)  # beyond the dtype's range: inf
-        same = (got == wanted) | (np.isnan(got) & np.isnan(wanted))
-        units = np.where(same, 0, abs(got - wanted) / unit)
-    units[~np.isfinite(units)] = np.inf  # NaN or inf against a number; not exact where the unit is 0
+    got, units = actual.astype(np.float64).astype(wanted.dtype), units_off(actual, wanted, unit)
     far = units > bar
     if far.any():
         worst = np.unravel_index(np.argmax(units / bar), units.shape)
@@ -58,3 +52,15 @@ def _assert_close(what, actual, wanted, unit, bar, dtype):
             f"of {np.broadcast_to(unit, units.shape)[worst]:.3g} against a bar of "
             f"{np.broadcast_to(bar, units.shape)[worst]:.3g}"
         )
+
+
+def units_off(actual, wanted, unit):
+    """By how many units each number is off; inf where one is finite and the other is not, or NaN, or another inf."""
+    got = actual.astype(np.float64).astype(wanted.dtype)
+    with np.errstate(all="ignore"):
+        wanted_stored = wanted.astype(np.float64).astype(actual.dtype).astype(np.float64)
+        wanted = np.where(np.isfinite(wanted_stored), wanted, wanted_stored)  # beyond the dtype's range: inf
+        same = (got == wanted) | (np.isnan(got) & np.isnan(wanted))
+        units = np.where(same, 0, abs(got - wanted) / unit)
+    units[~np.isfinite(units)] = np.inf  # NaN or inf against a number; not exact where the unit is 0
+    return units

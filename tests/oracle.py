@@ -2,6 +2,12 @@
 
 Written apart from the package and in the plainest way: it builds every array in full, in float64 (long double for
 float64 logits, so that it is no less right than what it judges), and takes all inputs at the values they store.
+
+What is beyond the range of the arithmetic is infinite, and IEEE says what becomes of it; but 0·∞ counts 0 in
+a·(max - x), and in (mass + 2z·lse)·p where p is the 0. These are the numbers that the arithmetic holds: the target a;
+its mass; 2z·lse and mass + 2z·lse; a row's loss before and after its sample weight; upstream/denominator, and that
+times the sample weight; and, in float64, what the mean divides by and the sum of the losses. What lies between has no
+range: max - x may be twice the largest number.
 """
 
 from dataclasses import dataclass
@@ -80,16 +86,16 @@ def oracle(
             q, count = real(np.arange(C) == label[..., None]), w[label]
         else:
             q, count = real(np.moveaxis(target, axis, -1)), np.ones(x.shape[:-1], wide)
-        a = w * ((1 - smooth) * q + smooth / C)
-        abs_a = np.abs(w) * ((1 - smooth) * np.abs(q) + smooth / C)  # > |a| where a signed q cancels smoothing
-        mass, M = a.sum(-1), abs_a.sum(-1)
+        a = held(_times(w, (1 - smooth) * q + smooth / C), acc)
+        abs_a = _times(np.abs(w), (1 - smooth) * np.abs(q) + smooth / C)  # > |a| where a signed q cancels smoothing
+        mass, M = held(a.sum(-1), acc), abs_a.sum(-1)
 
         # Everything that multiplies a row; inert rows are out of it whatever they hold.
         inert = ignored | (s == 0)
         counts = (s * count)[~inert & ~bad] if reduction == "mean" else np.ones(1, wide)
-        denominator = counts.sum() or real(np.nan)
+        denominator = held(counts.sum(), "float64") or real(np.nan)
         cancelled = np.abs(counts).sum() / np.abs(denominator) - 1  # 0 unless weights have both signs
-        scale = np.where(inert, 0, upstream * s / denominator)
+        scale = np.where(inert, 0, held(held(upstream / denominator, acc) * s, acc))
 
         # The logits, with D = 1 - tanh^2 = 1 / cosh^2. Rows without a softmax are zeroed here, made NaN below.
         D = np.ones_like(x)
@@ -109,19 +115,22 @@ def oracle(
         p = e / (1 + rest)[..., None]
 
         below = max_[..., None] - x  # lse - x = below + tail
-        row = _times(a, below + tail[..., None]).sum(-1) + z * lse**2
-        coef = mass + 2 * z * lse
-        before = coef[..., None] * p - a
+        row = _times(a, below).sum(-1) + mass * tail
+        coef = mass
+        if z:
+            row, coef = row + z * lse**2, held(mass + held(2 * z * lse, acc), acc)
+        row, in_row = held(row, acc), coef[..., None]
+        before = np.where((p == 0) & ~np.isnan(in_row), 0, in_row * p) - a
         # coef p - a at p close to 1, without the cancellation: a may hold all the mass.
         elsewhere = np.where(top, 0, a).sum(-1)
         confident = elsewhere - mass * rest / (1 + rest) + 2 * z * lse / (1 + rest)
-        before = np.where(top & (rest < 1)[..., None], confident[..., None], before)
+        before = np.where(top & ((rest < 1) & np.isfinite(coef))[..., None], confident[..., None], before)
         before = np.where((bad | broken)[..., None], np.nan, before)
         row = np.where(bad | broken, np.nan, row)
 
         silent = ((scale == 0) & (inert | ~bad))[..., None]  # a bad label is loud whatever multiplies it
-        rows = np.where(inert, 0, s * row)
-        total = rows.sum() / denominator
+        rows = held(np.where(inert, 0, s * row), acc)
+        total = held(rows.sum(), "float64") / denominator
         grad = np.where(silent, 0, scale[..., None] * (D * before))
 
         size, abs_lse, abs_x = np.abs(scale)[..., None], np.abs(lse), np.abs(x)
@@ -132,7 +141,7 @@ def oracle(
         unit_rows = np.where(inert, 0, np.abs(s) * unit_row)
         unit_total = unit_rows.sum() / np.abs(denominator) + EPS[acc] * (1 + cancelled) * np.abs(total)
         K = K[..., None]
-        unit_grad = EPS[acc] * (_times(K * p, reach) + abs_a)
+        unit_grad = EPS[acc] * (_times(_times(K, p), reach) + abs_a)
         if softcap is not None:  # D is off by eps too, which multiplies `before` and the error of that
             unit_grad = (D + EPS[acc]) * unit_grad + EPS[acc] * np.abs(before)
         unit_grad = size * (unit_grad + K * NORMAL[acc]) + EPS[acc] * cancelled * np.abs(grad)
@@ -160,3 +169,9 @@ def oracle(
 def _times(a, b):
     """a * b where 0 times infinity counts 0."""
     return np.where((a == 0) | (b == 0), 0, a * b)
+
+
+def held(values, dtype):
+    """The values, or infinity where that dtype would have it."""
+    values = np.asarray(values)
+    return np.where(np.isinf(values.astype(np.float64).astype(dtype)), np.copysign(np.inf, values), values)

@@ -8,13 +8,14 @@ dtype holds the same numbers, and have one of two shapes wherever that will do (
 import itertools
 import warnings
 from dataclasses import replace
+from unittest import mock
 
 import array_api_strict
 import numpy as np
 import pytest
 from close import assert_confident, assert_grad, assert_loss
 from numpy.testing import assert_allclose, assert_array_equal
-from oracle import NORMAL, oracle
+from oracle import EPS, NORMAL, oracle
 
 from xent_array import (
     CrossEntropyLoss,
@@ -26,6 +27,7 @@ from xent_array import (
     row_stats,
     softmax,
 )
+from xent_array._engines import cpu
 
 REDUCTIONS = ("none", "mean", "sum")
 NAN, INF = np.nan, np.inf
@@ -71,15 +73,15 @@ def on(backend, dtype, logits, target, options):
     return (backend.array(logits, dtype), backend.array(target, dtype if target.dtype.kind == "f" else None), given)
 
 
-def every_way(logits, target, *, reduction, **options):
+def every_way(logits, target, *, reduction, grad_output=None, **options):
     """{how it is computed: (loss, grad)}, from one read of the logits and from two."""
     stats = row_stats(logits, target, **options)
     options["reduction"] = reduction
     return {
-        "value and grad": cross_entropy_value_and_grad(logits, target, **options),
+        "value and grad": cross_entropy_value_and_grad(logits, target, grad_output=grad_output, **options),
         "value, grad from stats": (
             cross_entropy(logits, target, **options),
-            cross_entropy_grad(logits, target, stats=stats, **options),
+            cross_entropy_grad(logits, target, stats=stats, grad_output=grad_output, **options),
         ),
     }
 
@@ -538,6 +540,148 @@ def test_one_class(backend, target):
     mean = 3.25, [[1.5], [-1]]
     check(backend, logits, target, z_loss=0.5, literal={"none": none, "mean": mean})
     check(backend, logits, target, z_loss=0.5, softcap=2.0, label_smoothing=0.1, sample_weight=np.array([1.0, 3]))
+
+
+# -- what the arithmetic does not hold (test_extremes.py draws more of it) ----------------------------------------
+
+
+def ends(dtype):
+    """The largest number of a dtype, and that times half a step, which beside it is nothing."""
+    top = float(np.finfo(dtype if dtype != "bfloat16" else np.float32).max) * (1 - 2.0**-8 * (dtype == "bfloat16"))
+    return top, top * EPS[dtype] / 2
+
+
+@each_target
+def test_an_option_that_is_not_given_has_no_term(backend, target):
+    for dtype in backend.usual_dtypes:
+        top, _ = ends(dtype)
+        logits = np.where(np.arange(4)[:, None] % 2, top, -top) * np.ones(5)
+        check(backend, logits, target, dtypes=[dtype])
+        nothing = {"weight": np.ones(5), "sample_weight": np.ones(4), "label_smoothing": 0.0, "z_loss": 0.0}
+        for name, value in nothing.items():
+            check(backend, logits, target, dtypes=[dtype], **{name: value})
+        literal = {"none": ([np.log(5)] * 4, 0.2 - np.eye(5)[LABELS])}
+        check(backend, logits, LABELS, dtypes=[dtype], literal=literal, **nothing)
+
+
+@each_target
+def test_logits_twice_the_largest_number_apart(backend, target):
+    # max - x is beyond the range, and its share in the loss is not; the shares of both labels and smoothing.
+    weight = np.array([1.0, 0.25, 0.125, 0.25, 0.5]) / 2
+    for dtype in backend.usual_dtypes:
+        top, step = ends(dtype)
+        logits = np.full((4, 5), -top)
+        logits[np.arange(4), [0, 3, 4, 4]] = [top, top, 4 * step, top / 2]
+        check(backend, logits, target, dtypes=[dtype], label_smoothing=0.125)
+        check(backend, logits, target, dtypes=[dtype], weight=weight)
+        check(backend, logits, target, dtypes=[dtype], label_smoothing=0.5, weight=weight)
+        check(backend, logits, target, dtypes=[dtype])
+
+
+@each_target
+def test_z_loss_beyond_the_range(backend, target):
+    """Where a probability is 0, the gradient is that of the target, however large lse is."""
+    for dtype in {"float32", "float64"} & set(backend.usual_dtypes):
+        top, _ = ends(dtype)
+        logits = np.where(np.eye(5)[LABELS], [[top], [-top], [0], [-top / 2]], -top)
+        for z_loss in (1e-4, 1.0, top):
+            for upstream in (None, 2.0**-20):
+                check(backend, logits, target, dtypes=[dtype], z_loss=z_loss, grad_output=upstream)
+        check(backend, [[top, -top]] * 2 * np.ones((2, 1)), np.array([0, 1]), dtypes=[dtype], z_loss=1.0,
+              literal={"none": ([INF, INF], [[INF, 0], [INF, -1]])})  # fmt: skip
+
+
+@pytest.mark.parametrize("upstream", [INF, -INF, NAN])
+def test_infinite_upstream(backend, upstream):
+    """It is multiplied last, and what is 0 becomes NaN; but not in a row that does not count."""
+    masked = np.array([[0, 0], [0, -INF], [0, 0]])
+    labels = np.array([0, 1, -100])
+    grad = np.array([[-1, 1], [1, -1], [1, 1]]) * upstream
+    grad[2] = 0
+    check(backend, masked, labels, grad_output=upstream, literal={"none": ([np.log(2), INF, 0], grad)})
+    grad = np.array([[-1, 1], [NAN, NAN], [1, 1]]) * upstream
+    grad[2] = 0
+    certain = np.array([0, 0, -100])
+    check(backend, masked, certain, grad_output=upstream, literal={"none": ([np.log(2), 0, 0], grad)})
+    check(backend, LOGITS, LABELS, grad_output=upstream, label_smoothing=0.125, weight=WEIGHT, z_loss=0.25)
+    check(backend, LOGITS, SOFT, grad_output=upstream, sample_weight=np.array([1.0, 0, 2, 3]))
+
+
+@each_target
+def test_products_beyond_the_range(backend, target):
+    """A large scale and a large weight, of which only all the factors together are in the range."""
+    for dtype in {"float32", "float64"} & set(backend.usual_dtypes):
+        large = 2.0**80 if dtype == "float32" else 2.0**600
+        options = {"weight": large * WEIGHT, "grad_output": large, "dtypes": [dtype]}
+        confident = np.where(np.eye(5)[LABELS], 0, -64.0)
+        check(backend, confident, target, **options)
+        check(backend, confident, target, label_smoothing=2.0**-20, **options)
+        check(backend, LOGITS, target, **options)
+        half = np.sqrt(large) * 2.0**24  # the square is beyond the range, and is what the mean divides by
+        check(backend, confident, LABELS, weight=np.full(5, half), sample_weight=np.full(4, half), dtypes=[dtype],
+              grad_output=large)  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [INF, NAN])
+def test_weight_of_a_class_that_nothing_meets(backend, value):
+    """Weights of N / (C·count) are infinite where the count is 0."""
+    weight = np.array([0.5, 2, 1, 0.25, value])
+    labels, soft = np.array([0, 3, 2, 1]), SOFT.copy()
+    soft[:, 4] = 0
+    for options in ({}, {"sample_weight": SAMPLE_WEIGHT}, {"z_loss": 0.25, "softcap": 4.0}, {"ignore_index": 3}):
+        finite = {"weight": np.where(np.isfinite(weight), weight, 7), **options}
+        for target in (labels, soft, np.eye(5)[labels]):
+            if target.ndim == 2 and "ignore_index" in options:
+                continue
+            check(backend, LOGITS, target, weight=weight, **options)
+            truths = [oracle(LOGITS, target, **given) for given in (finite, {"weight": weight, **options})]
+            assert (truths[0].grad == truths[1].grad).all()
+            assert truths[0].loss == truths[1].loss
+    ignored = np.array([0, 3, -100, 1])
+    check(backend, LOGITS, ignored, weight=weight)
+    check(backend, LOGITS, np.array([0, 3, 9, 1]), weight=np.array([value, 1.0, 2, 3, 4]), validate=False)
+    check(backend, LOGITS, np.zeros((4, 5)), weight=weight)
+
+
+@pytest.mark.parametrize("value", [INF, NAN])
+def test_infinite_weight_of_a_class_that_is_met(backend, value):
+    """By a label, by target mass, or by smoothing: there is no telling what the loss should be."""
+    weight = np.array([0.5, 2, 1, 0.25, value])
+    for target in (LABELS, SOFT, np.eye(5)[LABELS]):
+        check(backend, LOGITS, target, weight=weight)
+    missed = np.array([0, 3, 2, 1])
+    for smoothing in (0.125, 1.0):
+        check(backend, LOGITS, missed, weight=weight, label_smoothing=smoothing)
+        check(backend, LOGITS, np.eye(5)[missed], weight=weight, label_smoothing=smoothing)
+        assert not np.isfinite(oracle(LOGITS, missed, weight=weight, label_smoothing=smoothing).loss)
+
+
+@pytest.mark.parametrize("engine", ["cpu", "numpy", "generic"])
+def test_memory_order_changes_no_bit(engine):
+    """Of what a mean divides by, nor of a sum: rows are added in the user's order, however they lie in memory."""
+    rng = np.random.default_rng(0)
+    shape = (12, 9, 7, 3)
+
+    def laid(x, order):
+        return x.transpose(order).copy(order="C").transpose(np.argsort(order))
+
+    for dtype in ("float32", "float64"):
+        sizes = np.exp(3 * rng.normal(size=shape[:-1]))
+        x = (sizes[..., None] * rng.normal(size=shape)).astype(dtype)
+        labels, soft = rng.integers(0, 3, shape[:-1]), rng.random(shape).astype(dtype)
+        s, weight = sizes.astype(dtype), rng.random(3).astype(dtype)
+        for target, reduction, block in itertools.product([labels, soft], ["mean", "sum"], [cpu.BLOCK, 100]):
+            seen = set()
+            with mock.patch.object(cpu, "BLOCK", block):
+                for order in itertools.permutations(range(3)):
+                    options = {"sample_weight": laid(s, order), "weight": weight, "reduction": reduction}
+                    of_target = laid(target, order if target is labels else (*order, 3))
+                    for of_logits in ((*order, 3), (3, *order), (0, 1, 2, 3)):
+                        loss, grad = cross_entropy_value_and_grad(
+                            laid(x, of_logits), of_target, engine=engine, **options
+                        )
+                        seen.add((loss.tobytes(), grad.tobytes()))
+            assert len(seen) == 1
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------

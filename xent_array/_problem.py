@@ -75,6 +75,13 @@ class View(NamedTuple):
         return array[()] if xp is np else array
 
     @property
+    def row_order(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """The user's shape of the rows, and the order in which (outer, inner) has them, where that is another."""
+        if self.order is None or self._row_order == tuple(range(len(self.row_shape))):
+            return None
+        return self.row_shape, self._row_order
+
+    @property
     def _row_order(self) -> tuple[int, ...]:
         assert self.order is not None
         return tuple(k if k < self.axis else k - 1 for k in self.order if k != self.axis)
@@ -285,6 +292,7 @@ def problem_of(
         ignore_index,
         *options,
         reduction,
+        row_order=view.row_order,
     )
     if denominator is not None:
         rows = rows._replace(denominator=_denominator(_detached(denominator) if detach else denominator, rows))

@@ -102,8 +102,9 @@ class Rows(NamedTuple):
     Shapes: logits (outer, C, inner); target (outer, inner) for class indices, (outer, C, inner) for
     distributions, None to ask for the softmax alone; weight (C,); sample_weight and a per-row upstream (outer, inner).
     `acc` is the dtype of the arithmetic and of the loss. `denominator` is what the mean divides by, where the caller
-    says so: a number, or an array () in the widest dtype. `all_labels_count` is True where it is already known that
-    every label is a class and none is ignored; False promises nothing.
+    says so: a number, or an array () in the widest dtype. `row_order` is the user's shape of the rows, and the order of
+    its axes that makes them (outer, inner); None where they are in that order anyhow. `all_labels_count` is True where
+    it is already known that every label is a class and none is ignored; False promises nothing.
     """
 
     xp: Any
@@ -119,6 +120,7 @@ class Rows(NamedTuple):
     reduction: str = "none"
     upstream: Array | float | None = None
     denominator: Array | float | None = None
+    row_order: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     all_labels_count: bool = False
 
     @property
@@ -201,12 +203,12 @@ def merge(one: RowStats, two: RowStats) -> RowStats:
     xp = namespace(one.max)
     first = one.max >= two.max
     zero = xp.zeros_like(one.max)
-    drop = xp.where(one.max == two.max, zero, xp.abs(one.max - two.max))
+    half = xp.where(one.max == two.max, zero, xp.abs(one.max / 2 - two.max / 2))  # the whole may be beyond the range
     low_rest, low_mass = xp.where(first, two.rest, one.rest), xp.where(first, two.mass, one.mass)
     return RowStats(
         max=xp.maximum(one.max, two.max),
-        rest=xp.where(first, one.rest, two.rest) + (1 + low_rest) * xp.exp(-drop),
-        gap=one.gap + two.gap + xp.where(low_mass == 0, zero, low_mass * drop),
+        rest=xp.where(first, one.rest, two.rest) + (1 + low_rest) * xp.exp(-2 * half),
+        gap=one.gap + two.gap + xp.where((low_mass == 0) | (half == 0), zero, 2 * (low_mass * half)),
         mass=one.mass + two.mass,
     )
 
@@ -250,14 +252,27 @@ def denominator(rows: Rows, known: Labels | None, factor: Array | None, wide: DT
     count = rows.shape[0] * rows.shape[1]
     if factor is None and (known is None or rows.weight is None) and isinstance(count, int):  # else it is a symbol
         return float(count)
-    counted = xp.ones(rows.shape, dtype=rows.acc, device=device(rows.logits)) if factor is None else factor
+    # In the wide dtype, which has room for a product of two weights.
+    if factor is None:
+        counted = xp.ones(rows.shape, dtype=wide, device=device(rows.logits))
+    else:
+        counted = xp.astype(factor, wide, copy=False)
     if known is not None and rows.weight is not None:
         of_label = xp.reshape(xp.take(rows.weight, xp.reshape(known.index, (-1,))), known.index.shape)
-        counted = xp.where(counted == 0, counted, counted * of_label)
+        counted = xp.where(counted == 0, counted, counted * xp.astype(of_label, wide, copy=False))
     if known is not None and known.valid is not None:
         # A bad label makes its own row NaN, and leaves the gradient of the others alone.
         counted = xp.where(known.valid, counted, xp.zeros_like(counted))
-    return xp.sum(counted, dtype=wide)
+    return xp.sum(in_order(rows, counted), dtype=wide)
+
+
+def in_order(rows: Rows, values: Array) -> Array:
+    """One number per row, one after another as the user has them, so that no sum depends on how they lie in memory."""
+    if rows.row_order is not None:
+        shape, order = rows.row_order
+        values = rows.xp.reshape(values, tuple(shape[k] for k in order))
+        values = rows.xp.permute_dims(values, tuple(order.index(k) for k in range(len(order))))
+    return values.ravel() if rows.xp is np else rows.xp.reshape(values, (-1,))
 
 
 def divide(xp: Any, value: Array | float, by: Array | float) -> Array | float:
@@ -292,7 +307,7 @@ def reduce_loss(rows: Rows, loss: Array, divisor: Array | float | None, wide: DT
     """Row losses to what the caller asked for, summed in the dtype `wide`."""
     if rows.reduction == "none":
         return loss
-    total = rows.xp.sum(loss, dtype=wide)
+    total = rows.xp.sum(in_order(rows, loss), dtype=wide)
     return rows.xp.astype(total if divisor is None else divide(rows.xp, total, divisor), rows.acc)
 
 

@@ -242,7 +242,8 @@ def block(rows: Rows, want: _Want, part: Part, scratch: _Scratch) -> None:
         made = want.log[part[0], :, part[1]]
     per_row = one if factor is None else _flat(factor, acc)
     target = label, on_label, rows.z_loss, per_row, scale, job, stats.reshape(-1), loss
-    if job & _loops.LOG or not _in_lanes(rows, made, want.grad, target):
+    multiplied_last = want.grad is not None and _may_overflow(rows, on_label, want.divisor)
+    if job & _loops.LOG or multiplied_last or not _in_lanes(rows, made, want.grad, target):
         _in_rows(rows, made, target, scratch)
     if want.loss is not None:
         want.loss[part] = loss.reshape(rows.shape)
@@ -250,6 +251,30 @@ def block(rows: Rows, want: _Want, part: Part, scratch: _Scratch) -> None:
         for whole, values in zip(want.stats, stats, strict=True):
             if whole is not None:
                 whole[part] = values.reshape(rows.shape)
+
+
+def _may_overflow(rows: Rows, on_label: Array, divisor: float | None) -> bool:
+    """Whether a row's gradient may have to be multiplied by its scale last, which only `_loops.rows` does."""
+    upstream, weight, s = rows.upstream, rows.weight, rows.sample_weight
+    if weight is None and s is None and upstream is None and not rows.z_loss:
+        return False
+    largest = 1.0 if upstream is None else _largest(upstream)
+    largest *= (1.0 if s is None else _largest(s)) / (abs(divisor) if divisor else 1.0)
+    a = 1.0 if weight is None else _largest(on_label)
+    limit = float(np.finfo(rows.acc).max) / 8
+    if rows.z_loss:
+        x = float(np.finfo(np.float16).max) if rows.grad_dtype == np.float16 else limit
+        if not max(1.0, largest) * (a + 2 * rows.z_loss * x) < limit:
+            x = min(_largest(np.where(np.isfinite(rows.logits), rows.logits, 0)), limit)  # few have such a z-loss
+        a += 2 * rows.z_loss * (x + 64)
+    return not max(1.0, largest) * a < limit
+
+
+def _largest(values: Array | float) -> float:
+    """The largest magnitude; NaN passed over, because that takes care of itself."""
+    if isinstance(values, float):
+        return abs(values) if values == values else 0.0
+    return float(np.fmax.reduce(np.abs(values), axis=None, initial=0))
 
 
 def converts(rows: Rows, want: _Want) -> bool:
@@ -324,10 +349,10 @@ def _in_rows(rows: Rows, grad: Array | None, target: tuple[Any, ...], scratch: _
     a_step = 0
     if rows.label_smoothing and rows.has_labels:
         each = np.array([rows.label_smoothing / classes], acc)
-        if rows.weight is not None:
-            each = each * rows.weight
-        elif not each[0]:  # too little to be a number
+        if not each[0]:  # too little to be a number
             each = none
+        elif rows.weight is not None:
+            each = each * rows.weight
     elif rows.target is not None and not rows.has_labels:
         a = _distribution(rows, rows.target, slice(0, classes), scratch("a", (count, classes)))
         a_step = a.strides[0] // a.itemsize
@@ -363,7 +388,7 @@ def _labels(rows: Rows, known: _rows.Labels | None) -> tuple[Array, Array]:
     on_label = _ONE[rows.acc]
     if rows.label_smoothing:
         on_label = np.array([1 - rows.label_smoothing], rows.acc)
-    if rows.weight is not None:
+    if rows.weight is not None and on_label[0]:  # else it counts 0, whatever the weight is
         on_label = on_label * rows.weight.take(label)
     if known is not None and known.valid is not None:
         label = np.where(known.valid.reshape(-1), label, -1)

@@ -224,8 +224,15 @@ def _summed(term: Callable[..., Value]) -> Any:
 
 
 total = _summed(lambda a: a)
-# sum(a·(m - x)), where 0·inf counts 0
-weighed = _summed(lambda a, m, x: a.like(0).where(a.equals(a.like(0)), a * (m - x)))
+
+
+def _half_gap(a: Value, half_m: Value, x: Value) -> Value:
+    """a·(m - x)/2, where 0·inf counts 0; the half because m - x itself may be beyond the range of finite numbers."""
+    zero, half = a.like(0), x.times_plus(x.like(-0.5), half_m)
+    return zero.where(a.builder.or_(a.equals(zero), half.equals(zero)), a * half)
+
+
+half_gaps = _summed(_half_gap)
 
 
 @intrinsic

@@ -60,6 +60,22 @@ def _without_softmax(x, step):
 
 
 @inner
+def _bracket(g, by, top, q, y, on_label, at):
+    """coef·p - a in place of exp(x - max), for a row that has to be multiplied last: the product may be infinite.
+
+    by is coef·p of the maximum, which has `top` itself; q what each class has, of length C, 1 or 0.
+    """
+    v.make_compact()
+    for k in range(g.shape[0]):
+        value = g[k] * by if g[k] != 0 or by != by else g[k]
+        if q.shape[0]:
+            value -= q[k if q.shape[0] > 1 else 0]
+        g[k] = value - on_label if k == y else value
+    if at >= 0:
+        g[at] = top
+
+
+@inner
 def _are_classes(label, classes):
     v.make_compact()
     wrong = 0
@@ -169,15 +185,18 @@ def rows(
             if job & GRAD:
                 dense.exps(row, m if m - m == 0 else kind(0), at, g, x, coming, out, going)
         else:
+            half = kind(0.5) * m
             if a.shape[0]:
-                gap, mass = kind(dense.weighed(classes, row, (q, m, row))), kind(dense.total(classes, row, (q,)))
+                gap = kind(2 * dense.half_gaps(classes, row, (q, half, row)))
+                mass = kind(dense.total(classes, row, (q,)))
             elif y >= 0:
-                gap, mass = on_label * (m - row[y]) if on_label != 0 else on_label, on_label
+                mass, below = on_label, half - kind(0.5) * row[y]
+                gap = kind(2) * (on_label * below) if on_label != 0 and below != 0 else kind(0)
                 if each.shape[0] > 1:
-                    gap = kind(gap + dense.weighed(classes, row, (each, m, row)))
+                    gap = kind(gap + 2 * dense.half_gaps(classes, row, (each, half, row)))
                     mass = kind(mass + dense.total(classes, row, (each,)))
                 elif each.shape[0]:
-                    gap = kind(gap + dense.weighed(classes, row, (each[0], m, row)))
+                    gap = kind(gap + 2 * dense.half_gaps(classes, row, (each[0], half, row)))
                     mass = kind(float(mass) + float(each[0]) * classes)
             else:
                 gap, mass = kind(0), kind(0 if label.shape[0] else 1)
@@ -195,9 +214,8 @@ def rows(
             a_top = q[at]
         elif at >= 0 and y >= 0 and each.shape[0]:
             a_top += each[at if each.shape[0] > 1 else 0]
-        row_loss, by, top, tail = v.finish(
-            m, r if m - m == 0 else np.nan, gap, mass, a_top, factor[i if factor.shape[0] > 1 else 0], s, z
-        )
+        rest = r if m - m == 0 else kind(np.nan)
+        row_loss, by, top, tail = v.finish(m, rest, gap, mass, a_top, factor[i if factor.shape[0] > 1 else 0], s, z)
         if job & LOSS:
             loss[i] = row_loss
         if job & LOG:
@@ -206,6 +224,14 @@ def rows(
         if job & GRAD:
             if s == 0:
                 dense.fill(g, (0,))
+            elif abs(s) == np.inf or abs(s * mass) == np.inf or abs(kind(by)) == np.inf:
+                _, by, top, _ = v.finish(m, rest, gap, mass, a_top, s, kind(1), z)
+                if y < 0 and not a.shape[0]:
+                    q = v.part(q, 0, 0)
+                _bracket(g, kind(by), kind(top), q, y, on_label, at)
+                if cap > 0:
+                    dense.multiply(g, (g, slope))
+                dense.multiply(g, (g, s))
             else:
                 dense.scale(g, (g, kind(by) + kind(0)))
                 if a.shape[0]:

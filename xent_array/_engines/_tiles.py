@@ -340,7 +340,9 @@ def gaps_of_lanes(_context: Any, each: Any, width: Any, lane: Any, label: Any, n
         largest, at_label, part = of.load(M, AT_LABEL, PART)
         zero = part.like(0)
         part = zero.where(has_none, part)
-        gap = part.where(part.equals(zero), part * (largest - at_label)).with_one_nan()
+        half = largest * part.like(0.5) - at_label * part.like(0.5)  # as in `_half_gap`
+        nothing, half_gap = builder.or_(part.equals(zero), half.equals(zero)), part * half
+        gap = zero.where(nothing, half_gap + half_gap).with_one_nan()
         mass = of.memory.all(builder.sitofp(no_label, of.memory.vector.element)).where(has_none, part)
         for value, which in ((part, PART), (gap, GAP), (mass, MASS)):
             of.store(value, which)

@@ -229,13 +229,20 @@ def _finish(
 ) -> tuple[Value, Value, Value, Value]:
     """The loss of a row; log(1 + r); p = 1/(1 + r); and coef, what p is multiplied by in the gradient."""
     builder, zero = r.builder, r.like(0)
+
+    def in_range(value: Value) -> Value:
+        """As the dtype of the arithmetic holds it: infinity where that has no number."""
+        return value.to(ir.FloatType()).to(value.element) if is_rough else value
+
     tail, p = _log1p(r, is_rough)
     held = _Held([gap + mass * tail, mass])
     with builder.if_then(builder.fcmp_ordered(">", z, ir.Constant(z.type, 0))):
         lse, weight = m + tail, Value(builder, _as_many(r, z))
         loss, coef = held.get()
-        held.set([loss + (weight * lse) * lse, coef + (weight + weight) * lse])
+        of_lse = weight * lse
+        held.set([loss + of_lse * lse, in_range(coef + in_range(of_lse + of_lse))])
     loss, coef = held.get()
+    loss = in_range(loss)
     return zero.where(factor.equals(zero), factor * loss), tail, p, coef
 
 
@@ -243,6 +250,7 @@ def _top(r: Value, p: Value, coef: Value, a: Value) -> Value:
     """coef·p - a where p = 1/(1 + r) is the largest: by 1 - p where that cancels less."""
     builder = r.builder
     from_rest = builder.and_(builder.or_(r.below(r.like(1)), a.equals(coef)), builder.not_(a.equals(r.like(0))))
+    from_rest = builder.and_(from_rest, (coef - coef).equals(r.like(0)))
     return ((coef - a) - coef * (r * p)).where(from_rest, coef * p - a)
 
 

@@ -32,6 +32,10 @@ ALONE = 1 << 16  # less work than this many logits is not worth waking a thread 
 ROW = 24  # what a row costs beside its logits, in logits
 QUICK = 3  # times as much work is not worth one where loops are compiled
 
+
+# Above this, max - x may be beyond the range of finite numbers.
+_FAR = {np.dtype(kind): kind(np.finfo(kind).max * np.finfo(kind).eps / 8) for kind in (np.float32, np.float64)}
+
 Part = tuple[slice, slice]  # of the outer and of the inner axis
 _WHOLE: Part = (slice(None), slice(None))
 
@@ -111,7 +115,8 @@ class Cpu:
         if rows.reduction == "none":
             return losses
         compiled = compiled_body() if self.compile else ""
-        total = _sum(losses) if isinstance(compiled, str) else compiled.total(losses.reshape(-1))
+        losses = _rows.in_order(rows, losses)
+        total = _sum(losses) if isinstance(compiled, str) else compiled.total(losses)
         return rows.acc.type(total if divisor is None else _rows.divide(np, total, divisor))
 
     def _drive(self, rows: Rows, want: _Want) -> None:
@@ -179,7 +184,7 @@ def _find_compiled_body() -> ModuleType | str:
 
 
 def _sum(losses: Array) -> float:
-    return float(np.add.reduce(losses, axis=None, dtype=np.float64))
+    return float(np.add.reduce(losses, dtype=np.float64))
 
 
 def _stats(rows: Rows, with_hits: bool = False) -> RowStats:
@@ -194,16 +199,30 @@ def _gradient(rows: Rows) -> Array:
 
 
 def _divisor(rows: Rows) -> float:
-    """The mean's denominator, part by part: nothing of the size of the batch is held."""
+    """The mean's denominator, part by part in the user's order of rows: nothing else of the batch's size is held."""
     if rows.denominator is not None:
         return float(rows.denominator)
     if rows.sample_weight is None and ((rows.all_labels_count and rows.weight is None) or not rows.has_labels):
         return float(rows.shape[0] * rows.shape[1])
+    count = rows.shape[0] * rows.shape[1]
+    if count <= BLOCK:
+        known = _rows.labels(rows) if rows.has_labels else None
+        return float(_rows.denominator(rows, known, _rows.row_factor(rows, known), np.float64))
+    target, s = (
+        None if values is None else _rows.in_order(rows, values)[:, None]
+        for values in (rows.target if rows.has_labels else None, rows.sample_weight)
+    )
     total = 0.0
-    for part in _parts(rows.shape, BLOCK):
-        here = _sliced(rows, part)
-        known = _rows.labels(here) if rows.has_labels else None
-        total += float(_rows.denominator(here, known, _rows.row_factor(here, known), np.float64))
+    for start in range(0, count, BLOCK):
+        part = slice(start, min(start + BLOCK, count))
+        total += _divisor(
+            rows._replace(
+                logits=np.broadcast_to(rows.acc.type(0), (part.stop - start, rows.classes, 1)),  # nobody reads them
+                target=None if target is None else target[part],
+                sample_weight=None if s is None else s[part],
+                row_order=None,
+            )
+        )
     return total
 
 
@@ -272,7 +291,7 @@ def _is_plain(rows: Rows, want: _Want) -> bool:
         and (rows.label_smoothing == 0 and rows.z_loss == 0)
         and (want.loss is not None and want.stats is None and want.given is None)
         and (inner == 1 and classes <= TILE)
-        and (rows.upstream is None or isinstance(rows.upstream, float))
+        and (rows.upstream is None or (isinstance(rows.upstream, float) and abs(rows.upstream) < 1e30))
         and _is_dense(rows.logits, rows.acc)
         and (want.grad is None or _is_dense(want.grad, rows.acc))
     )
@@ -360,13 +379,16 @@ def _block(rows: Rows, want: _Want, part: Part, scratch: _Scratch) -> None:
     if want.grad is not None:
         scale = _rows.row_scale(rows, factor, want.divisor)
         scale = scale if isinstance(scale, float) else scale.reshape(-1)
-        coef = stats.mass if lse is None else stats.mass + 2 * rows.z_loss * lse
+        coef = stats.mass
+        if lse is not None:
+            of_lse = rows.z_loss * lse
+            coef = coef + (of_lse + of_lse)
         p_max = 1 / (1 + stats.rest) if finite else stats.p_max
         for span in spans:
             if tile is None or len(spans) > 1:
                 tile = _Tile(rows, span, known, scratch)
                 tile.exponentials(stats.max)
-            tile.grad(stats.rest, coef, p_max, scale, want.grad[part[0], span, part[1]])
+            tile.grad(stats.rest, stats.mass, coef, p_max, scale, want.grad[part[0], span, part[1]])
 
 
 def _spans(classes: int) -> list[slice]:
@@ -395,6 +417,7 @@ class _Tile:
             t = np.tanh(np.divide(self.x, rows.softcap, out=self.e), out=self.e)
             self.slope = np.multiply(1 - t, 1 + t, out=scratch("slope", t.shape))
             self.x = np.multiply(t, rows.softcap, out=t)
+        self.has_target = target is not None
         self.starts = _starts(self.count, self.classes)
         self.at: Array = self.starts
         self.a: Array | None = None
@@ -409,10 +432,10 @@ class _Tile:
             return
         if rows.label_smoothing:
             self.each = rows.acc.type(rows.label_smoothing / rows.classes)
-            if rows.weight is not None:
+            if rows.weight is not None and self.each:
                 self.each = self.each * rows.weight[span]
         label = (target if known is None else known.index).reshape(-1).astype(np.intp, copy=False)
-        if rows.weight is not None:
+        if rows.weight is not None and self.label_part:  # else it counts 0, whatever the weight is
             self.label_part = self.label_part * rows.weight.take(label)
         if known is not None and known.valid is not None:
             self.valid = known.valid.reshape(-1)
@@ -427,14 +450,15 @@ class _Tile:
         """The stats of these classes; leaves exp(x - max) in `e`, with 0 at the maximum."""
         self.at = self.starts + self.x.argmax(axis=1)
         largest = _pick(self.x, self.at)
-        e = self.below(largest)
+        in_halves = self.has_target and (largest > _FAR[self.x.dtype]).any()
+        e = self.below(largest, in_halves)
         flat = e.reshape(-1)
         gap: Any = e.dtype.type(0)
         mass: Any = gap
         if self.label is not None:
             gap, mass = -flat.take(self.label), self.label_part
             if isinstance(mass, np.ndarray) or mass != 1:
-                gap = np.where(mass == 0, 0, mass * gap)
+                gap = np.where((mass == 0) | (gap == 0), 0, mass * gap)
             if self.each is not None:
                 spread = self._weighed(e, self.each)
                 whole = np.add.reduce(self.each) if self.each.ndim else self.each * e.dtype.type(self.classes)
@@ -443,6 +467,8 @@ class _Tile:
                 gap, mass = gap + spread, mass + whole
         elif self.a is not None:
             gap, mass = self._weighed(e, self.a), np.add.reduce(self.a, axis=1)
+        if in_halves:
+            gap, e = 2 * gap, np.multiply(e, 2, out=e)
         np.exp(e, out=e)
         flat.put(self.at, 0)
         return RowStats(largest, np.add.reduce(e, axis=1), gap, mass)
@@ -454,10 +480,12 @@ class _Tile:
         self.at = at if holds.all() else at[holds]
         np.exp(self.below(largest), out=self.e)
 
-    def below(self, largest: Array) -> Array:
-        """Leave x - max in `e`; a row whose maximum is not finite ends as NaN whatever is in it."""
+    def below(self, largest: Array, in_halves: bool = False) -> Array:
+        """Leave x - max in `e`, or half of it; a row whose maximum is not finite ends as NaN whatever is in it."""
         if not _all_finite(largest):
             largest = np.where(np.isfinite(largest), largest, 0)
+        if in_halves:
+            return np.subtract(np.divide(self.x, 2, out=self.e), largest[:, None] / 2, out=self.e)
         return np.subtract(self.x, largest[:, None], out=self.e)
 
     def _weighed(self, below: Array, a: Array) -> Array:
@@ -465,14 +493,16 @@ class _Tile:
         product = np.multiply(below, a, out=self.scratch("product", below.shape))
         total = np.add.reduce(product, axis=1)
         if np.isnan(total).any():
-            product[np.broadcast_to(np.equal(a, 0), product.shape)] = 0
+            product[np.equal(a, 0) | (below == 0)] = 0
             total = np.add.reduce(product, axis=1)
         return -total
 
-    def grad(self, rest: Array, coef: Any, p_max: Array, scale: Any, out: Array) -> None:
+    def grad(self, rest: Array, mass: Any, coef: Any, p_max: Array, scale: Any, out: Array) -> None:
         """scale·[coef·p - a] into `out`; at the maximum by 1 - p = rest·p_max where that cancels less."""
         view = out[:, :, 0] if out.shape[2] == 1 else None
         direct = view is not None and view.dtype == self.e.dtype and view.flags.carray
+        # What is multiplied out below may be beyond the range where the whole is not.
+        beyond = None if np.isfinite(scale * coef + scale * mass).all() else self.e * p_max[:, None]
         g = np.multiply(self.e, (p_max * (scale * coef))[:, None], out=view if direct else self.e)
         flat, at = g.reshape(-1), self.at
         who = slice(None) if len(at) == self.count else at // self.classes
@@ -486,18 +516,41 @@ class _Tile:
             if self.each is not None:
                 g -= np.multiply(_column(scale), self.each, out=self.scratch("product", g.shape))
                 a_top += self.each.take(at % self.classes) if self.each.ndim else self.each
-        rest, coef, p_max = _of(rest, who), _of(coef, who), _of(p_max, who)
-        from_rest = ((rest < 1) | (a_top == coef)) & (a_top != 0)
-        top = np.where(from_rest, (coef - a_top) - coef * (rest * p_max), coef * p_max - a_top)
+        rest, top_coef, p_max = _of(rest, who), _of(coef, who), _of(p_max, who)
+        from_rest = ((rest < 1) | (a_top == top_coef)) & (a_top != 0) & np.isfinite(top_coef)
+        top = np.where(from_rest, (top_coef - a_top) - top_coef * (rest * p_max), top_coef * p_max - a_top)
         flat.put(at, top * _of(scale, who))
         if self.slope is not None:
             g *= self.slope
+        if beyond is not None:
+            self._redo(g, beyond, mass, coef, top, scale)
         if not isinstance(scale, float):
             g[scale == 0] = 0
         elif scale == 0:
             g[...] = 0
         if not direct:
             _store(g, out)
+
+    def _redo(self, g: Array, p: Array, mass: Any, coef: Any, top: Array, scale: Any) -> None:
+        """Rows of `g` that were multiplied out beyond the range, as they are written: scale·[coef·p - a] from p.
+
+        Where p is 0, coef·p is 0. At the maximum there is `top` within the brackets.
+        """
+        factors = [np.broadcast_to(v, len(g)) for v in (scale, scale * coef, scale * mass)]
+        rows = np.logical_or.reduce([np.isinf(v) for v in factors])
+        inner = np.multiply(p, _column(coef), out=p, where=(p != 0) | np.isnan(_column(coef)))
+        if self.a is not None:
+            inner -= self.a
+        elif self.label is not None:
+            if self.each is not None:
+                inner -= self.each
+            flat = inner.reshape(-1)
+            flat.put(self.label, flat.take(self.label) - self.label_part)
+        inner.reshape(-1).put(self.at, top)
+        if self.slope is not None:
+            inner *= self.slope
+        inner *= _column(scale)
+        g[rows] = inner[rows]
 
 
 @lru_cache(maxsize=4)  # of at most BLOCK numbers each
@@ -518,7 +571,13 @@ def _distribution(rows: Rows, target: Array, span: slice, buffer: Array) -> Arra
     if rows.label_smoothing:
         a = np.multiply(a, 1 - rows.label_smoothing, out=buffer)
         a += rows.label_smoothing / rows.classes
-    return a if rows.weight is None else np.multiply(a, rows.weight[span], out=buffer)
+    if rows.weight is None:
+        return a
+    weight = rows.weight[span]
+    counts = True if _all_finite(weight) else a != 0  # a weight of infinity or NaN, only where something meets it
+    if counts is not True and a is not buffer:
+        np.copyto(buffer, a)
+    return np.multiply(a, weight, out=buffer, where=counts)
 
 
 def _dense(block: Array, dtype: Any, buffer: Array) -> Array:

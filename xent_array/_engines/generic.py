@@ -32,11 +32,11 @@ def stats(rows: Rows) -> RowStats:
     first = _classes(rows) == at
     zero = xp.zeros_like(x)
     top = xp.sum(xp.where(first, x, zero), axis=1, keepdims=True)  # ties: what differentiates must see one of them
-    below = _below(rows, x, top)
+    below, half = _below(rows, x, top), _below(rows, x / 2, top / 2)  # of which only the half has room for every x
     return RowStats(
         max=top[:, 0, :],
         rest=_sum(xp, xp.where(first, zero, xp.exp(below))),
-        gap=_sum(xp, xp.where(a == 0, zero, -a * below)),
+        gap=2 * _sum(xp, xp.where((a == 0) | (half == 0), zero, -a * half)),
         mass=xp.ones_like(at[:, 0, :], dtype=rows.acc) if rows.target is None else _sum(xp, a),
     )
 
@@ -47,10 +47,12 @@ def grad(rows: Rows, stats: RowStats, out: Array | None = None) -> Array:
     a = _target(rows)
     top, rest, p_max, coef = (v[:, None, :] for v in (stats.max, stats.rest, stats.p_max, stats.mass))
     if rows.z_loss:
-        coef = coef + 2 * rows.z_loss * stats.lse[:, None, :]
-    g = coef * (xp.exp(_below(rows, x, top)) * p_max) - a
+        of_lse = rows.z_loss * stats.lse[:, None, :]
+        coef = coef + (of_lse + of_lse)
+    p = xp.exp(_below(rows, x, top)) * p_max
+    g = xp.where((p == 0) & (coef == coef), p, coef * p) - a  # an infinite coef leaves out what has no probability
     # Where p > 1/2, 1 - p is taken from rest, which has not cancelled.
-    g = xp.where((x == top) & (rest < 1), (coef - a) - coef * (rest * p_max), g)
+    g = xp.where((x == top) & (rest < 1) & xp.isfinite(coef), (coef - a) - coef * (rest * p_max), g)
     if slope is not None:
         g = g * slope
     scale = _rows.row_scale(rows, *_rows.terms(rows))
@@ -104,7 +106,8 @@ def _target(rows: Rows) -> Array:
         q, valid = xp.astype(rows.target, rows.acc, copy=False), None
     if rows.label_smoothing:
         q = (1 - rows.label_smoothing) * q + rows.label_smoothing / rows.classes
-    a = q if rows.weight is None else rows.weight[None, :, None] * q
+    # A weight of infinity or NaN counts only where something meets its class.
+    a = q if rows.weight is None else xp.where(q == 0, q, rows.weight[None, :, None] * q)
     return a if valid is None else xp.where(valid[:, None, :], a, xp.zeros_like(a))
 
 
