@@ -9,8 +9,6 @@ import shlex
 import sys
 from pathlib import Path
 
-from . import run, suite, timing
-
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -22,6 +20,8 @@ def main(arguments: list[str] | None = None) -> int:
         from . import gpu
 
         return gpu.main(arguments[1:])
+
+    from . import run, suite, timing  # which need more than the two jobs above
 
     parser = argparse.ArgumentParser(
         prog="python -m bench",

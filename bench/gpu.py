@@ -5,7 +5,7 @@
     python -m bench gpu --only sanitizer    the pieces whose name this finds
 
 A piece is a process of its own that is ended after eight minutes; whatever happens to it, the next one starts. Install
-first: pip install -e ".[cuda13,test]" and, for the sanitizers, compute-sanitizer of the CUDA toolkit on the PATH.
+first: pip install -e ".[cuda13,full]" and, for the sanitizers, compute-sanitizer of the CUDA toolkit on the PATH.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ def pieces(chip: int = 90) -> list[Piece]:
 
 def _tests() -> list[Piece]:
     """The test suite: file by file what runs on the GPU, then everything else."""
-    pytest = ("python", "-m", "pytest", "-q", "-p", "no:cacheprovider")
+    pytest = ("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "--full")
     files = sorted(ROOT.glob("tests/test_*.py"))
-    needs = re.compile(r"def test_\w+\([^)]*\b(backend|cupy|launch)\b")
+    needs = re.compile(r"(?m)^def test_\w+\([^)]*\b(backend|cupy|launch)\b")
     on_gpu = [file for file in files if needs.search(file.read_text(encoding="utf-8"))]
     first = ("test_wrappers.py", "test_gpu.py")
     on_gpu.sort(key=lambda file: (file.name not in first, first.index(file.name) if file.name in first else 0))
@@ -99,6 +99,15 @@ def _benchmarks() -> list[Piece]:
         about = arguments[arguments.index("--cases") + 1] if "--cases" in arguments else " ".join(arguments)
         found.append(Piece(f"benchmark {len(found) + 1}", ("python", "-m", "bench", *arguments), about))
     return found
+
+
+def missing() -> str | None:
+    """Why nothing can be run here; None on a machine with a GPU."""
+    try:
+        import cupy
+    except ImportError as error:
+        return f'CuPy cannot be imported ({error}); pip install -e ".[cuda13,full]" brings it'
+    return None if cupy.is_available() else "CuPy finds no CUDA device, or no driver"
 
 
 def machine() -> dict[str, Any]:
@@ -169,7 +178,7 @@ def main(arguments: list[str]) -> int:
     """Exits 0 where every piece passed."""
     parser = argparse.ArgumentParser(
         prog="python -m bench gpu",
-        description=__doc__,
+        description=__doc__ or "",  # which -OO strips
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--dry-run", action="store_true", help="print the pieces and stop")
@@ -189,6 +198,9 @@ def main(arguments: list[str]) -> int:
             print(f"{piece.name}  ({piece.about}; at most {piece.limit} s)\n    {' '.join(piece.command)}")
         print(f"{len(chosen)} pieces, at most {sum(piece.limit for piece in chosen) / 3600:.1f} hours")
         return 0
+    if (reason := missing()) is not None:
+        print(f"python -m bench gpu is for a machine with a GPU: {reason}; --dry-run lists the pieces", file=sys.stderr)
+        return 1
     out = given.out or ROOT / RESULTS / f"gpu-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
     out.parent.mkdir(parents=True, exist_ok=True)
     about = machine()

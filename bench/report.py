@@ -34,7 +34,7 @@ NUMPY = f"{OURS} (engine='numpy')"
 
 def main(arguments: list[str] | None = None) -> int:
     """Write, or with --check compare; 1 if that finds a difference."""
-    parser = argparse.ArgumentParser(prog="python -m bench report", description=__doc__.partition(": ")[2])
+    parser = argparse.ArgumentParser(prog="python -m bench report", description=(__doc__ or "").partition(": ")[2])
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where something would change")
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", metavar="FOLDER")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", metavar="FILE")

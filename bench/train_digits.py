@@ -58,7 +58,7 @@ def train(xp: Any, epochs: int, *, quiet: bool = False) -> tuple[float, float, f
 
 def main(arguments: list[str] | None = None) -> float:
     """Train, print, and return the held-out accuracy."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--backend", choices=("numpy", "cupy"), default="numpy")
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--quiet", action="store_true", help="no progress bar")

@@ -1,6 +1,11 @@
-"""Backends: each array library behind the few words the tests use; always listed, skipped only in sight."""
+"""Backends: each array library behind the few words the tests use; always listed, skipped only in sight.
+
+A test marked `full` runs with `pytest --full` only; of one marked `full(but_one_per="dtype")` every run has one case
+for each value of that parameter. What a run leaves out is counted at its end.
+"""
 
 import functools
+import importlib
 import warnings
 from collections import Counter
 
@@ -11,6 +16,8 @@ import pytest
 import tally
 
 BACKENDS = ("numpy", "numpy-readonly", "array-api-strict", "torch", "jax", "cupy", "emulated")
+
+LEFT_OUT = pytest.StashKey[int]()
 
 hypothesis.settings.register_profile("default", max_examples=60, deadline=None, derandomize=False)
 hypothesis.settings.register_profile("long", max_examples=100_000, deadline=None, derandomize=False)
@@ -36,7 +43,10 @@ class Backend:
             self.engines = ("cuda", "generic")
         if name == "emulated":  # the CUDA engine on NumPy arrays
             import emulated
+            from simt.build import available
 
+            if available() is not None:
+                raise ImportError(f"the emulation {available()}")
             self.engines = (emulated.engine(),)
         self.has_out = name != "jax"  # whose arrays cannot be written
         self._types = (type(self.xp.asarray(0.0)), np.generic if self.is_numpy else ())
@@ -107,12 +117,10 @@ def backend(request):
 
 
 @pytest.fixture(scope="session")
-def cupy(request):
+def cupy():
     """CuPy on a GPU that works, for tests of that alone."""
     found = _backend("cupy")
     if isinstance(found, str):
-        if "cupy" in request.config.getoption("--require"):
-            pytest.fail(f"--require cupy: {found}")
         pytest.skip(found)
     import cupy
 
@@ -120,14 +128,51 @@ def cupy(request):
 
 
 def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="every test; without it those that take long are left out")
     parser.addoption(
         "--require",
         action="append",
         default=[],
-        choices=BACKENDS,
         metavar="NAME",
-        help=f"fail where a test of this backend would be skipped (repeatable): {', '.join(BACKENDS)}",
+        help=f"fail, at once, where this backend ({', '.join(BACKENDS)}) or module cannot be used (repeatable), "
+        "and where a test of this backend would be skipped",
     )
+
+
+def pytest_configure(config):
+    for name in config.getoption("--require"):
+        if (reason := _absent(name)) is not None:
+            raise pytest.UsageError(f"--require {name}: {reason}")
+
+
+def _absent(name):
+    """Why a backend, or another module that tests need, cannot be used; None if it can."""
+    if name in BACKENDS:
+        found = _backend(name)
+        return found if isinstance(found, str) else None
+    try:
+        importlib.import_module(name)
+    except ImportError as e:
+        return str(e)
+    return None
+
+
+@pytest.hookimpl(trylast=True)  # of what -k and -m have chosen
+def pytest_collection_modifyitems(config, items):
+    left_out, groups = set(), {}
+    for item in items if not config.getoption("--full") else ():
+        if (marker := item.get_closest_marker("full")) is None:
+            continue
+        left_out.add(item)
+        if marker.kwargs:
+            value = item.callspec.params[marker.kwargs["but_one_per"]]
+            groups.setdefault((item.function, str(value)), []).append(item)
+    for number, cases in enumerate(groups.values()):
+        left_out.remove(cases[number % len(cases)])  # so that the other parameters vary too
+    config.stash[LEFT_OUT] = len(left_out)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.hookimpl(wrapper=True)
@@ -146,7 +191,22 @@ def _reason(report):
     return report.longrepr[2].removeprefix("Skipped: ")
 
 
-def pytest_terminal_summary(terminalreporter):
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # of pytest-xdist: what this process has to tell
+        session.config.workeroutput["left out"] = session.config.stash.get(LEFT_OUT, 0)
+        session.config.workeroutput["tally"] = tally.told()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    if hasattr(node, "workeroutput"):  # which a process that died has not
+        node.config.stash[LEFT_OUT] = node.workeroutput["left out"]
+        tally.add(*node.workeroutput["tally"])
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # around the list of failures and skips
+def pytest_terminal_summary(terminalreporter, config):
+    result = yield
     terminalreporter.section("backends")
     for name in BACKENDS:
         reports = {
@@ -161,3 +221,7 @@ def pytest_terminal_summary(terminalreporter):
         terminalreporter.section("CUDA kernels")
         for line in lines:
             terminalreporter.write_line(line)
+    if left_out := config.stash.get(LEFT_OUT, 0):
+        terminalreporter.section("left out")
+        terminalreporter.write_line(f"tests that take long: {left_out}; pytest --full runs them too")
+    return result

@@ -6,6 +6,16 @@ COUNTS: Counter[str] = Counter()
 KERNELS: set[str] = set()  # that the emulation ran
 
 
+def told() -> tuple[dict[str, int], list[str]]:
+    """All of it, in plain types, for the process that `add`s it to its own."""
+    return dict(COUNTS), sorted(KERNELS)
+
+
+def add(counts: dict[str, int], kernels: list[str]) -> None:
+    COUNTS.update(counts)
+    KERNELS.update(kernels)
+
+
 def lines() -> list[str]:
     said = [f"{COUNTS['compiled']} compiled by NVRTC and held against a table of {COUNTS['table']}"] * (
         "table" in COUNTS

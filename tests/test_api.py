@@ -281,6 +281,7 @@ def test_small_gradients_round_to_float16_as_a_cast_does():
         np.testing.assert_array_equal(cpu._rounded_to_half(values).astype(np.float16), values.astype(np.float16))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("axis", [0, 1])
 def test_float16_gradient_of_a_large_batch(axis):
     shape = (64, 700) if axis else (700, 64)

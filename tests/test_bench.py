@@ -18,6 +18,7 @@ import pytest
 from close import BAR
 from oracle import oracle
 
+pytest.importorskip("tqdm")  # for bench.run
 from bench import __main__ as program
 from bench import peers, report, run, suite, timing
 from bench.suite import COPY, COPY_BY_ONE, GRAD, IN_PLACE, LOSS, OURS, OUT, Case
@@ -43,6 +44,7 @@ def quick(tmp_path_factory):
     return done.stdout, [json.loads(line) for line in file.read_text().splitlines()]
 
 
+@pytest.mark.full
 def test_every_row_has_every_field(quick):
     _, rows = quick
     assert all(set(row) == FIELDS for row in rows)
@@ -55,6 +57,7 @@ def test_every_row_has_every_field(quick):
             assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["seconds"] / 1e9)
 
 
+@pytest.mark.full
 def test_quick_run_covers_libraries_operations_dtypes_and_targets(quick):
     printed, rows = quick
     here = {row["library"] for row in rows}
@@ -69,6 +72,7 @@ def test_quick_run_covers_libraries_operations_dtypes_and_targets(quick):
     assert all(row["grad_units"] <= BAR for row in ours if row["operation"] != LOSS)
 
 
+@pytest.mark.full
 def test_quick_run_prints_goals(quick):
     printed, rows = quick
     assert re.search(r"^goals: \d+ of \d+ met, \d+ not run$", printed, re.MULTILINE)
@@ -255,6 +259,7 @@ def test_bytes_that_must_move():
     assert Case("test", (2, 5, 3), axis=1).must_move(COPY) == 2 * 30 * 4
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="no /proc/self/clear_refs to write to")
 def test_peak_memory_counts_the_gradient_and_nothing_else():
     case = Case("test", (8192, 1000))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -34,14 +35,16 @@ def test_the_list_is_complete(dry_run):
         assert dry_run.count(f"{piece.name}  (") == 1
 
 
+@pytest.mark.full
 def test_every_test_is_in_a_piece_of_its_kind():
-    """What pytest itself collects, with and without "cupy" in its name."""
-    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", "tests"]
+    """What pytest itself collects, with and without "cupy" in its name; of a file that it skips nothing is known."""
+    command = [sys.executable, "-m", "pytest", "-q", "--full", "--collect-only", "-p", "no:cacheprovider", "tests"]
     for kind, words in (("on the GPU", "cupy or test_gpu"), ("beside the GPU", "not cupy and not test_gpu")):
         done = subprocess.run([*command, "-k", words], cwd=ROOT, capture_output=True, text=True, check=True)
         collected = set(re.findall(r"(?m)^tests/(\w+)\.py::", done.stdout))
+        skipped = set(re.findall(r"(?m)^SKIPPED \[\d+\] tests/(\w+)\.py:", done.stdout))
         listed = {piece.name.partition(": ")[2] for piece in gpu.pieces() if piece.name.startswith(f"tests {kind}")}
-        assert collected == listed - {"docs"}
+        assert collected - skipped == listed - skipped - {"docs"}
 
 
 @pytest.mark.parametrize("chip", [75, 80, 86, 89, 90, 100, 120])
@@ -62,6 +65,7 @@ def test_every_kernel_of_the_catalogue_is_launched_in_some_part(chip):
     assert sum(case.plan.rows > cuda.SUM_ALONE for case in cases) == 8
 
 
+@pytest.mark.full
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the emulation needs g++")
 def test_launches_under_emulation(capsys):
     assert launches.main(["--emulated", "--part", "2/60"]) == 0
@@ -69,6 +73,7 @@ def test_launches_under_emulation(capsys):
     assert int(said[2]) >= 4 * int(said[1])
 
 
+@pytest.mark.full
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the emulation needs g++")
 def test_a_wrong_kernel_is_told_and_so_is_one_that_is_missing(capsys):
     cases = launches.part_of(launches.problems(90), "1/90")[:1]
@@ -81,6 +86,22 @@ def test_a_wrong_kernel_is_told_and_so_is_one_that_is_missing(capsys):
     assert "not launched" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("module", "says"),
+    [(None, "CuPy cannot be imported"), (SimpleNamespace(is_available=lambda: False), "CuPy finds no CUDA device")],
+    ids=["absent", "no device"],
+)
+def test_without_a_gpu_it_stops_at_once_and_leaves_no_file(module, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "cupy", module)
+    monkeypatch.setattr(gpu, "run", lambda piece: pytest.fail(f"{piece.name} was started"))
+    out = tmp_path / "results" / "gpu.jsonl"
+    assert gpu.main(["--out", str(out)]) == 1
+    assert says in capsys.readouterr().err
+    assert not out.parent.exists()
+    assert gpu.main(["--dry-run", "--out", str(out)]) == 0
+    assert not out.parent.exists()
+
+
 def test_pieces_are_recorded_however_they_end(tmp_path, monkeypatch, capsys):
     sleeps = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
     made = [
@@ -91,6 +112,7 @@ def test_pieces_are_recorded_however_they_end(tmp_path, monkeypatch, capsys):
         gpu.Piece("last", ("python", "-c", "import bench"), ""),
     ]
     monkeypatch.setattr(gpu, "pieces", lambda chip: made)
+    monkeypatch.setattr(gpu, "missing", lambda: None)
     out = tmp_path / "results" / "gpu.jsonl"
     start = time.monotonic()
     assert gpu.main(["--out", str(out)]) == 1

@@ -34,6 +34,7 @@ def honest(logits, target, *, weight=None, label_smoothing=0.0, z_loss=0.0, soft
 
 
 # One class, ragged, a small vocabulary, and so many classes that 1/C is under float32's noise on the label.
+@pytest.mark.full(but_one_per="dtype")
 @pytest.mark.parametrize(
     ("C", "dtype"), [*itertools.product([1, 7, 1000], ["float16", "float32", "float64"]), (LARGE_C, "float32")]
 )

@@ -331,6 +331,7 @@ def all_that_comes_out(x, labels, axis, shape, **options):
 CLASSES = (1, 2, 3, 4, 5, 9, 31, 32, 33, 64, 255, 256, 257, 512, 513, 1000)
 
 
+@pytest.mark.full(but_one_per="dtype")
 @each_dtype
 @pytest.mark.parametrize(
     "names", [(), *((name,) for name in OPTIONS), ("weight", "grad_output"), tuple(OPTIONS)], ids="-".join
@@ -563,6 +564,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.full(but_one_per="layout")
 @each_dtype
 @pytest.mark.parametrize("classes", [1, 10, 48, 49, 150])
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -739,6 +741,7 @@ print("done", len(kept))
 """
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="mprotect is called as on Linux")
 @pytest.mark.parametrize("end", ["start", "end"])
 def test_nothing_beside_an_array_is_touched(end):
@@ -780,6 +783,7 @@ def assembly():
     return "\n".join(anew.inspect_asm().values())
 
 
+@pytest.mark.full
 def test_widest_vectors_of_the_host(assembly):
     features, machine = binding.get_host_cpu_features(), platform.machine().lower()
     if machine in ("x86_64", "amd64") and features.get("fma"):
@@ -852,6 +856,7 @@ print(hashlib.sha256(found[0][0].tobytes() + found[1][1].tobytes()).hexdigest())
 """
 
 
+@pytest.mark.full
 def test_a_second_process_loads_what_the_first_compiled(tmp_path):
     """Where two threads make the very first call at once."""
     (told, first), (again, second) = (run(FIRST_CALLS, NUMBA_CACHE_DIR=str(tmp_path)).splitlines() for _ in range(2))
@@ -861,6 +866,7 @@ def test_a_second_process_loads_what_the_first_compiled(tmp_path):
     assert second == first
 
 
+@pytest.mark.full
 def test_a_processor_that_knows_little(tmp_path):
     """Such as a virtual one: without float16, without multiply-add. A missing function would end the process."""
     script = """

@@ -81,6 +81,7 @@ def each_row(losses, grads):
 # -- a row is a row ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full(but_one_per="dtype")
 @each_dtype
 @each_option
 @each_target
@@ -241,6 +242,7 @@ if "before" in sys.argv:
 """
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("calls", [["before"], ["exit"], []], ids=["before", "exit", "too late for threads"])
 def test_while_the_interpreter_ends(calls):
     """The threads keep no interpreter from ending, and a call that comes late is answered."""
@@ -390,6 +392,7 @@ def test_what_is_asked_at_once():
 # -- long rows ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full(but_one_per="dtype")
 @each_dtype
 @each_option
 @each_target
@@ -429,6 +432,7 @@ def test_row_longer_than_a_tile(body):
 # -- accuracy ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full(but_one_per="backend")
 @pytest.mark.parametrize("logits", [[17, 0], [80, 0, 0], [5, -12, 4]])
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_confident_rows(backend, logits, reduction):
@@ -472,6 +476,7 @@ def test_flat_rows(engine, axis, options):
     assert_grad(grad, truth)
 
 
+@pytest.mark.full
 def test_more_rows_than_float16_can_count(backend):
     rng = np.random.default_rng(0)
     x = (2 * rng.normal(size=(70_000, 4))).astype(np.float16)
@@ -514,6 +519,7 @@ print(tracemalloc.get_traced_memory()[1] if sys.argv[2] == "arrays" else peak() 
 """
 
 
+@pytest.mark.full
 @pytest.mark.skipif(sys.platform == "win32", reason="the peak of a process is told elsewhere")
 @pytest.mark.parametrize("measured", ["process", "arrays"])
 @pytest.mark.parametrize("job", ["loss", "in place"])

@@ -84,6 +84,7 @@ def test_tiny_rows_are_copied_in_16_bytes():
             assert (row["stores128"] > 0) == writes, row
 
 
+@pytest.mark.full
 @pytest.mark.skipif(nvrtc.missing() is not None, reason=f"kernels cannot be compiled here: {nvrtc.missing()}")
 def test_kernels_compile_as_the_table_says():
     chosen = kernel_resources.some(ITEMS)

@@ -123,19 +123,21 @@ CASES = list(itertools.product(FAMILIES, DTYPES, cuda.VARIANTS))
 
 
 @pytest.fixture(scope="module")
-def compiled():
-    """Everything that the cases need, compiled side by side."""
+def compiled(request):
+    """Everything that the cases of this run need, compiled side by side."""
     asan = os.environ.get("SIMT_MODE") == "asan"
     wanted = []
-    for family, dtype, variant in CASES:
-        if asan and (dtype != "float32" or variant == "GENERAL"):
+    for item in request.session.items:
+        if not item.name.startswith("test_every_job["):
             continue
+        family, dtype, variant = (item.callspec.params[name] for name in ("family", "dtype", "variant"))
         *_, chosen, _ = problem(family, dtype, variant)
         mode = "asan" if asan else "plain" if family in LARGE and dtype != "float32" else "check"
         wanted += [(chosen.kernel(job), mode) for job in cuda.JOBS[:4]] + [(cuda.sums_kernel(dtype), mode)]
     simt.prepare([(kernel.text, (kernel.name,), mode) for kernel, mode in dict.fromkeys(wanted)])
 
 
+@pytest.mark.full(but_one_per="family")
 @pytest.mark.parametrize(("family", "dtype", "variant"), CASES)
 def test_every_job(family, dtype, variant, compiled):
     logits, target, options, chip, chosen, wanted = problem(family, dtype, variant)
@@ -149,9 +151,10 @@ def test_every_job(family, dtype, variant, compiled):
     assert chosen.kernel("LOSS_AND_GRAD").name in engine.launcher.launches
 
 
+@pytest.mark.full
 def test_under_asan_and_ubsan():
     """The same cases once more in a process that has AddressSanitizer, in float32, with no option and with all."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--full", __file__]
     command += ["-k", "test_every_job and float32 and not GENERAL"]
     environment = {**simt.build.asan_environment(), "SIMT_MODE": "asan"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -160,6 +163,7 @@ def test_under_asan_and_ubsan():
     assert f"{len(FAMILIES) * 2} passed" in done.stdout
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_row_is_the_same_in_every_order_and_place(family):
     """Bitwise, where rows start on 16 bytes: alone, in any batch, at any place in it, however threads are scheduled."""
@@ -185,6 +189,7 @@ def test_a_row_is_the_same_in_every_order_and_place(family):
     assert len(set(seen)) == 1
 
 
+@pytest.mark.full(but_one_per="family")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("family", ["T", "P cached", "W 8 lanes", "B", "B 2 blocks", "O"])
 def test_confident_rows(family, dtype):
@@ -215,6 +220,7 @@ def test_labels_of_every_integer_dtype_are_read_as_they_are(dtype):
     assert_grad(grad, truth)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_softmax_and_its_logarithm(dtype, monkeypatch):
     from xent_array import log_softmax, logsumexp, softmax
@@ -279,6 +285,7 @@ CALLS = {  # (what is called with (logits, target, gradient, engine and options)
 }
 
 
+@pytest.mark.full(but_one_per="call")
 @pytest.mark.parametrize("rows", [60, cuda.SUM_ALONE + 8])
 @pytest.mark.parametrize("axis", [-1, 1])
 @pytest.mark.parametrize("call", CALLS)
@@ -620,6 +627,7 @@ def buggy(family, variant):
     return logits, target, options, chip
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("bug", BUGS)
 def test_planted_bug_is_caught(bug):
     file, old, new, family, variant = BUGS[bug]

@@ -1,7 +1,10 @@
 """`python -m xent_array` and the job in bench/: what a newcomer runs first."""
 
 import json
+import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import xent_array
 from xent_array import __main__ as program
 from xent_array._engines import cpu
 
 ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments, **environment):
+    command, environment = [sys.executable, *arguments], {**os.environ, **environment}
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
 
 
 @pytest.fixture
@@ -20,9 +29,15 @@ def small(monkeypatch):
     monkeypatch.setattr(program, "SIZE", (8, 100))
 
 
-def test_as_a_command_it_prints_the_worked_example_per_engine():
-    done = subprocess.run([sys.executable, "-m", "xent_array"], capture_output=True, text=True, check=False, cwd=ROOT)
+def test_the_first_command_of_the_readme_runs_what_it_installed(tmp_path):
+    """Its second half, in the checkout: the report says that the package is the one that pip has put elsewhere."""
+    installed = tmp_path / "site"
+    shutil.copytree(ROOT / "xent_array", installed / "xent_array", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "kernels", installed / "xent_array" / "kernels")
+    command = re.search(r"^\$ pip install \S+ && python (.*)$", (ROOT / "README.md").read_text(), re.MULTILINE)[1]
+    done = run(*shlex.split(command), PYTHONPATH=str(installed))
     assert done.returncode == 0, done.stderr
+    assert f"\nruns from: {installed / 'xent_array'}\n" in done.stdout
     for engine in ("cpu", "numpy", "generic"):
         report = done.stdout.partition(f"engine '{engine}' on NumPy arrays: right\n")[2].split("\n\n")[0]
         assert "softmax   [[0.659, 0.242, 0.099], [0.073, 0.487, 0.440]]" in report
@@ -44,6 +59,38 @@ def test_json_says_why_an_engine_is_not_available(small, capsys):
     assert "CuPy" in declined["reason"] or "NumPy" in declined["reason"]
 
 
+@pytest.mark.parametrize("version", [None, "0.61"])
+def test_without_numba_the_report_says_what_would_bring_it(small, monkeypatch, version):
+    report = program.gather()
+    report["packages"]["numba"] = version
+    first = program.text(report).partition("\n\n")[0]
+    assert ('pip install ".[cpu]" brings Numba' in first) == (version is None)
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit, match=r"^0$"):
+        program.main(["--version"])
+    assert capsys.readouterr().out == f"xent_array {xent_array.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "needs"),
+    [
+        ("-m xent_array", "numpy"),
+        ("-m bench gpu", "numpy"),
+        ("-m bench.launches", "ml_dtypes"),
+        ("-m bench", "tqdm"),
+        ("-m bench report", "tqdm"),
+        ("bench/train_digits.py", "sklearn"),
+    ],
+)
+def test_every_program_runs_without_docstrings(command, needs):
+    pytest.importorskip(needs)
+    done = run("-OO", *command.split(), "--help")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: ")
+
+
 def test_a_wrong_engine_is_found_and_is_an_exit_code(small, monkeypatch, capsys):
     right = cpu.engine.loss_and_grad
 
@@ -57,8 +104,10 @@ def test_a_wrong_engine_is_found_and_is_an_exit_code(small, monkeypatch, capsys)
     assert "engine 'cpu' on NumPy arrays: WRONG by 1.0e-05" in capsys.readouterr().out
 
 
+@pytest.mark.full
 def test_digits_are_learnt():
-    command = [sys.executable, "bench/train_digits.py", "--quiet"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    pytest.importorskip("sklearn")
+    pytest.importorskip("tqdm")
+    done = run("bench/train_digits.py", "--quiet")
     assert done.returncode == 0, done.stderr
     assert float(re.search(r"accuracy ([\d.]+)%", done.stdout)[1]) >= 95

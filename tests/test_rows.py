@@ -80,6 +80,7 @@ def in_any_order(parts, rng):
     return parts[0]
 
 
+@pytest.mark.full(but_one_per="target")
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("target", ["index", "soft", "signed"])
 def test_random_splits(target, dtype):
@@ -92,6 +93,7 @@ def test_random_splits(target, dtype):
         assert_whole(in_any_order(parts, rng), x, given, **options)
 
 
+@pytest.mark.full(but_one_per="target")
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("target", ["index", "soft", "signed"])
 def test_1024_merges(target, dtype):

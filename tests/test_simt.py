@@ -244,6 +244,7 @@ def scaled():
     return [x, np.int32(32), simt.empty(x.shape, np.float32), 0.25, True], {2: 0.5 * x}
 
 
+@pytest.mark.full(but_one_per="name")
 @pytest.mark.parametrize("mode", ["plain", "check"])
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_right_kernel_passes_in_every_order(name, mode):
@@ -346,6 +347,7 @@ MISTAKES = [
 # fmt: on
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("case", MISTAKES, ids=lambda case: f"{case[0]}: {case[1]}")
 def test_the_checker_catches_in_every_order(case):
     name, _, kinds, *patches = case
@@ -480,6 +482,7 @@ for name, patches, kind in [
 """
 
 
+@pytest.mark.full
 def test_address_sanitizer():
     done = subprocess.run(
         [sys.executable, "-c", ASAN],

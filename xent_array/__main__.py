@@ -1,6 +1,6 @@
 """What is installed here, which engine takes what, and the worked example and a short timing on each.
 
-Usage: python -m xent_array [--json | --explain ROWSxC:DTYPE[@smNN]]
+Usage: python -m xent_array [--json | --explain ROWSxC:DTYPE[@smNN] | --version]
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,8 @@ TOLERANCE = 1e-6  # of the worked example in float32, whose numbers are all belo
 
 def main(arguments: list[str] | None = None) -> int:
     """Print the report; 0 if every check holds, 1 if one does not."""
-    parser = argparse.ArgumentParser(prog="python -m xent_array", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m xent_array", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--version", action="version", version=f"xent_array {__version__}")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     parser.add_argument("--explain", metavar="ROWSxC:DTYPE[@smNN]", help="how the CUDA engine would launch a problem")
     given = parser.parse_args(arguments)
@@ -62,6 +64,7 @@ def gather() -> dict[str, Any]:
             results.append(entry)
     return {
         "xent_array": __version__,
+        "folder": str(Path(__file__).parent),
         "python": platform.python_version(),
         "machine": platform.machine(),
         "cores": os.cpu_count(),
@@ -146,12 +149,15 @@ def text(report: dict[str, Any]) -> str:
     """The report for people."""
     packages = ", ".join(f"{name} {version}" for name, version in report["packages"].items() if version)
     why = report["cpu engine"]["reason"]
+    faster = ['faster on NumPy arrays: pip install ".[cpu]" brings Numba, which compiles these loops for this machine']
     absent = ", ".join(name for name, version in report["packages"].items() if not version)
     lines = [
         "xent_array {xent_array}, Python {python}, {machine}, {threads} threads".format(**report),
+        "runs from: {folder}".format(**report),
         f"installed: {packages}",
         f"not installed: {absent}",
         "loops of engine 'cpu': {loops}".format(**report["cpu engine"]) + (f", because {why}" if why else ""),
+        *(faster if report["packages"]["numba"] is None else []),
     ]
     for entry in report["engines"]:
         lines += ["", f"engine {entry['engine']!r} on {entry['library']} arrays: " + _verdict(entry)]
