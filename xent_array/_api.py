@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal, Unpack, overload
 
-import numpy as np
-
 from . import _engines
 from ._engines import Engine
 from ._problem import IGNORE_INDEX, Output, Problem, check_options, problem_of, problem_without_target
-from ._rows import Array, RowStats
+from ._rows import Array, RowStats, quiet
 from ._typing import (
     A,
     Float,
@@ -116,7 +114,7 @@ def log_softmax(x: Any, *, axis: int = -1) -> Any:
 
 
 def _softmax(problem: Problem, log: bool) -> Array:
-    with np.errstate(all="ignore"):
+    with quiet(problem.rows.xp):
         return problem.view.from_logits(problem.rows.xp, _engines.softmax(problem.engine, problem.rows, log))
 
 
@@ -164,7 +162,7 @@ def logsumexp(x: Any, *, axis: int = -1, keepdims: bool = False) -> Any:
     """
     problem = problem_without_target(x, axis)
     xp = problem.rows.xp
-    with np.errstate(all="ignore"):
+    with quiet(xp):
         stats = problem.engine.stats(problem.rows)
         lse = problem.view.from_rows(xp, stats.max + xp.log1p(stats.rest))
         return xp.expand_dims(lse, axis=problem.view.axis) if keepdims else lse
@@ -334,7 +332,7 @@ def cross_entropy(
         validate=validate,
         engine=engine,
     )
-    with np.errstate(all="ignore"):
+    with quiet(problem.rows.xp):
         return problem.loss(_engines.loss(problem.engine, problem.rows))
 
 
@@ -477,7 +475,7 @@ def cross_entropy_value_and_grad(
         detach=True,
     )
     into = Output(problem, out)
-    with np.errstate(all="ignore"):
+    with quiet(problem.rows.xp):
         if return_stats:
             loss, grad, stats = _engines.loss_grad_and_stats(problem.engine, problem.rows, into.view)
             return problem.loss(loss), into.result(grad), problem.user_stats(stats)
@@ -575,7 +573,7 @@ def cross_entropy_grad(
     )
     saved = None if stats is None else problem.stats(stats)
     into = Output(problem, out)
-    with np.errstate(all="ignore"):
+    with quiet(problem.rows.xp):
         if saved is None:
             _, grad = _engines.loss_and_grad(problem.engine, problem.rows, into.view)
         else:
@@ -649,7 +647,7 @@ def row_stats(
         validate=validate,
         engine=engine,
     )
-    with np.errstate(all="ignore"):
+    with quiet(problem.rows.xp):
         stats = _engines.row_stats(problem.engine, problem.rows)
         return problem.user_stats(stats)
 
@@ -746,7 +744,7 @@ class CrossEntropyLoss:
         self._saved = None
         options = self._options if sample_weight is None else self._options | {"sample_weight": sample_weight}
         problem = problem_of(A, Y, **options, detach=True)
-        with np.errstate(all="ignore"):
+        with quiet(problem.rows.xp):
             stats, loss = _engines.stats_and_loss(problem.engine, problem.rows)
             self._saved = problem, stats
             return problem.loss(loss)
@@ -772,7 +770,7 @@ class CrossEntropyLoss:
         if grad_output is not None:
             problem = problem.with_upstream(grad_output)
         into = Output(problem, out)
-        with np.errstate(all="ignore"):
+        with quiet(problem.rows.xp):
             grad = into.result(problem.engine.grad(problem.rows, stats, into.view))
         if into.in_place:
             self._saved = None

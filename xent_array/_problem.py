@@ -27,6 +27,7 @@ from ._rows import (
     lacks,
     namespace,
     place,
+    quiet,
     signed,
     widest,
 )
@@ -200,13 +201,14 @@ class Problem(NamedTuple):
             return
         if not self.engine.reads_labels_free(rows):
             return
-        lost = xp.isinf(taken)
-        if bool(xp.any(lost)):
-            given = _array(given, role, rows.logits)
-            lost = lost & xp.isfinite(xp.astype(given, xp.float64))
+        with quiet(xp):
+            lost = xp.isinf(taken)
             if bool(xp.any(lost)):
-                at = int(xp.argmax(xp.astype(xp.reshape(lost, (-1,)), xp.int8)))
-                _check_held(xp, float(xp.reshape(given, (-1,))[at]), role, rows.acc)
+                given = _array(given, role, rows.logits)
+                lost = lost & xp.isfinite(xp.astype(given, xp.float64))
+                if bool(xp.any(lost)):
+                    at = int(xp.argmax(xp.astype(xp.reshape(lost, (-1,)), xp.int8)))
+                    _check_held(xp, float(xp.reshape(given, (-1,))[at]), role, rows.acc)
 
 
 def _check_held(xp: Any, value: float, role: str, acc: DType) -> None:
@@ -298,7 +300,8 @@ def problem_of(
         rows = rows._replace(denominator=_denominator(_detached(denominator) if detach else denominator, rows))
     chosen = _engines.pick(rows, engine)
     if is_labels and validate is not False and (validate or chosen.reads_labels_free(rows)):
-        rows = Rows(*rows[:-1], _all_labels_count(target, view.flat[1], ignore_index))
+        with quiet(xp):
+            rows = Rows(*rows[:-1], _all_labels_count(target, view.flat[1], ignore_index))
     problem = Problem(rows, view, chosen, inputs)
     if weight is not None:
         problem.check_held(inputs["weight"], weight, "weight")
@@ -520,7 +523,7 @@ def _real(
         raise TypeError(f"{role} must be real numbers, got dtype {name}")
     if tuple(value.shape) != shape:
         raise ValueError(f"{role} must have {words} {shape}; got shape {tuple(value.shape)}")
-    with np.errstate(all="ignore"):
+    with quiet(namespace(logits)):
         return namespace(logits).astype(value, acc, copy=False)
 
 

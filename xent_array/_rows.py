@@ -8,11 +8,12 @@ labels count, what multiplies a row, what divides the sum, how two parts of a ro
 from __future__ import annotations
 
 import sys
+from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
-from array_api_compat import array_namespace
+from array_api_compat import array_namespace, is_jax_array
 from array_api_compat import device as _device
 
 Array = Any  # an array of any Array-API library; the standard has no common base class
@@ -21,7 +22,10 @@ DType = Any
 
 def namespace(array: Array) -> Any:
     """The Array-API functions of the library that made `array` (NumPy 2 is its own Array-API namespace)."""
-    return np if isinstance(array, (np.ndarray, np.generic)) else array_namespace(array)
+    if isinstance(array, (np.ndarray, np.generic)):
+        return np
+    # array_namespace makes an array of JAX to see whether it knows its own, which a transfer guard may forbid.
+    return array.__array_namespace__() if is_jax_array(array) else array_namespace(array)
 
 
 # Of the Array API 2023.12: what is asked of a library beside its dtypes and what its arrays do themselves.
@@ -88,6 +92,18 @@ def is_ignored(xp: Any, index: Array, ignore_index: int) -> Array:
     """Which labels, as `signed` gives them, are `ignore_index`, an integer that their own dtype holds."""
     largest = int(xp.iinfo(index.dtype).max)
     return index == (ignore_index if ignore_index <= largest else ignore_index - 2 * (largest + 1))
+
+
+def quiet(xp: Any) -> AbstractContextManager[Any]:
+    """Where the library is to calculate in silence: infinities and NaN are answers here.
+
+    To JAX, a number that meets an array on a device is a transfer, which its guard may forbid; those are ours, and no
+    array of the user's is among them.
+    """
+    if xp.__name__ == "jax.numpy":
+        allowed: AbstractContextManager[Any] = sys.modules["jax"].transfer_guard("allow")
+        return allowed
+    return np.errstate(all="ignore")
 
 
 def nan_unless(xp: Any, good: Array, values: Array) -> Array:
