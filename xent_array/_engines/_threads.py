@@ -295,9 +295,11 @@ def _before_fork() -> None:
         if _is_in_the_way() or _numbas_lock().is_locked():
             return
     _own.held.append(_lock)
-    numbas = _numbas_lock()
-    numbas.acquire()
-    _own.held.append(numbas)
+    # Of other callers of Numba; and who frees what it has made takes llvmlite's alone.
+    llvm = getattr(getattr(sys.modules.get("llvmlite.binding.ffi"), "lib", None), "_lock", None)
+    for lock in (_numbas_lock(), getattr(llvm, "_lock", _NO_LOCK)):
+        lock.acquire()
+        _own.held.append(lock)
 
 
 def _after_fork() -> None:
