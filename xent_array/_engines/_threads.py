@@ -250,7 +250,10 @@ class Job(Iterator[P]):
 
 
 class Pool:
-    """Threads that wait for calls. As daemons they keep no interpreter from ending; it leaves them where they are."""
+    """Threads that wait for calls. As daemons they keep no interpreter from ending; it leaves them where they are.
+
+    They are started where arithmetic is as usual, and so is theirs.
+    """
 
     def __init__(self) -> None:
         self.calls: SimpleQueue[Callable[[], None]] = SimpleQueue()
@@ -271,9 +274,8 @@ class Pool:
                 self.size += 1
 
     def _run(self) -> None:
-        with _arithmetic.usual():
-            while True:
-                self.calls.get()()
+        while True:
+            self.calls.get()()
 
 
 class _Own(threading.local):
