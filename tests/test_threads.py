@@ -140,6 +140,31 @@ def test_an_interrupt_of_a_first_call(first_calls, count):
     assert raised.count("KeyboardInterrupt") > count / 3
 
 
+INTERRUPTED_AT = """
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == sys.argv[1]:
+            sys.meta_path.remove(self)
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            time.sleep(0.1)
+
+sys.meta_path.insert(0, Finder())
+try:
+    answers()
+except KeyboardInterrupt:
+    print(all_is_well(), all_is_well())
+"""
+
+
+@is_posix
+@needs_numba
+@pytest.mark.parametrize(
+    "module", ["numba", "numba.core.dispatcher", "numba.np.ufunc", "xent_array._engines._compiled", "numpy.ma"]
+)
+def test_an_interrupt_of_an_import(filled, module):
+    assert ended(started(INTERRUPTED_AT, module, cache=filled[0])) == ["True", "True"]
+
+
 FORKED = """
 import warnings
 warnings.simplefilter("ignore", DeprecationWarning)  # of Python, against forking with threads: it is what is tested

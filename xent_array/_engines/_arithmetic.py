@@ -8,8 +8,8 @@ here depend on neither: whoever calculates sets what is usual, and then puts bac
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from functools import cache, wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -24,20 +24,25 @@ def is_usual() -> bool:
     return _SMALLEST * 0.5 != 0.0 and _ONE + _LITTLE == _ONE - _LITTLE
 
 
-@contextmanager
-def usual() -> Iterator[None]:
-    """Has this thread calculate as usual for the time being, where the C library can set it."""
-    if is_usual() or (functions := _functions()) is None:
-        yield
-        return
-    get, set_, default = functions
-    before = ctypes.create_string_buffer(256)  # more than any system needs
-    get(before)
-    set_(default)
-    try:
-        yield
-    finally:
-        set_(before)
+class usual:
+    """Has this thread calculate as usual for the time being, where the C library can set it.
+
+    No generator: in a child of a fork those of other threads would end, and set what is the only thread's there.
+    """
+
+    before: Any = None
+
+    def __enter__(self) -> None:
+        if not is_usual() and (functions := _functions()) is not None:
+            get, set_, default = functions
+            before = ctypes.create_string_buffer(256)  # more than any system needs
+            get(before)
+            self.before = before
+            set_(default)
+
+    def __exit__(self, *_: object) -> None:
+        if self.before is not None and (functions := _functions()) is not None:
+            functions[1](self.before)
 
 
 def in_usual(function: Callable[A, R]) -> Callable[A, R]:

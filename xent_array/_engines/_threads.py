@@ -250,7 +250,10 @@ class Job(Iterator[P]):
 
 
 class Pool:
-    """Threads that wait for calls. As daemons they keep no interpreter from ending; it leaves them where they are."""
+    """Threads that wait for calls. As daemons they keep no interpreter from ending; it leaves them where they are.
+
+    They are started where arithmetic is as usual, and so is theirs.
+    """
 
     def __init__(self) -> None:
         self.calls: SimpleQueue[Callable[[], None]] = SimpleQueue()
@@ -271,9 +274,8 @@ class Pool:
                 self.size += 1
 
     def _run(self) -> None:
-        with _arithmetic.usual():
-            while True:
-                self.calls.get()()
+        while True:
+            self.calls.get()()
 
 
 class _Own(threading.local):
@@ -295,9 +297,11 @@ def _before_fork() -> None:
         if _is_in_the_way() or _numbas_lock().is_locked():
             return
     _own.held.append(_lock)
-    numbas = _numbas_lock()
-    numbas.acquire()
-    _own.held.append(numbas)
+    # Of other callers of Numba; and who frees what it has made takes llvmlite's alone.
+    llvm = getattr(getattr(sys.modules.get("llvmlite.binding.ffi"), "lib", None), "_lock", None)
+    for lock in (_numbas_lock(), getattr(llvm, "_lock", _NO_LOCK)):
+        lock.acquire()
+        _own.held.append(lock)
 
 
 def _after_fork() -> None:
