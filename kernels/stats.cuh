@@ -32,7 +32,8 @@ template <int VARIANT, class A> struct Sum {
     }
     XE_DEVICE void add(A x, A a) {
         add(x);
-        half_gap += times(a, half_below(max, x));
+        const A half = static_cast<A>(0.5) * max - static_cast<A>(0.5) * x;
+        half_gap += a == 0 || x == max ? 0 : a * half;  // 0·inf counts 0, and so does inf - inf
         mass += a;
     }
     XE_DEVICE Stats<A> stats() const { return {max, sum + (at_max - 1), 2 * half_gap, mass}; }

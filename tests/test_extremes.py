@@ -7,6 +7,7 @@ depends on the order.
 """
 
 from dataclasses import dataclass
+from unittest import mock
 
 import ml_dtypes
 import numpy as np
@@ -15,6 +16,7 @@ from close import BAR, units_off
 from oracle import EPS, oracle
 
 from xent_array import cross_entropy, cross_entropy_grad, cross_entropy_value_and_grad, row_stats
+from xent_array._engines import cpu
 
 INF, NAN = np.inf, np.nan
 N = 16  # rows of a batch
@@ -103,6 +105,7 @@ def batch(rng, shape, dtype):
         weight = rng.choice([rng.choice([0, 1, 2.0**-10, 8], C), np.ones(C), np.full(C, heavy), heavy ** rng.random(C)])
         if rng.random() < 0.3:  # of a class that something may meet, or nothing
             weight[rng.integers(C)] = rng.choice([INF, NAN])
+            x = np.where(np.abs(x) <= NORMAL[dtype], 0, x)  # half their difference may be 0, and infinity times that
         options["weight"] = weight.astype(acc)
     if not plain and rng.random() < 0.4:
         s = rng.choice([rng.choice([0, 1, 0.5, 3], N), rng.choice([2.0**20, 2.0**-20, 1], N)])
@@ -171,22 +174,17 @@ def differing(backend, problem):
             yield f"{what} of {engine!r}", actual, truth.loss if "loss" in what else truth.grad, far
 
 
-def shapes_for(backend):
-    return {"jax": SHAPES[:1], "emulated": SHAPES, "array-api-strict": SHAPES[:3]}.get(backend.name, SHAPES)
-
-
 def count_differing(backend, batches, seed):
     """How many problems there were, how many are wrong somewhere, and the first of these."""
     wrong, first = 0, None
-    shapes = shapes_for(backend)
     for k in range(batches):
         rng = np.random.default_rng([seed, k])
-        shape = shapes[k % len(shapes)] if k % 8 == 0 else shapes[k % min(2, len(shapes))]
-        shape = shapes[int(rng.integers(len(shapes)))] if k % 2 else shape
-        dtype = str(rng.choice(backend.usual_dtypes))
-        problem = batch(rng, shape, dtype)
+        shape = SHAPES[0 if backend.name == "jax" else rng.integers(len(SHAPES))]  # JAX compiles for each
+        problem = batch(rng, shape, str(rng.choice(backend.usual_dtypes)))
         of_rows = np.zeros(N, bool)
-        for what, actual, wanted, far in differing(backend, problem):
+        with mock.patch.object(cpu, "TILE", 3 if k % 5 == 0 and max(shape) < 100 else cpu.TILE):
+            found = [*differing(backend, problem)]
+        for what, actual, wanted, far in found:
             if far.any():
                 rows = far.any(axis=problem.options["axis"]) if far.ndim == 2 else np.broadcast_to(far, N)
                 of_rows |= rows
@@ -201,7 +199,8 @@ def count_differing(backend, batches, seed):
 
 
 def test_extreme_problems(backend):
-    problems, wrong, first = count_differing(backend, 100, seed=1)
+    compiles_much = backend.name in ("jax", "emulated")
+    problems, wrong, first = count_differing(backend, 20 if compiles_much else 100, seed=1)
     assert not wrong, f"{wrong} of {problems} are wrong; the first: {first}"
 
 
