@@ -36,7 +36,7 @@ def stats(rows: Rows) -> RowStats:
     return RowStats(
         max=top[:, 0, :],
         rest=_sum(xp, xp.where(first, zero, xp.exp(below))),
-        gap=2 * _sum(xp, xp.where((a == 0) | (half == 0), zero, -a * half)),
+        gap=2 * _sum(xp, xp.where((a == 0) | (~xp.isfinite(a) & (half == 0)), zero, -a * half)),
         mass=xp.ones_like(at[:, 0, :], dtype=rows.acc) if rows.target is None else _sum(xp, a),
     )
 
