@@ -68,10 +68,9 @@ def test_rows_are_read_and_written_in_16_bytes():
         if row["file"] != "rows.cu":
             continue
         vectors, lanes, _, stream = parameters(row)
-        job = re.search("loss_and_grad|log_softmax|grad|loss|stats", row["kernel"])[0]
-        passes = (
-            2 if (stream and job in ("loss_and_grad", "log_softmax")) or (job == "log_softmax" and not lanes) else 1
-        )
+        job = re.search("loss_and_grad|stats_and_grad|log_softmax|grad|loss|stats", row["kernel"])[0]
+        twice = stream and job in ("loss_and_grad", "stats_and_grad", "log_softmax")
+        passes = 2 if twice or (job == "log_softmax" and not lanes) else 1
         assert row["loads128"] == passes * vectors, row
         assert row["stores128"] == (vectors if job not in ("loss", "stats") else 0), row
 

@@ -37,8 +37,8 @@ counts as written. `simt.patch(source, old, new)` plants a bug: it insists that 
 
 What this cannot show: that the PTX in the wrappers of device.cuh is right; the accuracy of ex2.approx and of the GPU's
 libm; fused multiply-adds; proxy fences (fence_async) and the strength of relaxed and acquire; __launch_bounds__ and
-the attributes that a launch needs; two clusters at once; any time. The checker holds two bytes for one and remembers
-two readers of them, so it may miss the third.
+the attributes that a launch needs; two clusters at once; any time. The checker remembers two readers of a byte,
+so it may miss the third.
 """
 
 from __future__ import annotations
@@ -319,7 +319,13 @@ def _gxx_version() -> str:
 def _built(name: str, text: str, flags: Sequence[str], reads: Sequence[Path], libraries: Sequence[Path] = ()) -> Path:
     """The shared library of a text, compiled unless it is in the cache."""
     key = hashlib.sha256()
-    for part in (text, *flags, _gxx_version(), *(file.read_text(encoding="utf-8") for file in reads), *map(str, libraries)):
+    for part in (
+        text,
+        *flags,
+        _gxx_version(),
+        *(file.read_text(encoding="utf-8") for file in reads),
+        *map(str, libraries),
+    ):
         key.update(part.encode() + b"\0")
     file = _cache() / f"{name}_{key.hexdigest()[:24]}.so"
     if file.exists():
