@@ -136,7 +136,7 @@ def assert_correct(stats, wanted):
 
 
 def in_place_of(logits):
-    """The logits once more, in memory of their own that starts as theirs does."""
+    """The logits once more, in memory of their own."""
     buffer = logits.copy("K")
     in_place = buffer.base.reshape(-1)[: buffer.size].reshape(buffer.shape) if buffer.base is not None else buffer
     in_place[...] = logits
@@ -163,8 +163,10 @@ def check(engine, logits, target, options):
         loss, grad, also = all_three(engine, x, target, options, out)
         assert_loss(loss, truth)
         assert_grad(grad, truth)
-        for one, other in zip(stats[:4], also[:4], strict=True):
-            np.testing.assert_array_equal(one, other)
+        np.testing.assert_array_equal(also.max, stats.max)
+        if x is logits:  # elsewhere a row is cut otherwise, and rounded
+            for one, other in zip(stats[:4], also[:4], strict=True):
+                np.testing.assert_array_equal(one, other)
         assert_correct(also, correct)
 
 
@@ -233,8 +235,8 @@ def tied(family, dtype, variant, turn):
 @pytest.mark.parametrize("variant", cuda.VARIANTS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_first_of_the_largest_logits_is_correct(family, variant, compiled):
-    number = CASES.index((family, "float32", variant))
-    dtype = list(DTYPES)[number // 3 % 4] if family not in LARGE else "float32"
+    number = list(FAMILIES).index(family) + cuda.VARIANTS.index(variant)
+    dtype = list(DTYPES)[number % 4] if family not in LARGE else "float32"
     seen = []
     for turn in range(4):
         logits, target, options, chip = tied(family, dtype, variant, turn)
