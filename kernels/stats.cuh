@@ -108,7 +108,8 @@ template <class T, int VARIANT> struct Answer {
 
 // Whether the label is the first class of the largest logit: before softcap, which makes equal what was not, and
 // whatever the weights are. It is so unless another class beats it, which every thread can tell of the classes it has,
-// and parts of a row by "or". NaN beats nothing and is beaten by nothing; such a row is not correct anyhow.
+// and parts of a row by "or". NaN beats nothing and is beaten by nothing; such a row is not correct anyhow. A GPU
+// compares subnormal floats as 0 here, as it does wherever CuPy has it flush them.
 template <class A> struct Rival {
     A x;        // the label's logit, as it was given
     int label;  // -1: nobody asks
