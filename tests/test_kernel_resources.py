@@ -218,6 +218,7 @@ def test_advice_is_given_where_something_is_missing(said, monkeypatch):
         MemoryError(),
         RuntimeError("cudaErrorMemoryAllocation: out of memory"),
         RuntimeError("CUDA_ERROR_INVALID_IMAGE: device kernel image is invalid"),
+        RuntimeError('cannot open source file "C:\\Users\\name\\tmp0\\kernel.cu"'),
         RuntimeError("nvrtc: error: invalid value for --gpu-architecture (-arch)"),
     ],
     ids=lambda error: f"{type(error).__name__} {error}".rstrip(),
