@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # the checkout, whatever is ins
 from close import assert_grad, assert_loss  # noqa: E402
 from oracle import oracle  # noqa: E402
 
-from xent_array import _problem, cross_entropy, cross_entropy_grad, cross_entropy_value_and_grad, row_stats  # noqa: E402
+from xent_array import _engines, _problem, cross_entropy, cross_entropy_grad, cross_entropy_value_and_grad, row_stats  # noqa: E402
 from xent_array._engines import cuda  # noqa: E402
 
 OUTS = ("new", "in place", "aligned otherwise")
@@ -150,6 +150,8 @@ def arrays(case: Launches) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     if case.target is None:
         target = rng.integers(min(plan.classes, 127), size=row_shape).astype(case.labels)
         options["ignore_index"] = int(target.flat[-1])
+        right = np.expand_dims(target, 1)[::2].astype(np.intp)  # every other label is the largest
+        np.put_along_axis(logits[::2], right, np.asarray(20, dtype), 1)
     else:
         target = rng.random(shape)
         target = target > 0.8 if case.target == "bool" else target / target.sum(1, keepdims=True)
@@ -201,6 +203,17 @@ def check(case: Launches, where: Where) -> None:
             found = get(problem.view.from_logits(xp, where.engine.softmax(problem.rows, logarithm)))
             bar = {"float16": 2e-3, "bfloat16": 2e-2, "float32": 1e-5, "float64": 1e-13}[case.plan.dtype]
             np.testing.assert_allclose(found.astype(np.float64), wanted, rtol=bar, atol=bar)
+    loss, grad, also = three(where, x, y, options)
+    assert_loss(get(loss), truth)
+    assert_grad(get(grad), truth)
+    correct = None
+    if case.target is None:
+        correct = (logits.astype(np.float64).argmax(1) == target) & (target != options["ignore_index"])
+    for found in (stats, also):
+        if correct is None:
+            assert found.correct is None
+        else:
+            np.testing.assert_array_equal(get(found.correct), correct)
     out = None
     if case.out == "aligned otherwise":
         out = placed(xp, np.zeros_like(logits), case.layout, 1 - start)
@@ -211,6 +224,14 @@ def check(case: Launches, where: Where) -> None:
         raise AssertionError("another array than out came back")
     assert_loss(get(loss), truth)
     assert_grad(get(grad), truth)
+
+
+def three(where: Where, x: Any, y: Any, options: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """Loss, gradient and stats by one launch, in arrays of their own."""
+    given = {"weight": None, "sample_weight": None, "ignore_index": -100, "label_smoothing": 0.0, "z_loss": 0.0}
+    problem = _problem.problem_of(x, y, **{**given, "softcap": None, **options})
+    loss, grad, stats = _engines.loss_grad_and_stats(where.engine, problem.rows, None)
+    return problem.loss(loss), problem.view.from_logits(where.xp, grad), problem.user_stats(stats)
 
 
 def run(cases: list[Launches], where: Where) -> int:

@@ -7,7 +7,7 @@
  *
  * Launch   128 threads, one row each; a warp reads 32 neighbouring rows, so every access is as wide as the warp.
  *          CACHED: dynamic shared memory of C·128 logits keeps the rows for the second pass.
- * Moves    per row: STATS, LOSS read C; GRAD, LOSS_AND_GRAD read C and write C; without CACHED, LOSS_AND_GRAD asks for
+ * Moves    per row: STATS, LOSS read C; all others read C and write C; without CACHED, those but GRAD ask for
  *          C once more, from cache if 128·C logits of every block still are there.
  * Numbers  see stats.cuh: 8 logits at a time against their maximum, merged from first to last.
  * Aliasing grad may be the logits: a row is one thread's own.

@@ -8,10 +8,11 @@
 
 // What a launch does. Chosen when it is compiled, as are the variants:
 enum Job {
-    STATS,          // reads the logits, writes max, rest, gap, mass, and the loss of each row where that is wanted
+    STATS,          // reads the logits, writes max, rest, gap, mass; loss and correct where they are wanted
     LOSS,           // reads the logits, writes the loss of each row
     GRAD,           // reads the logits, max, rest and mass, writes the gradient
     LOSS_AND_GRAD,  // reads the logits once, writes both (without a target: the softmax)
+    STATS_AND_GRAD, // reads the logits once, writes what STATS and LOSS_AND_GRAD write
     LOG_SOFTMAX,    // reads the logits, writes their logarithmic softmax
 };
 enum Variant {
@@ -19,6 +20,8 @@ enum Variant {
     GENERAL,  // any target, weights, smoothing, z-loss, upstream per row
     CAPPED,   // GENERAL with softcap
 };
+XE_DEVICE constexpr bool writes_stats(int job) { return job == STATS || job == STATS_AND_GRAD; }
+XE_DEVICE constexpr bool writes_grad(int job) { return job != STATS && job != LOSS; }  // or what takes its place
 
 // What `target` holds.
 enum Target { NONE, INT8, UINT8, INT16, UINT16, INT32, UINT32, INT64, UINT64, OF_LOGITS, OF_FLOAT32 };
@@ -29,11 +32,11 @@ enum Target { NONE, INT8, UINT8, INT16, UINT16, INT32, UINT32, INT64, UINT64, OF
         i64 classes, i64 inner, i64 ignores, i64 ignore_index, double scale, const Acc<T>::type *upstream,            \
         i64 upstream_step, Acc<T>::type *loss, Acc<T>::type *max, Acc<T>::type *rest, Acc<T>::type *gap,              \
         Acc<T>::type *mass, const Acc<T>::type *weight, const Acc<T>::type *sample_weight, double label_smoothing,    \
-        double z_loss, double softcap
+        double z_loss, double softcap, bool *correct
 #define XE_ARGUMENTS                                                                                                 \
     logits, logits_outer, logits_class, logits_inner, grad, grad_outer, grad_class, grad_inner, target, kind,        \
         target_outer, target_class, target_inner, rows, classes, inner, ignores, ignore_index, scale, upstream,      \
-        upstream_step, loss, max, rest, gap, mass, weight, sample_weight, label_smoothing, z_loss, softcap
+        upstream_step, loss, max, rest, gap, mass, weight, sample_weight, label_smoothing, z_loss, softcap, correct
 
 template <class T> struct Problem {
     typedef typename Acc<T>::type A;
@@ -46,6 +49,7 @@ template <class T> struct Problem {
     A *loss, *max, *rest, *gap, *mass;               // one number per row
     const A *weight, *sample_weight;                 // null: all 1
     double label_smoothing, z_loss, softcap;
+    bool* correct;                                   // one per row, of labels; null: not wanted
 };
 
 XE_DEVICE i64 label_at(const void* target, i64 at, i64 kind) {
@@ -117,7 +121,7 @@ template <class T, int VARIANT> struct Row {
 
     // Whether the numbers that a job writes depend on the logits: not in a row that does not count, or is NaN anyhow.
     XE_DEVICE bool needs_logits(int job) const {
-        if (job == STATS || job == LOG_SOFTMAX) return true;
+        if (writes_stats(job) || job == LOG_SOFTMAX) return true;
         const A decides = job == GRAD ? scale : factor;
         return decides != 0 && decides == decides;
     }

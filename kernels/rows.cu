@@ -14,14 +14,14 @@
  * Launch   W: blockDim.x / LANES rows per block; B, O: one row per block or cluster, of whole warps. A thread holds K
  *          vectors of 16 bytes; in W and B K·16·threads must cover the row. THREADS, BLOCKS: __launch_bounds__. All
  *          numbers come from `plan` in xent_array/_engines/cuda.py.
- * Moves    per row: STATS, LOSS read C; GRAD, LOSS_AND_GRAD read C and write C. O reads C once more for a gradient,
+ * Moves    per row: STATS, LOSS read C; all others read C and write C. O reads C once more for a gradient,
  *          the last pieces first, so that what is in cache is used. A target distribution is read twice likewise.
  * Wide     a row is [head | vectors of 16 bytes | tail] by its own address: every C and every start keeps 128-bit
  *          loads. Stores are as wide where the gradient is aligned like the logits.
  * Numbers  see stats.cuh. The tree of a row's sums depends on C, dtype, chip and the alignment of the row: never on
  *          the number of rows or the place among them.
  * Aliasing grad may be the logits: an element is read and written by one thread. PLAIN reads x[label] in the thread
- *          that will write it, and in no other.
+ *          that will write it, and in no other; jobs that say `correct` read it in all, before a barrier.
  * Tried    On sm_90, by the compiler's account; nothing here has been timed on a GPU yet.
  *          v1 vectors j·blockDim.x apart: an address per load. Now a warp owns a stretch: one address, K immediates.
  *          v2 exponentials kept for the gradient (fp32): no registers for K = 8. Now made again: one MUFU more.
@@ -60,11 +60,16 @@ template <class T, int VARIANT, int K, int STEP> struct Held {
         }
     }
 
-    // The stats of what is held; PLAIN leaves gap and mass to the owner of the label.
-    XE_DEVICE Stats<A> stats(const Problem<T>& p, const Row<T, VARIANT>& row, bool with_edge) const {
-        A largest = V::largest(v);
-        if (with_edge) largest = max_acc(largest, max_acc(at_edge[0], at_edge[1]));
-        Sum<VARIANT, A> sum(VARIANT == CAPPED ? capped(largest, p.softcap).x : largest);
+    XE_DEVICE A largest(bool with_edge) const {
+        const A inside = V::largest(v);
+        return with_edge ? max_acc(inside, max_acc(at_edge[0], at_edge[1])) : inside;
+    }
+    // The stats of what is held, and whether any of it beats the label; PLAIN leaves gap and mass to its owner.
+    XE_DEVICE Stats<A> stats(const Problem<T>& p, const Row<T, VARIANT>& row, bool with_edge, const Rival<A>& rival,
+                             bool& beaten) const {
+        const A highest = largest(with_edge);
+        if (rival.label >= 0) beaten |= beats(rival, highest, with_edge);
+        Sum<VARIANT, A> sum(VARIANT == CAPPED ? capped(highest, p.softcap).x : highest);
         if (with_edge) {
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
@@ -84,6 +89,27 @@ template <class T, int VARIANT, int K, int STEP> struct Held {
     XE_DEVICE void add(Sum<VARIANT, A>& sum, const Problem<T>& p, const Row<T, VARIANT>& row, int k, A x) const {
         if (VARIANT == PLAIN) sum.add(x);
         else sum.add(VARIANT == CAPPED ? capped(x, p.softcap).x : x, row.a(k));
+    }
+
+    // Whether a class that is held, of which `highest` is the largest logit, beats the label. Where it is the label's
+    // own, by a place before it.
+    XE_DEVICE bool beats(const Rival<A>& rival, A highest, bool with_edge) const {
+        if (highest < rival.x) return false;
+        if (highest > rival.x) return true;
+        int place = 1 << 30;  // of the first vector's element that is as large, counted from v[0]
+#pragma unroll
+        for (int j = K - 1; j >= 0; --j) {
+            A x[V::SIZE];
+            V::unpack(v[j], x);
+#pragma unroll
+            for (int i = V::SIZE - 1; i >= 0; --i) place = x[i] == rival.x ? j * STEP * V::SIZE + i : place;
+        }
+        bool beaten = place < rival.label - class_of(0);
+        if (with_edge) {
+#pragma unroll
+            for (int e = 0; e < 2; ++e) beaten |= edge[e] >= 0 && rival.is_beaten_by(at_edge[e], edge[e]);
+        }
+        return beaten;
     }
 
     // What a job writes for class k, whose logit is x.
@@ -147,10 +173,18 @@ template <int LANES, int VARIANT, class A> XE_DEVICE Stats<A> merge_threads(Stat
     return merge_lanes<32, VARIANT>(part);
 }
 
+// Whether any thread of a row says so; in all of them.
+template <int LANES> XE_DEVICE bool any_of_row(bool yes) {
+    if (!LANES) return any_thread(yes);
+    constexpr int WIDTH = LANES ? LANES : 32;
+    const int group = threadIdx.x % 32 / WIDTH * WIDTH;
+    return (ballot(yes) >> group & 0xffffffffu >> (32 - WIDTH)) != 0;
+}
+
 // Where blocks of a cluster share a row, each sends its part to all. A block has seen every message that will come
 // before it leaves, so that no barrier is needed at the end, and no thread waits for stores to memory.
-template <class A, int CLUSTER> struct Mailbox {
-    static constexpr int PARTS = sizeof(Stats<A>) / 16;  // messages of 16 bytes
+template <class A, int CLUSTER, bool WITH_BEATEN> struct Mailbox {
+    static constexpr int PARTS = sizeof(Stats<A>) / 16, MESSAGES = PARTS + WITH_BEATEN;  // of 16 bytes
     union Bits { Stats<A> part; uint4 v[PARTS]; XE_DEVICE Bits() : part() {} };
     uint4* inbox;
     u64* arrived;
@@ -163,41 +197,46 @@ template <class A, int CLUSTER> struct Mailbox {
         if (threadIdx.x == 0) {
             mbar_init(arrived, 1);
             mbar_init_fence();
-            mbar_expect(arrived, CLUSTER * PARTS * 16);
+            mbar_expect(arrived, CLUSTER * MESSAGES * 16);
         }
         cluster_arrive_relaxed();
     }
-    template <int VARIANT> XE_DEVICE Stats<A> merge(const Stats<A>& part) {
+    template <int VARIANT> XE_DEVICE Stats<A> merge(const Stats<A>& part, bool& beaten) {
         cluster_wait();  // the mailboxes of the others are open
         const int to = threadIdx.x;
         Bits bits;
         bits.part = part;
         if (to < CLUSTER) {
 #pragma unroll
-            for (int i = 0; i < PARTS; ++i) st_async16(inbox + rank * PARTS + i, to, bits.v[i], arrived);
+            for (int i = 0; i < PARTS; ++i) st_async16(inbox + rank * MESSAGES + i, to, bits.v[i], arrived);
+            if (WITH_BEATEN) {
+                st_async16(inbox + rank * MESSAGES + PARTS, to, make_uint4(beaten, 0, 0, 0), arrived);
+            }
         }
         mbar_wait(arrived, 0);
 #pragma unroll
-        for (int i = 0; i < PARTS; ++i) bits.v[i] = ld16(inbox + threadIdx.x % CLUSTER * PARTS + i);
+        for (int i = 0; i < PARTS; ++i) bits.v[i] = ld16(inbox + threadIdx.x % CLUSTER * MESSAGES + i);
+        if (WITH_BEATEN) beaten = any_lane(inbox[threadIdx.x % CLUSTER * MESSAGES + PARTS].x != 0);
         return merge_lanes<CLUSTER, VARIANT>(bits.part);
     }
 #else
     XE_DEVICE Mailbox(uint4* inbox, u64* arrived) : inbox(inbox), arrived(arrived), rank(0) {}
     XE_DEVICE void open() {}
-    template <int VARIANT> XE_DEVICE Stats<A> merge(const Stats<A>& part) { return part; }
+    template <int VARIANT> XE_DEVICE Stats<A> merge(const Stats<A>& part, bool&) { return part; }
 #endif
 };
 
 template <class T, int JOB, int VARIANT, int K, int LANES, int CLUSTER, bool STREAM>
 XE_DEVICE void xent_rows(const Problem<T>& p) {
     typedef typename Acc<T>::type A;
-    constexpr bool READS_STATS = JOB == GRAD, WRITES = JOB == GRAD || JOB == LOSS_AND_GRAD || JOB == LOG_SOFTMAX;
+    constexpr bool READS_STATS = JOB == GRAD, WRITES = writes_grad(JOB);
+    typedef Mailbox<A, CLUSTER, writes_stats(JOB)> Box;
     constexpr int STEP = LANES ? LANES : 32;
     // From cache: for LOG_SOFTMAX the compiler would hold on to what it unpacked, and there is no room for that.
     constexpr bool AGAIN = JOB == LOG_SOFTMAX && !LANES;
-    XE_SHARED(uint4, inbox, CLUSTER > 1 ? CLUSTER * (sizeof(A) / 4) : 1);
+    XE_SHARED(uint4, inbox, CLUSTER > 1 ? CLUSTER * Box::MESSAGES : 1);
     XE_SHARED(u64, arrived, 1);
-    Mailbox<A, CLUSTER> mailbox(inbox, arrived);
+    Box mailbox(inbox, arrived);
     if (CLUSTER > 1 && !READS_STATS) mailbox.open();
 
     // The threads of a row are numbered through all blocks of its cluster.
@@ -217,7 +256,8 @@ XE_DEVICE void xent_rows(const Problem<T>& p) {
     Held<T, VARIANT, K, STEP> held(cut, lane);
     held.load_edge(row.x, needed);
 
-    // PLAIN: the label's logit, in the thread that will overwrite it.
+    // PLAIN: the label's logit, in the thread that will overwrite it. For `correct` in all of them; nobody overwrites
+    // it before all have read it, by the barriers of merge_threads, or where lanes share the row by this one.
     int owner = 0;
     A at_label = 0;
     if (VARIANT == PLAIN && row.label >= 0) {
@@ -225,8 +265,12 @@ XE_DEVICE void xent_rows(const Problem<T>& p) {
         if (k < 0) owner = row.label;
         else if (vector >= cut.vectors) owner = k - cut.vectors * Vector<T>::SIZE;
         else owner = vector / (STEP * K) % (threads / STEP) * STEP + vector % STEP;
-        if (lane == owner && needed) at_label = to_acc(row.x[row.label]);
+        if (lane == owner && needed && !writes_stats(JOB)) at_label = to_acc(row.x[row.label]);
     }
+    Rival<A> rival = rival_of<JOB>(p, row);
+    bool beaten = false;
+    if (writes_stats(JOB) && row.label >= 0 && needed) rival.x = at_label = to_acc(row.x[row.label]);
+    if (writes_stats(JOB) && LANES) sync_warp();
 
     Stats<A> stats;
     held.first = first;
@@ -235,23 +279,27 @@ XE_DEVICE void xent_rows(const Problem<T>& p) {
         if (VARIANT != PLAIN) stats.mass = p.mass[r];
     } else if (!STREAM) {
         held.template load<AGAIN>(row.x, needed);
-        stats = held.stats(p, row, true);
+        stats = held.stats(p, row, true, rival, beaten);
     } else {
         do {
             held.template load<WRITES>(row.x, needed);
-            stats = merge<VARIANT>(stats, held.stats(p, row, held.first == first));
+            stats = merge<VARIANT>(stats, held.stats(p, row, held.first == first, rival, beaten));
         } while ((held.first += stride) < cut.vectors);
     }
     if (!READS_STATS) {
         stats = merge_threads<LANES, VARIANT>(stats);
-        if (CLUSTER > 1) stats = mailbox.template merge<VARIANT>(stats);
+        if (writes_stats(JOB) && p.correct) beaten = any_of_row<LANES>(beaten);
+        if (CLUSTER > 1) stats = mailbox.template merge<VARIANT>(stats, beaten);
         if (VARIANT == PLAIN && row.label >= 0) {
             stats.gap = at_label == stats.max ? 0 : stats.max - at_label;
         }
     }
     const Answer<T, VARIANT> answer(p, row, stats);
 
-    if (exists && lane == owner) answer.template put<JOB>(p, row, r);
+    if (exists && lane == owner) {
+        answer.template put<JOB>(p, row, r);
+        put_correct<JOB>(p, r, answer, rival, beaten);
+    }
     if (!WRITES || !exists) return;
     if (STREAM && READS_STATS) {
         do {

@@ -107,8 +107,8 @@ template <class T, int VARIANT> struct Answer {
 
     // The numbers per row of a job, by one thread. The gap under a bad label says so.
     template <int JOB> XE_DEVICE void put(const Problem<T>& p, const Row<T, VARIANT>& row, i64 r) const {
-        if ((JOB == STATS || JOB == LOSS || JOB == LOSS_AND_GRAD) && p.loss) p.loss[r] = loss(p, row);
-        if (JOB != STATS) return;
+        if (JOB != GRAD && JOB != LOG_SOFTMAX && p.loss) p.loss[r] = loss(p, row);
+        if (!writes_stats(JOB)) return;
         p.max[r] = stats.max, p.rest[r] = stats.rest;
         p.gap[r] = row.bad ? not_a_number<A>() : stats.gap;
         p.mass[r] = VARIANT == PLAIN && row.has_target && row.label < 0 ? 0 : stats.mass;
@@ -123,6 +123,28 @@ template <class T, int VARIANT> struct Answer {
     // The same where a = 0, and coef = 1 as in PLAIN.
     XE_DEVICE A grad(A x) const { return exp_acc(x - stats.max) * (p_max * scale); }
 };
+
+// Whether the label is the first class of the largest logit: before softcap, which makes equal what was not, and
+// whatever the weights are. It is so unless another class beats it, which every thread can tell of the classes it has,
+// and parts of a row by "or". NaN beats nothing and is beaten by nothing; such a row is not correct anyhow. A GPU
+// compares subnormal floats as 0 here, as it does wherever CuPy has it flush them.
+template <class A> struct Rival {
+    A x;        // the label's logit, as it was given
+    int label;  // -1: nobody asks
+    XE_DEVICE bool is_beaten_by(A other, int k) const { return k < label ? other >= x : other > x; }
+};
+template <int JOB, class T, int VARIANT>
+XE_DEVICE Rival<typename Acc<T>::type> rival_of(const Problem<T>& p, const Row<T, VARIANT>& row) {
+    const bool counts = row.label >= 0 && !(p.ignores && row.label == p.ignore_index);
+    return {0, writes_stats(JOB) && p.correct && counts ? row.label : -1};
+}
+// By one thread, as `Answer::put`.
+template <int JOB, class T, int VARIANT, class A>
+XE_DEVICE void put_correct(const Problem<T>& p, i64 r, const Answer<T, VARIANT>& answer, Rival<A> rival, bool beaten) {
+    if (writes_stats(JOB) && p.correct) {
+        p.correct[r] = rival.label >= 0 && !beaten && answer.tail == answer.tail;
+    }
+}
 
 // Softcap: x' = cap·tanh(x/cap), and dx'/dx = 1 - tanh². The product is rounded before anything is subtracted from it,
 // so that a logit that is the maximum in one pass is so in the next.

@@ -12,6 +12,10 @@ XE_DEVICE void xent_thread(const Problem<T>& p, i64 r, const Row<T, VARIANT>& ro
     A at_label = 0;
     if (VARIANT == PLAIN && needed && row.label >= 0) at_label = to_acc(x(row.label));
 
+    Rival<A> rival = rival_of<JOB>(p, row);
+    if (rival.label >= 0) rival.x = to_acc(x(rival.label));
+    bool beaten = false;
+
     Stats<A> stats, recent;  // 512 logits are merged before they join the rest: rounding grows with C/512
     if (JOB == GRAD) {
         stats.max = p.max[r], stats.rest = p.rest[r];
@@ -24,6 +28,7 @@ XE_DEVICE void xent_thread(const Problem<T>& p, i64 r, const Row<T, VARIANT>& ro
             for (int u = 0; u < U; ++u) v[u] = k + u < classes ? to_acc(x(k + u)) : -infinity<A>();
 #pragma unroll
             for (int u = 0; u < U; ++u) {
+                if (rival.label >= 0) beaten |= rival.is_beaten_by(v[u], k + u);
                 if (VARIANT == CAPPED && k + u < classes) v[u] = capped(v[u], p.softcap).x;
                 largest = max_acc(largest, v[u]);
             }
@@ -45,7 +50,8 @@ XE_DEVICE void xent_thread(const Problem<T>& p, i64 r, const Row<T, VARIANT>& ro
     const Answer<T, VARIANT> answer(p, row, stats);
 
     answer.template put<JOB>(p, row, r);
-    if (JOB == STATS || JOB == LOSS) return;
+    put_correct<JOB>(p, r, answer, rival, beaten);
+    if (!writes_grad(JOB)) return;
     const bool silent = JOB != LOG_SOFTMAX && row.scale == 0;
 #pragma unroll 1
     for (int k = 0; k < classes; k += U) {

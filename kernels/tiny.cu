@@ -49,7 +49,7 @@ template <class T, int JOB, int VARIANT> XE_DEVICE void xent_tiny(const Problem<
         xent_thread<T, JOB, VARIANT>(p, first + thread, row, [&](int k) { return tile[place_of<T>(start + k)]; },
                                      [&](int k, T value) { tile[place_of<T>(start + k)] = value; });
     }
-    if (JOB == STATS || JOB == LOSS) return;
+    if (!writes_grad(JOB)) return;
     sync_block();  // the gradient of every row is in shared memory
 
     T* const g = p.grad + first * classes;

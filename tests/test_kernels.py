@@ -4,6 +4,7 @@ Every family of kernels × dtype × variant × job; every order in which threads
 bounds and unwritten memory. Then the same with bugs planted in the source, each of which must be caught.
 """
 
+import dataclasses
 import itertools
 import mmap
 import os
@@ -24,6 +25,7 @@ from simt.build import ORDERS
 
 from xent_array import (
     CrossEntropyLoss,
+    _engines,
     _problem,
     cross_entropy,
     cross_entropy_grad,
@@ -101,6 +103,46 @@ def truth_of(logits, target, options, **more):
         return oracle(logits, target, **{k: v for k, v in options.items() if k != "validate"}, **more)
 
 
+DEFAULTS = {
+    "axis": -1, "reduction": "mean", "weight": None, "sample_weight": None, "ignore_index": -100,
+    "label_smoothing": 0.0, "z_loss": 0.0, "softcap": None, "validate": False,
+}  # fmt: skip
+
+
+def all_three(engine, logits, target, options, out=None):
+    """Loss, gradient and stats of one launch over the rows."""
+    problem = _problem.problem_of(logits, target, engine=engine, detach=True, **{**DEFAULTS, **options})
+    into = _problem.Output(problem, out)
+    with np.errstate(all="ignore"):
+        loss, grad, stats = _engines.loss_grad_and_stats(problem.engine, problem.rows, into.view)
+    return problem.loss(loss), into.result(grad), problem.user_stats(stats)
+
+
+def correct_rows(logits, target, options, truth):
+    """Where the label is what argmax says of a row that counts and has a softmax; None of distributions."""
+    if target.ndim == logits.ndim:
+        return None
+    axis = options.get("axis", -1)
+    hit = logits.astype(np.float64).argmax(axis) == target
+    return hit & (target != options.get("ignore_index", -100)) & ~np.isnan(truth.lse)
+
+
+def assert_correct(stats, wanted):
+    if wanted is None:
+        assert stats.correct is None
+    else:
+        assert stats.correct.dtype == bool
+        np.testing.assert_array_equal(stats.correct, wanted)
+
+
+def in_place_of(logits):
+    """The logits once more, in memory of their own."""
+    buffer = logits.copy("K")
+    in_place = buffer.base.reshape(-1)[: buffer.size].reshape(buffer.shape) if buffer.base is not None else buffer
+    in_place[...] = logits
+    return in_place
+
+
 def check(engine, logits, target, options):
     """Every job on one problem."""
     truth = truth_of(logits, target, options)
@@ -110,13 +152,22 @@ def check(engine, logits, target, options):
     assert_loss(cross_entropy(logits, target, engine=engine, **options), truth)
     stats = row_stats(logits, target, engine=engine, **{k: v for k, v in options.items() if k != "reduction"})
     assert_grad(cross_entropy_grad(logits, target, engine=engine, stats=stats, **options), truth)
-    buffer = logits.copy("K")
-    in_place = buffer.base.reshape(-1)[: buffer.size].reshape(buffer.shape) if buffer.base is not None else buffer
-    in_place[...] = logits
+    in_place = in_place_of(logits)
     _, same = cross_entropy_value_and_grad(in_place, target, engine=engine, out=in_place, **options)
     assert same is in_place
     assert_grad(same, truth)
-    return loss, grad
+    correct = correct_rows(logits, target, options, truth)
+    assert_correct(stats, correct)
+    in_place = in_place_of(logits)
+    for x, out in ((logits, None), (in_place, in_place)):
+        loss, grad, also = all_three(engine, x, target, options, out)
+        assert_loss(loss, truth)
+        assert_grad(grad, truth)
+        np.testing.assert_array_equal(also.max, stats.max)
+        if x is logits:  # elsewhere a row is cut otherwise, and rounded
+            for one, other in zip(stats[:4], also[:4], strict=True):
+                np.testing.assert_array_equal(one, other)
+        assert_correct(also, correct)
 
 
 CASES = list(itertools.product(FAMILIES, DTYPES, cuda.VARIANTS))
@@ -133,7 +184,7 @@ def compiled(request):
         family, dtype, variant = (item.callspec.params[name] for name in ("family", "dtype", "variant"))
         *_, chosen, _ = problem(family, dtype, variant)
         mode = "asan" if asan else "plain" if family in LARGE and dtype != "float32" else "check"
-        wanted += [(chosen.kernel(job), mode) for job in cuda.JOBS[:4]] + [(cuda.sums_kernel(dtype), mode)]
+        wanted += [(chosen.kernel(job), mode) for job in cuda.JOBS[:-1]] + [(cuda.sums_kernel(dtype), mode)]
     simt.prepare([(kernel.text, (kernel.name,), mode) for kernel, mode in dict.fromkeys(wanted)])
 
 
@@ -161,6 +212,72 @@ def test_under_asan_and_ubsan():
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     tally.COUNTS["sanitized"] += int(re.search(r"(\d+) passed.* in [\d.]+s", done.stdout)[1])
     assert f"{len(FAMILIES) * 2} passed" in done.stdout
+
+
+def tied(family, dtype, variant, turn):
+    """A problem whose largest logit stands in up to three places; labels are one of them, or another class.
+
+    In a family of many rows some are ignored, though the label is a class. Softcap makes more logits the same.
+    """
+    logits, target, options, chip, *_ = problem(family, dtype, variant)
+    rng = np.random.default_rng([turn, *family.encode()])
+    moved = np.moveaxis(logits, 1, -1)
+    moved[...] = rng.integers(-3, 3, moved.shape)
+    places = np.sort(rng.integers(moved.shape[-1], size=(*moved.shape[:-1], 3)))
+    np.put_along_axis(moved, places, 3, -1)
+    if variant == "CAPPED":
+        logits *= logits.dtype.type(40)
+    which = (np.arange(places[..., 0].size).reshape(places.shape[:-1]) + turn) % 4
+    of_each = np.concatenate([places, rng.integers(moved.shape[-1], size=(*moved.shape[:-1], 1))], -1)
+    target = np.take_along_axis(of_each, which[..., None], -1)[..., 0]
+    if target.size > 4:
+        options["ignore_index"] = int(target.flat[-1])
+    return logits, target, options, chip
+
+
+@pytest.mark.full(but_one_per="family")
+@pytest.mark.parametrize("variant", cuda.VARIANTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_first_of_the_largest_logits_is_correct(family, variant, compiled):
+    number = list(FAMILIES).index(family) + cuda.VARIANTS.index(variant)
+    dtype = list(DTYPES)[number % 4] if family not in LARGE else "float32"
+    seen = []
+    for turn in range(4):
+        logits, target, options, chip = tied(family, dtype, variant, turn)
+        engine = emulated.engine(mode="check", order=ORDERS[turn], seed=turn, chip=chip)
+        wanted = correct_rows(logits, target, options, truth_of(logits, target, options))
+        in_place = in_place_of(logits)
+        assert_correct(all_three(engine, in_place, target, options, in_place)[2], wanted)
+        assert engine.launcher.launches[-2:][0].count("stats_and_grad") == 1
+        stats = row_stats(logits, target, engine=engine, **{k: v for k, v in options.items() if k != "reduction"})
+        assert_correct(stats, wanted)
+        seen += wanted.flat
+    assert {True, False} <= set(seen)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("classes", [6, 60, 3000])
+def test_correct_in_rows_that_are_special(classes, softcap):
+    x = np.full((11, classes), -1, np.float32)
+    y = np.full(11, 4)
+    x[:, 4] = 1
+    x[1, 2] = np.nan
+    x[2, 4] = np.nan
+    x[3, 4] = np.inf
+    x[4] = -np.inf
+    y[5] = -100
+    y[6], y[7] = classes, -3
+    x[8, 2:5] = [-0.0, -1, 0.0]  # the first is as large
+    x[9, 2:5] = [-1, -1, -0.0]
+    x[9, 5] = 0.0  # the label is the first
+    sample_weight = np.ones(11)
+    sample_weight[10] = 0
+    wanted = [True, False, False, softcap is not None, False, False, False, False, False, True, True]
+    options = {"softcap": softcap, "sample_weight": sample_weight, "validate": False}
+    for more in (options, options | {"label_smoothing": 0.2, "weight": np.linspace(0, 2, classes)}):
+        engine = emulated.engine(mode="check")
+        assert_correct(row_stats(x, y, engine=engine, **more), wanted)
+        assert_correct(all_three(engine, x, y, more)[2], wanted)
 
 
 @pytest.mark.full
@@ -276,10 +393,66 @@ class Watched:
         return found
 
 
+def denominators(d):
+    """The same number as it may come: from the host, or where the logits live."""
+    return {"number": d, "float64": np.array(d), "float32": np.array(d, np.float32)}
+
+
+@pytest.mark.parametrize("upstream", [None, 3.0, np.array(3.0, np.float32)], ids=["none", "number", "array"])
+@pytest.mark.parametrize("kind", denominators(1.0))
+@pytest.mark.parametrize("options", ["ignored", "weights", "distributions"])
+def test_the_mean_divides_by_the_denominator_of_the_caller(options, kind, upstream):
+    """Which costs no counting, and no reading of what is on the device."""
+    rng = np.random.default_rng(8)
+    x, y = rng.standard_normal((9, 100), dtype=np.float32), rng.integers(100, size=9)
+    y[::3] = -100
+    more = {"weight": rng.random(100), "sample_weight": rng.random(9)} if options == "weights" else {}
+    if options == "distributions":
+        y = rng.random(x.shape, dtype=np.float32)
+    d = 36.5
+    given = {**DEFAULTS, **more, "detach": True}
+    truth = truth_of(x, y, {**more, "reduction": "sum"}, grad_output=(3.0 if upstream is not None else 1.0) / d)
+    truth = dataclasses.replace(truth, loss=truth.loss / d, unit_loss=truth.unit_loss / d)
+    launched = {}
+
+    def ask(name, *arguments):
+        engine = emulated.engine(mode="check")
+        rows = _problem.problem_of(x, y, engine=engine, **given).rows
+        rows = rows._replace(denominator=denominators(d)[kind], upstream=upstream)  # as from a device: not looked at
+        found = getattr(_engines, name)(engine, rows, *arguments)
+        launched[name] = len(engine.launcher.launches)
+        return found
+
+    assert_loss(ask("loss")[()], truth)
+    assert_loss(ask("stats_and_loss")[1][()], truth)
+    for loss, grad, *_ in (ask("loss_and_grad", None), ask("loss_grad_and_stats", None)):
+        assert_loss(loss[()], truth)
+        assert_grad(grad[:, :, 0], truth)
+    both = 2 if kind == "number" and not isinstance(upstream, np.ndarray) else 3
+    assert launched == {"loss": 2, "stats_and_loss": 2, "loss_and_grad": both, "loss_grad_and_stats": both}
+
+
+@pytest.mark.parametrize("kind", denominators(1.0))
+def test_a_denominator_of_0(kind):
+    x, y = np.zeros((3, 5), np.float32), np.array([1, -100, 2])
+    engine = emulated.engine(mode="check")
+    rows = _problem.problem_of(x, y, engine=engine, **DEFAULTS).rows
+    loss, grad = _engines.loss_and_grad(engine, rows._replace(denominator=denominators(0.0)[kind]), None)
+    assert np.isnan(loss)
+    assert np.isnan(grad[[0, 2]]).all()
+    assert (grad[1] == 0).all()
+
+
 CALLS = {  # (what is called with (logits, target, gradient, engine and options), launches for "none", "sum", "mean")
     "cross_entropy": (lambda x, y, out, o: cross_entropy(x, y, **o), 1, 2, 2),
     "cross_entropy_value_and_grad": (lambda x, y, out, o: cross_entropy_value_and_grad(x, y, out=out, **o), 1, 2, 3),
     "cross_entropy_grad": (lambda x, y, out, o: cross_entropy_grad(x, y, out=out, **o), 1, 2, 3),
+    "all three": (
+        lambda x, y, out, o: all_three(o["engine"], x, y, {k: v for k, v in o.items() if k != "engine"}, out),
+        1,
+        2,
+        3,
+    ),
     "forward": (lambda x, y, out, o: CrossEntropyLoss(**o).forward(x, y), 1, 2, 2),
     "row_stats": (lambda x, y, out, o: row_stats(x, y, **{k: v for k, v in o.items() if k != "reduction"}), 1, 1, 1),
 }
@@ -413,8 +586,8 @@ BUGS = {
     ),
     "W: everybody reads the label's logit": (
         "rows.cu",
-        "if (lane == owner && needed) at_label",
-        "if (needed) at_label",
+        "if (lane == owner && needed && !writes_stats(JOB)) at_label",
+        "if (needed && !writes_stats(JOB)) at_label",
         "W 8 lanes",
         "PLAIN",
     ),
@@ -453,14 +626,14 @@ BUGS = {
     "B 2: nobody waits for the messages": ("rows.cu", "mbar_wait(arrived, 0);", "", "B 2 blocks", "PLAIN"),
     "B 2: the mailbox expects too little": (
         "rows.cu",
-        "mbar_expect(arrived, CLUSTER * PARTS * 16)",
-        "mbar_expect(arrived, PARTS * 16)",
+        "mbar_expect(arrived, CLUSTER * MESSAGES * 16)",
+        "mbar_expect(arrived, MESSAGES * 16)",
         "B 2 blocks",
         "PLAIN",
     ),
     "B 2: all messages in one place": (
         "rows.cu",
-        "st_async16(inbox + rank * PARTS + i,",
+        "st_async16(inbox + rank * MESSAGES + i,",
         "st_async16(inbox + i,",
         "B 2 blocks",
         "PLAIN",
@@ -475,8 +648,8 @@ BUGS = {
     # rows.cu, rows in streams
     "O: the edges count in every piece": (
         "rows.cu",
-        "held.stats(p, row, held.first == first)",
-        "held.stats(p, row, true)",
+        "held.stats(p, row, held.first == first,",
+        "held.stats(p, row, true,",
         "O edges",
         "PLAIN",
     ),
@@ -495,13 +668,105 @@ BUGS = {
         "PLAIN",
     ),
     "O: pieces overlap": ("rows.cu", "stride = threads * K;", "stride = threads * K - 32;", "O", "GENERAL"),
+    # correct
+    "T: the last of the largest is correct": (
+        "stats.cuh",
+        "k < label ? other >= x : other > x",
+        "k > label ? other >= x : other > x",
+        "T ties",
+        "PLAIN",
+    ),
+    "W: every one of the largest is correct": (
+        "rows.cu",
+        "place < rival.label - class_of(0)",
+        "false",
+        "W 8 lanes ties",
+        "PLAIN",
+    ),
+    "W: a label is beaten in another row of the warp": (
+        "rows.cu",
+        "(ballot(yes) >> group & 0xffffffffu >> (32 - WIDTH)) != 0",
+        "ballot(yes) != 0",
+        "W 8 lanes ties",
+        "GENERAL",
+    ),
+    "W: a lane overwrites the label's logit before all have read it": (
+        "rows.cu",
+        "if (writes_stats(JOB) && LANES) sync_warp();",
+        "",
+        "W 16 lanes ties",
+        "PLAIN",
+    ),
+    "W: correct by what softcap makes of the label": (
+        "rows.cu",
+        "rival.x = at_label = to_acc(row.x[row.label]);",
+        "rival.x = capped(to_acc(row.x[row.label]), p.softcap).x;",
+        "W 32 lanes ties",
+        "CAPPED",
+    ),
+    "B: other warps do not hear of it": (
+        "rows.cu",
+        "return any_thread(yes);",
+        "return any_lane(yes);",
+        "B far ties",
+        "PLAIN",
+    ),
+    "B: an edge beats nothing": (
+        "rows.cu",
+        "edge[e] >= 0 && rival.is_beaten_by(at_edge[e], edge[e])",
+        "false",
+        "B far ties",
+        "GENERAL",
+    ),
+    "B 2: other blocks do not hear of it": (
+        "rows.cu",
+        "if (WITH_BEATEN) beaten = any_lane(",
+        "if (false) beaten = any_lane(",
+        "B 2 blocks far ties",
+        "PLAIN",
+    ),
+    "B 2: the message is in the place of another": (
+        "rows.cu",
+        "st_async16(inbox + rank * MESSAGES + PARTS,",
+        "st_async16(inbox + rank * MESSAGES,",
+        "B 2 blocks far ties",
+        "PLAIN",
+    ),
+    "O: the last piece decides": (
+        "rows.cu",
+        "if (rival.label >= 0) beaten |= beats(",
+        "if (rival.label >= 0) beaten = beats(",
+        "O ties",
+        "PLAIN",
+    ),
+    "T: correct by capped logits": (
+        "thread.cuh",
+        "beaten |= rival.is_beaten_by(v[u], k + u)",
+        "beaten |= rival.is_beaten_by(capped(v[u], p.softcap).x, k + u)",
+        "T ties",
+        "CAPPED",
+    ),
+    "P: an ignored row is correct": (
+        "stats.cuh",
+        "!(p.ignores && row.label == p.ignore_index)",
+        "true",
+        "P cached ties",
+        "PLAIN",
+    ),
+    "P: a row of NaN is correct": (
+        "stats.cuh",
+        "!beaten && answer.tail == answer.tail",
+        "!beaten",
+        "P cached NaN",
+        "PLAIN",
+    ),
     # stats.cuh
     "the maximum is in rest": ("stats.cuh", "sum + (at_max - 1)", "sum + at_max", "W 8 lanes", "PLAIN"),
     "every lane is the first": (
         "stats.cuh",
         "lanes_sum<WIDTH>(first ? part.rest :",
         "lanes_sum<WIDTH>(part.max == max ? part.rest :",
-        "T ties",
+        "T the same everywhere",
         "PLAIN",
     ),
     "rest is not rescaled": ("stats.cuh", "(1 + low.rest) * exp_acc(-drop)", "(1 + low.rest)", "P", "PLAIN"),
@@ -602,7 +867,7 @@ def buggy(family, variant):
             options,
             90,
         )
-    if family == "T ties":
+    if family == "T the same everywhere":
         return np.zeros((4, 200), np.float32), np.arange(4), {"reduction": "none", "validate": False}, 90
     if family == "W masked":
         x = np.zeros((4, 60), np.float32)
@@ -621,6 +886,17 @@ def buggy(family, variant):
         x = np.lib.stride_tricks.as_strided(np.frombuffer(memory, np.float32), (2, 300), (4 * apart, 4))
         x[...] = 1
         return x, np.array([1, 2]), {"reduction": "none", "validate": False}, 90
+    if family.endswith(" far ties"):  # the first element, at the edge of the row, and the label near its end
+        logits, target, options, chip, *_ = problem(family.removesuffix(" far ties"), "float32", variant)
+        logits[...] = 0
+        logits[:, [0, -9]] = 1
+        return logits, np.full(len(logits), logits.shape[1] - 9), options, chip
+    if family.endswith(" ties"):
+        return tied(family.removesuffix(" ties"), "float32", variant, 0)
+    if family.endswith(" NaN"):
+        logits, target, options, chip = tied(family.removesuffix(" NaN"), "float32", variant, 0)
+        logits[:, 0] = np.nan
+        return logits, np.maximum(target, 1), options, chip
     logits, target, options, chip, *_ = problem(family.removesuffix(" edges"), "float32", variant)
     if family == "O edges":
         logits[:, 0] = 12
@@ -644,7 +920,11 @@ def test_planted_bug_is_caught(bug):
             loss, grad = cross_entropy_value_and_grad(logits, target, engine=engine, out=buffer, **options)
             assert_loss(loss, truth)
             assert_grad(grad, truth)
-            if buffer is not None:
+            if family.endswith((" ties", " NaN")):
+                in_place = in_place_of(logits)
+                stats = all_three(engine, in_place, target, options, in_place)[2]
+                assert_correct(stats, correct_rows(logits, target, options, truth))
+            elif buffer is not None:
                 cross_entropy_value_and_grad(buffer_of(logits, buffer), target, engine=engine, out=buffer, **options)
         except (simt.SimtError, AssertionError) as error:
             caught.append(error)

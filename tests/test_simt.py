@@ -138,6 +138,19 @@ def neighbours():
 
 @kernel(
     """
+extern "C" __global__ void one_byte_each(bool* out) {
+    out[threadIdx.x] = threadIdx.x % 3 == 0;
+}
+""",
+    grid=1,
+    block=64,
+)
+def one_byte_each():
+    return [simt.empty(64, np.bool_)], {0: np.arange(64) % 3 == 0}
+
+
+@kernel(
+    """
 extern "C" __global__ void last_block(double* parts, u32* ticket, double* out) {
     XE_SHARED(u32, taken, 1);
     if (threadIdx.x == 0) {

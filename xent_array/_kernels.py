@@ -17,8 +17,8 @@ _INCLUDE = re.compile(r'^#include "(.+)"$')
 # How CuPy, the loader it uses, NVRTC and CUDA say that something is not installed; their exceptions are of many types,
 # which they share with a full disk and an exhausted GPU.
 _MISSING = re.compile(
-    r"(?i)fail(ed|ure) (to load|to open|to find|finding) .*(nvrtc|cudart|CUDA headers)|cannot open source file"
-    "|cudaErrorInsufficientDriver"
+    r"(?i)fail(ed|ure) (to load|to open|to find|finding) .*(nvrtc|cudart|CUDA headers)"
+    r'|cannot open source file "[^"]*\.h"|cudaErrorInsufficientDriver'
 )
 
 

@@ -37,8 +37,8 @@ counts as written. `simt.patch(source, old, new)` plants a bug: it insists that 
 
 What this cannot show: that the PTX in the wrappers of device.cuh is right; the accuracy of ex2.approx and of the GPU's
 libm; fused multiply-adds; proxy fences (fence_async) and the strength of relaxed and acquire; __launch_bounds__ and
-the attributes that a launch needs; two clusters at once; any time. The checker holds two bytes for one and remembers
-two readers of them, so it may miss the third.
+the attributes that a launch needs; two clusters at once; any time. The checker remembers two readers of a byte,
+so it may miss the third.
 """
 
 from __future__ import annotations

@@ -24,11 +24,10 @@ u32 id_of(Stamp s) { return s >> 24 & 0x3fff; }
 u32 time_of(Stamp s) { return s & 0xffffff; }
 bool atomic(Stamp s) { return s >> 63; }
 
-const int GRAIN = 2;  // bytes that share a cell: 8-bit arrays are only read
-struct Cell {
+struct Cell {  // of one byte
     Stamp written = 0, read[2] = {0, 0};
 };  // the last write, and the last two reads that nothing orders
-std::unordered_map<u64, std::unique_ptr<std::array<Cell, 4096 / GRAIN>>> pages;
+std::unordered_map<u64, std::unique_ptr<std::array<Cell, 4096>>> pages;
 
 struct Extent {
     const char* base;
@@ -55,16 +54,16 @@ u64 stack_bytes;
 
 Cell& cell(u64 address) {
     auto& page = pages[address >> 12];
-    if (!page) page.reset(new std::array<Cell, 4096 / GRAIN>());
-    return (*page)[(address & 4095) / GRAIN];
+    if (!page) page.reset(new std::array<Cell, 4096>());
+    return (*page)[address & 4095];
 }
 
 template <class F>
 void for_cells(const void* p, u64 bytes, F f) {
     const u64 begin = reinterpret_cast<u64>(p), end = begin + bytes;
-    for (u64 a = begin & ~u64(GRAIN - 1); a < end;) {
+    for (u64 a = begin; a < end;) {
         Cell* c = &cell(a);  // and those after it on the page
-        do f(*c++), a += GRAIN;
+        do f(*c++), ++a;
         while (a < end && a % 4096);
     }
 }

@@ -24,7 +24,7 @@ from .._rows import Array, Rows, RowStats
 DTYPES = {"float16": ("f16", 2), "bfloat16": ("bf16", 2), "float32": ("float", 4), "float64": ("double", 8)}
 LABELS = {"int8": 1, "uint8": 2, "int16": 3, "uint16": 4, "int32": 5, "uint32": 6, "int64": 7, "uint64": 8}
 OF_LOGITS, OF_FLOAT32 = 9, 10  # these and LABELS: enum Target in problem.cuh
-JOBS = ("LOSS_AND_GRAD", "LOSS", "STATS", "GRAD", "LOG_SOFTMAX")  # enum Job
+JOBS = ("LOSS_AND_GRAD", "LOSS", "STATS", "GRAD", "STATS_AND_GRAD", "LOG_SOFTMAX")  # enum Job
 VARIANTS = ("PLAIN", "GENERAL", "CAPPED")  # enum Variant
 OLDEST = 75  # compute capability 7.5
 
@@ -90,9 +90,9 @@ class Plan:
         """What must move between the device's memory and the chip: the logits, the gradient, the numbers per row."""
         itemsize = DTYPES[self.dtype][1]
         accumulator = max(4, itemsize)
-        per_row = {"STATS": 8 + 4 * accumulator, "LOSS": 8 + accumulator, "GRAD": 8 + 3 * accumulator}
+        numbers = {"STATS": 4, "GRAD": 3, "STATS_AND_GRAD": 5}.get(job, 1)
         arrays = 1 if job in ("STATS", "LOSS") else 2
-        return self.rows * (arrays * self.classes * itemsize + per_row.get(job, 8 + accumulator))
+        return self.rows * (arrays * self.classes * itemsize + 8 + numbers * accumulator + ("STATS" in job))
 
 
 CHIPS = {  # GB/s by data sheet, of the card that most have
@@ -117,7 +117,7 @@ def explain(shape: str) -> str:
         f"{rows} rows of {classes} {name} logits, {classes * DTYPES[name][1]:,} bytes each, on sm_{chip}",
         chosen.words(),
     ]
-    for job in ("LOSS_AND_GRAD", "LOSS"):
+    for job in ("LOSS_AND_GRAD", "STATS_AND_GRAD", "LOSS"):
         moved = chosen.bytes(job)
         lines += [
             f"  {job.lower().replace('_', ' '):14} {moved:,} bytes",
@@ -310,14 +310,21 @@ class Cuda:
 
     def stats(self, rows: Rows) -> RowStats:
         with self.launcher.on(rows.logits):
-            return self._stats(rows, None)
+            filled = self._stats(rows)
+            self._rows("STATS", rows, _Mean(), stats=filled)
+            return filled
 
-    row_stats = stats
+    def row_stats(self, rows: Rows) -> RowStats:
+        with self.launcher.on(rows.logits):
+            filled = self._stats(rows, with_correct=True)
+            self._rows("STATS", rows, _Mean(), stats=filled)
+            return filled
 
     def stats_and_loss(self, rows: Rows) -> tuple[RowStats, Array]:
         with self.launcher.on(rows.logits):
-            losses = self._empty(rows, rows.shape)
-            return self._stats(rows, losses), self._reduced(rows, losses, None)
+            losses, filled = self._empty(rows, rows.shape), self._stats(rows)
+            self._rows("STATS", rows, _Mean(), losses=losses, stats=filled)
+            return filled, self._reduced(rows, losses, None)
 
     def grad(self, rows: Rows, stats: RowStats, out: Array | None = None) -> Array:
         with self.launcher.on(rows.logits):
@@ -336,14 +343,21 @@ class Cuda:
             grad = self._rows("LOSS_AND_GRAD", rows, mean, losses=losses, out=out)
             return self._reduced(rows, losses, mean), grad
 
+    def loss_grad_and_stats(self, rows: Rows, out: Array | None = None) -> tuple[Array, Array, RowStats]:
+        with self.launcher.on(rows.logits):
+            losses, mean = self._empty(rows, rows.shape), self._mean(rows)
+            filled = self._stats(rows, with_correct=True)
+            grad = self._rows("STATS_AND_GRAD", rows, mean, losses=losses, stats=filled, out=out)
+            return self._reduced(rows, losses, mean), grad, filled
+
     def softmax(self, rows: Rows, log: bool) -> Array:
         with self.launcher.on(rows.logits):
             return self._rows("LOG_SOFTMAX" if log else "LOSS_AND_GRAD", rows, _Mean())
 
-    def _stats(self, rows: Rows, losses: Array | None) -> RowStats:
-        filled = RowStats(*(self._empty(rows, rows.shape) for _ in range(4)))
-        self._rows("STATS", rows, _Mean(), losses=losses, stats=filled)
-        return filled
+    def _stats(self, rows: Rows, with_correct: bool = False) -> RowStats:
+        """Room for them; for `correct` where it is wanted and there are labels."""
+        correct = self.launcher.empty(rows.xp, rows.shape, "bool") if with_correct and rows.has_labels else None
+        return RowStats(*(self._empty(rows, rows.shape) for _ in range(4)))._replace(correct=correct)
 
     def _rows(
         self,
@@ -371,7 +385,7 @@ class Cuda:
             kind, target = _target(rows)
             chip = self.launcher.chip(logits)
             chosen, kernel = _chosen(job, outer * inner, classes, dtype, chip, layout, _variant(rows))
-            max_, rest, gap, mass = (None,) * 4 if stats is None else stats[:4]
+            max_, rest, gap, mass, correct = (None,) * 5 if stats is None else stats
             arguments = (
                 logits, *_steps(logits),
                 grad, *_steps(grad),
@@ -381,7 +395,7 @@ class Cuda:
                 mean.scale, mean.scale_at, mean.scale_step,
                 losses, max_, rest, gap, mass,
                 _dense(xp, rows.weight), _dense(xp, rows.sample_weight),
-                rows.label_smoothing, rows.z_loss, rows.softcap or 0.0,
+                rows.label_smoothing, rows.z_loss, rows.softcap or 0.0, correct,
             )  # fmt: skip
             self.launcher.launch(kernel, chosen.blocks, chosen.threads, arguments, chosen.shared, chosen.cluster)
         if out is not None and grad is not out:
@@ -393,16 +407,16 @@ class Cuda:
         """What divides the loss and multiplies the gradient; a launch where targets and weights must be asked."""
         upstream = 1.0 if rows.upstream is None else rows.upstream
         if rows.reduction == "mean":
-            count = _known_divisor(rows)
-            if count is None:
+            known = _known_divisor(rows)
+            if known is None:
                 divisor, scale = self.launcher.empty(rows.xp, (), "float64"), self._empty(rows, ())
                 partials = self._sum(rows, counts=True, upstream=upstream, divisor_to=divisor, scale_to=scale)
                 return _Mean(divisor_at=divisor, scale_at=scale, partials=partials)
-            if isinstance(upstream, float):
-                return _Mean(divisor=count, scale=upstream / count if count else float("nan"))
-            scale = self._empty(rows, ())
-            self._sum(rows, divisor=count, upstream=upstream, scale_to=scale)
-            return _Mean(divisor=count, scale_at=scale)
+            if isinstance(known, float) and isinstance(upstream, float):
+                return _Mean(divisor=known, scale=upstream / known if known else float("nan"))
+            mean, scale = _by(known), self._empty(rows, ())
+            self._sum(rows, divisor=mean.divisor, divisor_at=mean.divisor_at, upstream=upstream, scale_to=scale)
+            return mean._replace(scale_at=scale)
         if isinstance(upstream, float):
             return _Mean(scale=upstream)
         return _Mean(scale_at=_dense(rows.xp, upstream), scale_step=int(upstream.ndim == 2))
@@ -411,17 +425,14 @@ class Cuda:
         """The losses as the caller wants them; without a `mean` from before, rows are counted in the same launch."""
         if rows.reduction == "none":
             return losses
-        total = self._empty(rows, ())
-        divisor, counts, divisor_at = 1.0, False, None
-        partials = None if mean is None else mean.partials
-        if rows.reduction == "mean":
-            known = _known_divisor(rows)
-            divisor_at = None if mean is None else mean.divisor_at
-            counts = known is None and divisor_at is None
-            divisor = 1.0 if known is None else known
+        total, counts = self._empty(rows, ()), False
+        if mean is None:
+            known = _known_divisor(rows) if rows.reduction == "mean" else 1.0
+            counts, mean = known is None, _Mean() if known is None else _by(known)
         self._sum(
-            rows, losses=losses, counts=counts, divisor=divisor, divisor_at=divisor_at, partials=partials, loss_to=total
-        )
+            rows, losses=losses, counts=counts, divisor=mean.divisor, divisor_at=mean.divisor_at,
+            partials=mean.partials, loss_to=total,
+        )  # fmt: skip
         return total
 
     def _sum(
@@ -469,11 +480,18 @@ class Cuda:
         return self.launcher.empty(rows.xp, shape, rows.acc)
 
 
-def _known_divisor(rows: Rows) -> float | None:
-    """The mean's divisor where no label and no weight needs to be looked at."""
+def _known_divisor(rows: Rows) -> Array | float | None:
+    """The mean's divisor where no label and no weight needs to be looked at: a number, or float64 on the device."""
+    if rows.denominator is not None:
+        given = rows.denominator
+        return given if isinstance(given, float) or given.dtype.name == "float64" else given.astype("float64")
     if rows.sample_weight is not None or (rows.has_labels and (rows.weight is not None or not rows.all_labels_count)):
         return None
     return float(rows.shape[0] * rows.shape[1])
+
+
+def _by(divisor: Array | float) -> _Mean:
+    return _Mean(divisor=divisor) if isinstance(divisor, float) else _Mean(divisor_at=divisor)
 
 
 def _ignored(rows: Rows) -> tuple[int, int]:
