@@ -108,6 +108,7 @@ def first_calls(filled, tmp_path):
 
 
 INTERRUPTED = """
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has ignored in what it runs behind it
 print("ready", flush=True)
 try:
     try:
@@ -141,6 +142,8 @@ def test_an_interrupt_of_a_first_call(first_calls, count):
 
 
 INTERRUPTED_AT = """
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 class Finder:
     def find_spec(self, name, path=None, target=None):
         if name == sys.argv[1]:
