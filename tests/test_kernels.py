@@ -770,7 +770,13 @@ BUGS = {
         "PLAIN",
     ),
     "rest is not rescaled": ("stats.cuh", "(1 + low.rest) * exp_acc(-drop)", "(1 + low.rest)", "P", "PLAIN"),
-    "0 times infinity": ("stats.cuh", "gap += a == 0 ? 0 : a * below;", "gap += a * below;", "W masked", "GENERAL"),
+    "0 times infinity": (
+        "stats.cuh",
+        "half_gap += a == 0 || x == max ? 0 : a * half;",
+        "half_gap += x == max ? 0 : a * half;",
+        "W masked",
+        "GENERAL",
+    ),
     # problem.cuh
     "a bad label is believed": (
         "problem.cuh",

@@ -227,9 +227,12 @@ total = _summed(lambda a: a)
 
 
 def _half_gap(a: Value, half_m: Value, x: Value) -> Value:
-    """a·(m - x)/2, where 0·inf counts 0; the half because m - x itself may be beyond the range of finite numbers."""
-    zero, half = a.like(0), x.times_plus(x.like(-0.5), half_m)
-    return zero.where(a.builder.or_(a.equals(zero), half.equals(zero)), a * half)
+    """a·(m - x)/2, where 0·inf counts 0; the half because m - x itself may be beyond the range of finite numbers.
+
+    So does NaN, which is then in the mass, or in the softmax.
+    """
+    product = a * x.times_plus(x.like(-0.5), half_m)
+    return product.where(product.equals(product), a.like(0))
 
 
 half_gaps = _summed(_half_gap)

@@ -33,10 +33,11 @@ def stats(rows: Rows) -> RowStats:
     zero = xp.zeros_like(x)
     top = xp.sum(xp.where(first, x, zero), axis=1, keepdims=True)  # ties: what differentiates must see one of them
     below, half = _below(rows, x, top), _below(rows, x / 2, top / 2)  # of which only the half has room for every x
+    nothing = (a == 0) | ((half == 0) & ~xp.isfinite(a))  # else half is 0 where logits are equal, and has a derivative
     return RowStats(
         max=top[:, 0, :],
         rest=_sum(xp, xp.where(first, zero, xp.exp(below))),
-        gap=2 * _sum(xp, xp.where((a == 0) | (~xp.isfinite(a) & (half == 0)), zero, -a * half)),
+        gap=2 * _sum(xp, xp.where(nothing, zero, -a * half)),
         mass=xp.ones_like(at[:, 0, :], dtype=rows.acc) if rows.target is None else _sum(xp, a),
     )
 
