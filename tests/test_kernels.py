@@ -235,7 +235,7 @@ def tied(family, dtype, variant, turn):
     return logits, target, options, chip
 
 
-@pytest.mark.full(but_one_per="family")
+@pytest.mark.full
 @pytest.mark.parametrize("variant", cuda.VARIANTS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_first_of_the_largest_logits_is_correct(family, variant, compiled):

@@ -29,6 +29,7 @@ def small(monkeypatch):
     monkeypatch.setattr(program, "SIZE", (8, 100))
 
 
+@pytest.mark.full
 def test_the_first_command_of_the_readme_runs_what_it_installed(tmp_path):
     """Its second half, in the checkout: the report says that the package is the one that pip has put elsewhere."""
     installed = tmp_path / "site"

@@ -17,6 +17,9 @@ import pytest
 from xent_array import cross_entropy
 from xent_array._engines import _threads, cpu
 
+# How many moments of a first call are tried. Two seconds each; 200 and 51 were, when these were written.
+INTERRUPTS, FORKS = (int(os.environ.get(f"XENT_ARRAY_TEST_{name}", "24")) for name in ("INTERRUPTS", "FORKS"))
+
 is_posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has neither forks nor such signals")
 needs_numba = pytest.mark.skipif(
     isinstance(cpu.compiled_body(), str), reason="there is nothing to import or to compile without Numba"
@@ -124,8 +127,8 @@ print(found, all_is_well(), all_is_well())
 
 @is_posix
 @needs_numba
-@pytest.mark.parametrize("count", [12, pytest.param(200, marks=pytest.mark.full)])
-def test_an_interrupt_of_a_first_call(first_calls, count):
+@pytest.mark.full
+def test_an_interrupt_of_a_first_call(first_calls, count=INTERRUPTS):
     """It raises KeyboardInterrupt or, too late, nothing; and all that comes later is right, by compiled loops."""
     raised = []
     for cache, moment in first_calls(count):
@@ -214,8 +217,8 @@ print(codes, all_is_well())
 
 @is_posix
 @needs_numba
-@pytest.mark.parametrize("count", [6, pytest.param(51, marks=pytest.mark.full)])
-def test_a_fork_while_there_is_a_first_call(first_calls, count):
+@pytest.mark.full
+def test_a_fork_while_there_is_a_first_call(first_calls, count=FORKS):
     """By the main thread while another one calls, by another one, and by a handler in the call itself."""
     for who, (cache, moment) in zip(itertools.cycle(["main", "thread", "handler"]), first_calls(count), strict=False):
         assert ended(started(FORKED, who, str(moment), cache=cache)) == ["[0]", "True"]
@@ -242,6 +245,7 @@ print(len(calls) > 0, _threads._pool.size == len(names) == len(set(names)) == 18
 
 @is_posix
 @needs_numba
+@pytest.mark.full
 def test_a_handler_that_calls_at_any_moment(first_calls):
     """While there is an import, a compilation, a thread to start, a job to send or to wait for."""
     for cache, moment in first_calls(4):

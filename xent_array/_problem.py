@@ -202,7 +202,7 @@ class Problem(NamedTuple):
         if not self.engine.reads_labels_free(rows):
             return
         with quiet(xp):
-            lost = xp.isinf(taken)
+            lost = ~xp.isfinite(taken)
             if bool(xp.any(lost)):
                 given = _array(given, role, rows.logits)
                 lost = lost & xp.isfinite(xp.astype(given, xp.float64))
