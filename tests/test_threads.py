@@ -128,10 +128,10 @@ print(found, all_is_well(), all_is_well())
 @is_posix
 @needs_numba
 @pytest.mark.full
-def test_an_interrupt_of_a_first_call(first_calls, count=INTERRUPTS):
+def test_an_interrupt_of_a_first_call(first_calls):
     """It raises KeyboardInterrupt or, too late, nothing; and all that comes later is right, by compiled loops."""
     raised = []
-    for cache, moment in first_calls(count):
+    for cache, moment in first_calls(INTERRUPTS):
         process = started(INTERRUPTED, cache=cache)
         assert process.stdout.readline() == "ready\n"
         time.sleep(moment)
@@ -141,7 +141,7 @@ def test_an_interrupt_of_a_first_call(first_calls, count=INTERRUPTS):
         raised.append(found)
     print(Counter(raised))
     assert set(raised) <= {"KeyboardInterrupt", "nothing"}
-    assert raised.count("KeyboardInterrupt") > count / 3
+    assert raised.count("KeyboardInterrupt") > INTERRUPTS / 3
 
 
 INTERRUPTED_AT = """
@@ -218,9 +218,9 @@ print(codes, all_is_well())
 @is_posix
 @needs_numba
 @pytest.mark.full
-def test_a_fork_while_there_is_a_first_call(first_calls, count=FORKS):
+def test_a_fork_while_there_is_a_first_call(first_calls):
     """By the main thread while another one calls, by another one, and by a handler in the call itself."""
-    for who, (cache, moment) in zip(itertools.cycle(["main", "thread", "handler"]), first_calls(count), strict=False):
+    for who, (cache, moment) in zip(itertools.cycle(["main", "thread", "handler"]), first_calls(FORKS), strict=False):
         assert ended(started(FORKED, who, str(moment), cache=cache)) == ["[0]", "True"]
 
 
