@@ -73,7 +73,7 @@ template <int WIDTH, int VARIANT, class A> XE_DEVICE Stats<A> merge_lanes(Stats<
 template <class T, int VARIANT> struct Answer {
     typedef typename Acc<T>::type A;
     Stats<A> stats;
-    A tail, coef, p_max, scale;
+    A tail, more, coef, p_max, scale;  // coef = mass + more, which is 2·z·lse
     bool confident;  // p > 1/2 at the maximum
 
     XE_DEVICE Answer(const Problem<T>& p, const Row<T, VARIANT>& row, const Stats<A>& s) : stats(s) {
@@ -81,12 +81,13 @@ template <class T, int VARIANT> struct Answer {
         const bool finite = isfinite(stats.max);
         tail = finite ? log1p_acc(stats.rest) : not_a_number<A>();
         p_max = finite ? 1 / (1 + stats.rest) : not_a_number<A>();
-        coef = stats.mass, scale = row.scale;
+        more = 0, coef = stats.mass, scale = row.scale;
         confident = stats.rest < 1;
         if (VARIANT == PLAIN) return;
         if (p.z_loss != 0) {
             const A of_lse = static_cast<A>(p.z_loss) * (stats.max + tail);
-            coef += of_lse + of_lse;
+            more = of_lse + of_lse;
+            coef += more;
         }
         if (max_acc(coef, -coef) == infinity<A>()) {  // of which a p of 0 makes 0: as a product of two that are finite
             coef = coef > 0 ? largest<A>() : -largest<A>();
@@ -117,7 +118,10 @@ template <class T, int VARIANT> struct Answer {
     // scale·[coef·p - a] for any class; where p > 1/2, 1 - p is taken from rest, which has not cancelled. The slope is
     // softcap's; what is multiplied last may make the whole infinite.
     XE_DEVICE A grad(A x, A a, A slope = 1) const {
-        if (x == stats.max && confident) return scale * (((coef - a) - coef * (stats.rest * p_max)) * slope);
+        if (x == stats.max && confident) {
+            const A kept = VARIANT == PLAIN ? stats.mass - a : (stats.mass - a) + more;  // coef - a would lose `more`
+            return scale * ((kept - coef * (stats.rest * p_max)) * slope);
+        }
         return scale * ((coef * (exp_acc(x - stats.max) * p_max) - a) * slope);
     }
     // The same where a = 0, and coef = 1 as in PLAIN.
@@ -146,10 +150,12 @@ XE_DEVICE void put_correct(const Problem<T>& p, i64 r, const Answer<T, VARIANT>&
     }
 }
 
-// Softcap: x' = cap·tanh(x/cap), and dx'/dx = 1 - tanh². The product is rounded before anything is subtracted from it,
-// so that a logit that is the maximum in one pass is so in the next.
+// Softcap: x' = cap·tanh(x/cap), and dx'/dx = sech²(x/cap) = 4e/(1 + e)² with e = exp(-2|x/cap|), where 1 - tanh² would
+// cancel. The product is rounded before anything is subtracted from it, so that a logit that is the maximum in one pass
+// is so in the next.
 template <class A> struct Capped { A x, slope; };
 template <class A> XE_DEVICE Capped<A> capped(A x, double softcap) {
-    const A cap = static_cast<A>(softcap), t = tanh_acc(x / cap);
-    return {multiply_rounded(cap, t), (1 - t) * (1 + t)};
+    const A cap = static_cast<A>(softcap), quotient = x / cap;
+    const A e = exp_acc(-2 * max_acc(quotient, -quotient));
+    return {multiply_rounded(cap, tanh_acc(quotient)), 4 * e / ((1 + e) * (1 + e))};
 }

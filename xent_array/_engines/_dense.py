@@ -29,6 +29,7 @@ from ._vectors import (
     _Memory,
     _repeat,
     _shuffled,
+    _slope_of_tanh,
     _smaller,
     _Stack,
     _tanh,
@@ -91,7 +92,7 @@ subtract = _on_each(lambda x, by: x - by)
 subtract_product = _on_each(lambda x, a, by: x - by * a)
 logarithms = _on_each(lambda x, m, tail: (x - m) - tail)
 tanh_of_quotient = _on_each(lambda x, cap: _tanh(x / cap))
-slope_of_tanh = _on_each(lambda t: (t.like(1) - t) * (t.like(1) + t))
+slope_of_tanh = _on_each(lambda x, cap: _slope_of_tanh(x / cap))
 
 
 @intrinsic

@@ -166,9 +166,9 @@ def rows(
         row = v.row(x, i * x_step, wide)
         largest = dense.top(classes, row) if job & STATS and cap > 0 else -1
         if cap > 0:
-            dense.tanh_of_quotient(slope, (row, cap))
-            dense.multiply(wide, (slope, cap))
-            dense.slope_of_tanh(slope, (slope,))
+            dense.slope_of_tanh(slope, (row, cap))
+            dense.tanh_of_quotient(wide, (row, cap))
+            dense.multiply(wide, (wide, cap))
             row = wide
         y = label[i] if label.shape[0] else -1
         on_label = part[i if part.shape[0] > 1 else 0] if y >= 0 else kind(0)

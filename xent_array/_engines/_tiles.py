@@ -468,7 +468,7 @@ def finish_lanes(
         r = sums.load(lane).to(m.element).to(double).with_one_nan()
         sums.store(r, lane)
         wide_m, wide_gap, wide_mass, wide_factor = (value.to(double) for value in (m, gap, mass, factor))
-        loss, _, p, coef = _finish(wide_m, r, wide_gap, wide_mass, wide_factor, z, m.is_single)
+        loss, _, p, coef, more = _finish(wide_m, r, wide_gap, wide_mass, wide_factor, z, m.is_single)
         of.store(loss, OF_ROW)
         with builder.if_then(has_grad):
             y, top = (_Memory(context, builder, *of, HALF).load(lane) for of in ((label, label_), (at, at_)))
@@ -476,7 +476,7 @@ def finish_lanes(
             nothing = scale.equals(zero)
             by = (scale.to(double) * coef * p).to(m.element) + zero
             a = part.where(builder.icmp_signed("==", y.value, top.value), zero).to(double)
-            at_top = (scale.to(double) * _top(r, p, coef, a)).to(m.element)
+            at_top = (scale.to(double) * _top(r, p, wide_mass, coef, more, a)).to(m.element)
             for value, which in ((by, BY), (scale * part, LABEL), (at_top, TOP)):
                 of.store(zero.where(nothing, value), which)
         return context.get_dummy_value()

@@ -180,6 +180,13 @@ def _exp(x: Value) -> Value:
     return less_one.times_plus(power, power)
 
 
+def _slope_of_tanh(x: Value) -> Value:
+    """1 - tanh²(x) to a few units in the last place, also where it is tiny: 4e/(1 + e)² with e = exp(-2|x|)."""
+    e = _exp(x.like(2).where(x.below(x.like(0)), x.like(-2)) * x)
+    one_more = x.like(1) + e
+    return (x.like(4) * e) / (one_more * one_more)
+
+
 def _tanh(x: Value) -> Value:
     """tanh(x), of small x too to a few units in the last place: -m/(2 + m) with m = exp(-2|x|) - 1."""
     is_low = x.below(x.like(0))
@@ -226,32 +233,36 @@ def _times(value: Value, by: Value) -> Value:
 
 def _finish(
     m: Value, r: Value, gap: Value, mass: Value, factor: Value, z: Any, is_rough: bool
-) -> tuple[Value, Value, Value, Value]:
-    """The loss of a row; log(1 + r); p = 1/(1 + r); and coef, what p is multiplied by in the gradient."""
+) -> tuple[Value, Value, Value, Value, Value]:
+    """The loss of a row; log(1 + r); p = 1/(1 + r); coef = mass + more, by which the gradient multiplies p; and more."""
     builder, zero = r.builder, r.like(0)
 
     def in_range(value: Value) -> Value:
-        """As the dtype of the arithmetic holds it: infinity where that has no number."""
-        return value.to(ir.FloatType()).to(value.element) if is_rough else value
+        """Infinity where the dtype of the arithmetic has no number."""
+        if not is_rough:
+            return value
+        held = value.to(ir.FloatType()).to(value.element)
+        return value.where((held - held).equals(zero), held)
 
     tail, p = _log1p(r, is_rough)
-    held = _Held([gap + mass * tail, mass])
+    held = _Held([gap + mass * tail, mass, zero])
     with builder.if_then(builder.fcmp_ordered(">", z, ir.Constant(z.type, 0))):
         lse, weight = m + tail, Value(builder, _as_many(r, z))
-        loss, coef = held.get()
+        loss, coef, _ = held.get()
         of_lse = weight * lse
-        held.set([loss + of_lse * lse, in_range(coef + in_range(of_lse + of_lse))])
-    loss, coef = held.get()
+        more = in_range(of_lse + of_lse)
+        held.set([loss + of_lse * lse, in_range(coef + more), more])
+    loss, coef, more = held.get()
     loss = in_range(loss)
-    return zero.where(factor.equals(zero), factor * loss), tail, p, coef
+    return zero.where(factor.equals(zero), factor * loss), tail, p, coef, more
 
 
-def _top(r: Value, p: Value, coef: Value, a: Value) -> Value:
-    """coef·p - a where p = 1/(1 + r) is the largest: by 1 - p where that cancels less."""
+def _top(r: Value, p: Value, mass: Value, coef: Value, more: Value, a: Value) -> Value:
+    """coef·p - a where p = 1/(1 + r) is the largest: by 1 - p where that cancels less, and `more` is not lost."""
     builder = r.builder
-    from_rest = builder.and_(builder.or_(r.below(r.like(1)), a.equals(coef)), builder.not_(a.equals(r.like(0))))
+    from_rest = builder.and_(builder.or_(r.below(r.like(1)), a.equals(mass)), builder.not_(a.equals(r.like(0))))
     from_rest = builder.and_(from_rest, (coef - coef).equals(r.like(0)))
-    return ((coef - a) - coef * (r * p)).where(from_rest, coef * p - a)
+    return (((mass - a) + more) - coef * (r * p)).where(from_rest, coef * p - a)
 
 
 @intrinsic
@@ -265,8 +276,8 @@ def finish(_context: Any, m: Any, r: Any, gap: Any, mass: Any, a: Any, factor: A
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         m, r, gap, mass, a, factor, scale = (Value(builder, number).to(ir.DoubleType()) for number in arguments[:7])
         r, z = r.with_one_nan(), arguments[7]
-        loss, tail, p, coef = _finish(m, r, gap, mass, factor, z, is_rough)
-        found = loss, scale * coef * p, scale * _top(r, p, coef, a), tail
+        loss, tail, p, coef, more = _finish(m, r, gap, mass, factor, z, is_rough)
+        found = loss, scale * coef * p, scale * _top(r, p, mass, coef, more, a), tail
         return context.make_tuple(builder, signature.return_type, [value.value for value in found])
 
     # With its own type of m: Numba tells the implementations apart by nothing but their signatures.

@@ -379,16 +379,17 @@ def _block(rows: Rows, want: _Want, part: Part, scratch: _Scratch) -> None:
     if want.grad is not None:
         scale = _rows.row_scale(rows, factor, want.divisor)
         scale = scale if isinstance(scale, float) else scale.reshape(-1)
-        coef = stats.mass
+        coef, more = stats.mass, rows.acc.type(0)
         if lse is not None:
             of_lse = rows.z_loss * lse
-            coef = coef + (of_lse + of_lse)
+            more = of_lse + of_lse
+            coef = coef + more
         p_max = 1 / (1 + stats.rest) if finite else stats.p_max
         for span in spans:
             if tile is None or len(spans) > 1:
                 tile = _Tile(rows, span, known, scratch)
                 tile.exponentials(stats.max)
-            tile.grad(stats.rest, stats.mass, coef, p_max, scale, want.grad[part[0], span, part[1]])
+            tile.grad(stats.rest, stats.mass, more, coef, p_max, scale, want.grad[part[0], span, part[1]])
 
 
 def _spans(classes: int) -> list[slice]:
@@ -414,9 +415,9 @@ class _Tile:
         self.x = _dense(logits, rows.acc, self.e)
         self.slope: Array | None = None
         if rows.softcap is not None:
-            t = np.tanh(np.divide(self.x, rows.softcap, out=self.e), out=self.e)
-            self.slope = np.multiply(1 - t, 1 + t, out=scratch("slope", t.shape))
-            self.x = np.multiply(t, rows.softcap, out=t)
+            quotient = np.divide(self.x, rows.softcap, out=self.e)
+            self.slope = _slope_of_tanh(quotient, scratch("slope", quotient.shape))
+            self.x = np.multiply(np.tanh(quotient, out=self.e), rows.softcap, out=self.e)
         self.has_target = target is not None
         self.starts = _starts(self.count, self.classes)
         self.at: Array = self.starts
@@ -497,8 +498,8 @@ class _Tile:
             total = np.add.reduce(product, axis=1)
         return -total
 
-    def grad(self, rest: Array, mass: Any, coef: Any, p_max: Array, scale: Any, out: Array) -> None:
-        """scale·[coef·p - a] into `out`; at the maximum by 1 - p = rest·p_max where that cancels less."""
+    def grad(self, rest: Array, mass: Any, more: Any, coef: Any, p_max: Array, scale: Any, out: Array) -> None:
+        """scale·[coef·p - a] into `out`, coef = mass + more; at the maximum by 1 - p = rest·p_max where p cancels."""
         view = out[:, :, 0] if out.shape[2] == 1 else None
         direct = view is not None and view.dtype == self.e.dtype and view.flags.carray
         # What is multiplied out below may be beyond the range where the whole is not.
@@ -517,8 +518,10 @@ class _Tile:
                 g -= np.multiply(_column(scale), self.each, out=self.scratch("product", g.shape))
                 a_top += self.each.take(at % self.classes) if self.each.ndim else self.each
         rest, top_coef, p_max = _of(rest, who), _of(coef, who), _of(p_max, who)
-        from_rest = ((rest < 1) | (a_top == top_coef)) & (a_top != 0) & np.isfinite(top_coef)
-        top = np.where(from_rest, (top_coef - a_top) - top_coef * (rest * p_max), top_coef * p_max - a_top)
+        kept = _of(mass, who) - a_top  # of coef - a, which would lose a small `more`
+        from_rest = ((rest < 1) | (kept == 0)) & (a_top != 0) & np.isfinite(top_coef)
+        kept = kept + _of(more, who)
+        top = np.where(from_rest, kept - top_coef * (rest * p_max), top_coef * p_max - a_top)
         flat.put(at, top * _of(scale, who))
         if self.slope is not None:
             g *= self.slope
@@ -551,6 +554,13 @@ class _Tile:
             inner *= self.slope
         inner *= _column(scale)
         g[rows] = inner[rows]
+
+
+def _slope_of_tanh(x: Array, out: Array) -> Array:
+    """1 - tanh²(x) as 4e/(1 + e)² with e = exp(-2|x|), which does not cancel."""
+    e = np.exp(np.multiply(np.abs(x, out=out), -2, out=out), out=out)
+    square = np.square(1 + e)
+    return np.divide(np.multiply(e, 4, out=e), square, out=e)
 
 
 @lru_cache(maxsize=4)  # of at most BLOCK numbers each

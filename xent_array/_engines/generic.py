@@ -46,14 +46,15 @@ def grad(rows: Rows, stats: RowStats, out: Array | None = None) -> Array:
     xp = rows.xp
     x, slope = _capped(rows)
     a = _target(rows)
-    top, rest, p_max, coef = (v[:, None, :] for v in (stats.max, stats.rest, stats.p_max, stats.mass))
+    top, rest, p_max, mass = (v[:, None, :] for v in (stats.max, stats.rest, stats.p_max, stats.mass))
+    coef, kept = mass, mass - a  # kept = coef - a, which would lose a small 2·z·lse
     if rows.z_loss:
         of_lse = rows.z_loss * stats.lse[:, None, :]
-        coef = coef + (of_lse + of_lse)
+        coef, kept = mass + (of_lse + of_lse), kept + (of_lse + of_lse)
     p = xp.exp(_below(rows, x, top)) * p_max
     g = xp.where((p == 0) & (coef == coef), p, coef * p) - a  # an infinite coef leaves out what has no probability
     # Where p > 1/2, 1 - p is taken from rest, which has not cancelled.
-    g = xp.where((x == top) & (rest < 1) & xp.isfinite(coef), (coef - a) - coef * (rest * p_max), g)
+    g = xp.where((x == top) & (rest < 1) & xp.isfinite(coef), kept - coef * (rest * p_max), g)
     if slope is not None:
         g = g * slope
     scale = _rows.row_scale(rows, *_rows.terms(rows))
@@ -91,8 +92,9 @@ def _capped(rows: Rows) -> tuple[Array, Array | None]:
     x = xp.astype(rows.logits, rows.acc, copy=False)
     if rows.softcap is None:
         return x, None
-    t = xp.tanh(x / rows.softcap)
-    return rows.softcap * t, (1 - t) * (1 + t)
+    quotient = x / rows.softcap
+    e = xp.exp(-2 * xp.abs(quotient))
+    return rows.softcap * xp.tanh(quotient), 4 * e / ((1 + e) * (1 + e))  # sech², where 1 - tanh² would cancel
 
 
 def _target(rows: Rows) -> Array:
