@@ -1,6 +1,7 @@
 """What users do that no table of semantics foresees: odd buffers, extreme options, copies of objects, transforms."""
 
 import copy
+import decimal
 import pickle
 import re
 import subprocess
@@ -124,6 +125,9 @@ def test_a_table_of_pandas_is_taken():
     for target, words in ((named, r"\.cat\.codes"), (named.array, r"its \.codes")):
         with pytest.raises(TypeError, match=words):
             cross_entropy(LOGITS, target)
+    numbered = pandas.Series([4, 3, 2, 1, 0, 0]).astype("category")  # whose values are no classes
+    with pytest.raises(TypeError, match=r"\.cat\.codes"):
+        cross_entropy(LOGITS, numbered)
     assert cross_entropy(LOGITS, named.cat.codes) == cross_entropy(LOGITS, [0, 1, 2, 0, 1, 2])
 
 
@@ -174,6 +178,79 @@ def test_integer_logits_are_told_how_to_be_converted():
     torch = pytest.importorskip("torch")
     with pytest.raises(TypeError, match=r"got int64: write logits\.float\(\)$"):
         cross_entropy(torch.tensor([[1, 2]]), torch.tensor([0]))
+
+
+@pytest.mark.parametrize("make", [list, np.array, Column])
+@pytest.mark.parametrize("role", ["weight", "sample_weight", "grad_output"])
+def test_a_weight_that_the_arithmetic_cannot_hold_is_named(role, make):
+    values = [1.0] * (5 if role == "weight" else 6)
+    values[3] = 1e39
+    with pytest.raises(ValueError, match=rf"^{role}\[3\] is 1e\+39, which the arithmetic, here float32, cannot hold$"):
+        cross_entropy_grad(LOGITS, LABELS, reduction="none", **{role: make(values)})
+    for library in ("torch", "jax.numpy"):
+        xp = pytest.importorskip(library)
+        with pytest.raises(ValueError, match=rf"^{role}\[3\] is 1e\+39"):
+            cross_entropy_grad(xp.asarray(LOGITS), xp.asarray(LABELS), reduction="none", **{role: list(values)})
+
+
+@pytest.mark.parametrize("role", ["denominator", "grad_output", "z_loss", "label_smoothing"])
+def test_an_integer_beyond_every_float_names_its_argument(role):
+    with pytest.raises(ValueError, match=f"^{role} must be a number that float64 can hold$"):
+        cross_entropy_grad(LOGITS, LABELS, **{role: 10**400})
+    with pytest.raises(ValueError, match=r"^weight holds integers that no dtype holds$"):
+        cross_entropy(LOGITS, LABELS, weight=[10**400, 1, 1, 1, 1])
+
+
+def test_a_denominator_whose_inverse_the_arithmetic_cannot_hold_is_refused():
+    for bad in (1e-39, -1e-39, 1e39):
+        with pytest.raises(ValueError, match="denominator must be a number that the arithmetic can hold, here float32"):
+            cross_entropy(LOGITS, LABELS, denominator=bad)
+        assert np.isfinite(cross_entropy(LOGITS.astype(np.float64), LABELS, denominator=bad))
+
+
+@pytest.mark.parametrize("role", ["label_smoothing", "z_loss", "softcap"])
+def test_true_is_no_number(role):
+    with pytest.raises(TypeError, match=f"^{role} must be a real number"):
+        cross_entropy(LOGITS, LABELS, **{role: True})
+
+
+@pytest.mark.parametrize("role", ["denominator", "grad_output"])
+@pytest.mark.parametrize("value", ["4", decimal.Decimal(4), [4.0]], ids=["text", "Decimal", "list"])
+def test_what_is_no_number_is_told_that_a_number_is_wanted(role, value):
+    with pytest.raises(TypeError, match=f"^{role} must be a number or an array of no dimension, got"):
+        cross_entropy_grad(LOGITS, LABELS, **{role: value})
+
+
+def test_mistakes_of_shape_and_dtype_are_told_what_to_write():
+    for target, words in (
+        (LABELS.astype(float), r"\(write target\.astype\('int64'\)\)"),
+        (LABELS[:, None], r"write target\[\.\.\., 0\] for class indices"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=words):
+            cross_entropy(LOGITS, target)
+    with pytest.raises(TypeError, match=r"got object: write logits\.astype\('float32'\)"):
+        cross_entropy(LOGITS.astype(object), LABELS)
+    with pytest.raises(IndexError, match=r"labels must be from 0 to 0 \(the logits have one class\)"):
+        cross_entropy(LOGITS[:, :1], np.minimum(LABELS, 1))
+    with pytest.raises(TypeError, match=r"label_smoothing must be a real number, got .* of shape \(1,\)"):
+        cross_entropy(LOGITS, LABELS, label_smoothing=np.array([0.1]))
+    with pytest.raises(ValueError, match="denominator is what the mean divides by"):
+        CrossEntropyLoss(reduction="sum", denominator=3)
+
+
+def test_an_option_that_is_traced_is_told_to_be_static():
+    jax = pytest.importorskip("jax")
+    for role in ("label_smoothing", "z_loss", "softcap", "ignore_index"):
+        with pytest.raises(TypeError, match=f"^{role} must be known while tracing: make it static"):
+            jax.jit(lambda value, role=role: cross_entropy(LOGITS, LABELS, **{role: value}))(1)
+
+
+def test_a_label_of_a_row_that_does_not_count_is_not_looked_at():
+    labels = np.where(np.arange(6) == 2, -1, LABELS)
+    mask = labels >= 0
+    assert cross_entropy(LOGITS, labels, sample_weight=mask) == pytest.approx(cross_entropy(LOGITS[mask], labels[mask]))
+    with pytest.raises(IndexError, match=r"target\[2\] is -1"):
+        cross_entropy(LOGITS, labels, sample_weight=~mask)
 
 
 @pytest.mark.parametrize("role", ["logits", "target", "weight", "sample_weight"])

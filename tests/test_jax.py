@@ -198,6 +198,7 @@ def test_strict_modes(mode, dtype, options, target):
 
     def from_stats(x, t, given):
         stats = row_stats(x, t, **given, **options)
+        assert all(part.shape == x.shape[:1] for part in (stats.lse, stats.loss, stats.p_max))
         return cross_entropy_grad(x, t, stats=stats, **given, **options)
 
     ways = [jax.jit(value_and_grad), jax.jit(jax.value_and_grad(loss))]
@@ -219,6 +220,24 @@ def test_strict_modes_of_the_softmax():
             with mode():
                 result = function(x)
             np.testing.assert_allclose(result, function(CLEAN), rtol=1e-5)
+
+
+def test_debug_nans_lets_masks_pass():
+    """No NaN is made on the way to an answer that holds none: of -inf, and of a weight that nothing meets."""
+    x = jnp.asarray([[1, -np.inf, 3], [-np.inf, 2, 2]], dtype="float32")
+    labels, weight = jnp.asarray([0, 1]), jnp.asarray([1, 2, np.inf], dtype="float32")
+    soft = jnp.asarray([[0.5, 0, 0.5], [0, 1, 0]], dtype="float32")
+    for way in (lambda f: f, jax.jit):
+        with jax.debug_nans(True):
+            results = [
+                *way(cross_entropy_value_and_grad)(x, labels),
+                *way(cross_entropy_value_and_grad)(x, soft),
+                *way(lambda x, t: cross_entropy_value_and_grad(x, t, weight=weight))(x, labels),
+                way(jax.grad(cross_entropy))(x, labels),
+                way(softmax)(x),
+                way(logsumexp)(jnp.full((1, 3), -np.inf)),
+            ]
+        assert not any(np.isnan(result).any() for result in results)
 
 
 def test_debug_nans_finds_a_bad_label_and_a_bad_logit():

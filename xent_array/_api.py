@@ -6,7 +6,15 @@ from typing import Any, Literal, Unpack, overload
 
 from . import _engines
 from ._engines import Engine
-from ._problem import IGNORE_INDEX, Output, Problem, check_options, problem_of, problem_without_target
+from ._problem import (
+    IGNORE_INDEX,
+    Output,
+    Problem,
+    check_denominator,
+    check_options,
+    problem_of,
+    problem_without_target,
+)
 from ._rows import Array, RowStats, quiet
 from ._typing import (
     A,
@@ -707,6 +715,7 @@ class CrossEntropyLoss:
         engine: str | Engine | None = None,
     ) -> None:
         check_options(reduction, ignore_index, label_smoothing, z_loss, softcap, validate)
+        check_denominator(denominator, reduction)
         if engine is not None:
             _engines.named(engine)
         self._options: dict[str, Any] = {

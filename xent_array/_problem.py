@@ -178,10 +178,10 @@ class Problem(NamedTuple):
 
     def with_upstream(self, grad_output: Any) -> Problem:
         """The same problem under an upstream gradient."""
-        rows, view, value = self.rows, self.view, _detached(grad_output)
+        rows, view, value = self.rows, self.view, _host_number(_detached(grad_output))
         upstream: Any
         if isinstance(value, numbers.Real):
-            upstream = float(value)
+            upstream = _float(value, "grad_output")
             _check_held(rows.xp, upstream, "grad_output", rows.acc)
         elif rows.reduction == "none":
             upstream = _real_rows(value, "grad_output", rows.logits, rows.acc, view)
@@ -189,31 +189,65 @@ class Problem(NamedTuple):
             upstream = view.rows(rows.xp, upstream)
         else:
             words = f"no dimension for reduction={rows.reduction!r}, shape"
+            _check_number(value, "grad_output")
             upstream = _real(value, "grad_output", rows.logits, rows.acc, (), words)
             self.check_held(value, upstream, "grad_output")
             upstream = float(upstream) if rows.xp is np else upstream
         return self._replace(rows=rows._replace(upstream=upstream), inputs=self.inputs | {"grad_output": value})
 
     def check_held(self, given: Any, taken: Array, role: str) -> None:
-        """Raises ValueError where a finite number is infinite in the dtype of the arithmetic, if looking is free."""
-        rows, xp = self.rows, self.rows.xp
-        if _dtype_name(getattr(given, "dtype", taken.dtype)) == _dtype_name(taken.dtype):
-            return
-        if not self.engine.reads_labels_free(rows):
-            return
-        with quiet(xp):
-            lost = ~xp.isfinite(taken)
-            if bool(xp.any(lost)):
-                given = _array(given, role, rows.logits)
-                lost = lost & xp.isfinite(xp.astype(given, xp.float64))
-                if bool(xp.any(lost)):
-                    at = int(xp.argmax(xp.astype(xp.reshape(lost, (-1,)), xp.int8)))
-                    _check_held(xp, float(xp.reshape(given, (-1,))[at]), role, rows.acc)
+        """Raises ValueError where a finite number is infinite in the dtype of the arithmetic, if looking is free.
+
+        In lists that has been looked at before.
+        """
+        name = _dtype_name(taken.dtype)
+        may_be_lost = not isinstance(given, (list, tuple)) and _dtype_name(getattr(given, "dtype", "")) != name
+        if may_be_lost and self.engine.reads_labels_free(self.rows):
+            _check_all_held(self.rows.xp, _array(given, role, self.rows.logits), taken, role)
 
 
-def _check_held(xp: Any, value: float, role: str, acc: DType) -> None:
-    """Raises ValueError for a finite number that would be infinite in the dtype of the arithmetic."""
-    if math.isfinite(value) and abs(value) > float(xp.finfo(acc).max):
+def _check_all_held(xp: Any, given: Array, taken: Array, role: str) -> None:
+    """Raises ValueError for the first number that is finite in `given`, and infinite in `taken`."""
+    with quiet(xp):
+        lost = ~xp.isfinite(taken)
+        if not bool(xp.any(lost)):
+            return
+        lost = lost & xp.isfinite(xp.astype(given, xp.float64))
+        if not bool(xp.any(lost)):
+            return
+        first = int(xp.argmax(xp.astype(xp.reshape(lost, (-1,)), xp.int8)))
+        where = ", ".join(str(int(k)) for k in np.unravel_index(first, taken.shape))
+        value = float(xp.reshape(given, (-1,))[first])
+    raise ValueError(
+        f"{role}{f'[{where}]' if where else ''} is {value!r}, which the arithmetic, here {_dtype_name(taken.dtype)},"
+        " cannot hold"
+    )
+
+
+def _host_number(value: Any) -> Any:
+    """The number in a NumPy array (), which goes with every library; anything else as it is."""
+    return value[()] if isinstance(value, np.ndarray) and value.shape == () else value
+
+
+def _float(value: Any, role: str) -> float:
+    """A real number as Python's own; an integer may be too large for that."""
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{role} must be a number that float64 can hold") from None
+
+
+def _check_number(value: Any, role: str) -> None:
+    """Raises TypeError for what is no number, and no array that might be one."""
+    if not hasattr(value, "dtype") and not hasattr(value, "__array__"):
+        raise TypeError(f"{role} must be a number or an array of no dimension, got {_described(value)}")
+
+
+def _check_held(xp: Any, value: float, role: str, acc: DType, divides: bool = False) -> None:
+    """Raises ValueError for a finite number, or one that `divides`, whose inverse, the arithmetic cannot hold."""
+    info = xp.finfo(acc)
+    too_small = divides and 0 < abs(value) < float(info.smallest_normal)
+    if too_small or (math.isfinite(value) and abs(value) > float(info.max)):
         raise ValueError(
             f"{role} must be a number that the arithmetic can hold, here {_dtype_name(acc)}; got {value!r}"
         )
@@ -257,11 +291,7 @@ def problem_of(
     acc = _arithmetic(xp, logits, "logits", given)
     _check_held(xp, options[1], "z_loss", acc)
     if options[2] is not None:
-        _check_held(xp, options[2], "softcap", acc)
-        if options[2] < float(xp.finfo(acc).smallest_normal):
-            raise ValueError(
-                f"softcap must be a number that the arithmetic can hold, here {_dtype_name(acc)}; got {options[2]!r}"
-            )
+        _check_held(xp, options[2], "softcap", acc, divides=True)
     view = _view(logits, axis, "logits")
     target = _array(target, "target", logits)
     target_dtype = _dtype_name(target.dtype)
@@ -301,7 +331,7 @@ def problem_of(
     chosen = _engines.pick(rows, engine)
     if is_labels and validate is not False and (validate or chosen.reads_labels_free(rows)):
         with quiet(xp):
-            rows = Rows(*rows[:-1], _all_labels_count(target, view.flat[1], ignore_index))
+            rows = Rows(*rows[:-1], _all_labels_count(target, view.flat[1], ignore_index, row_weight))
     problem = Problem(rows, view, chosen, inputs)
     if weight is not None:
         problem.check_held(inputs["weight"], weight, "weight")
@@ -312,30 +342,44 @@ def problem_of(
 
 def _denominator(value: Any, rows: Rows) -> Array | float:
     """What the mean is to be divided by, checked: a number, or an array () where the logits live."""
-    if rows.reduction != "mean":
-        raise ValueError(f"denominator is what the mean divides by; it goes with no reduction={rows.reduction!r}")
+    check_denominator(value, rows.reduction)
+    value = _host_number(value)
     if not isinstance(value, numbers.Real):
+        _check_number(value, "denominator")
         value = _real(value, "denominator", rows.logits, widest(rows), (), "no dimension, shape")
         if rows.xp is not np:
             return value
+    value = _float(value, "denominator")
     if not math.isfinite(value):
-        raise ValueError(f"denominator must be finite, got {float(value)!r}")
-    return float(value)
+        raise ValueError(f"denominator must be finite, got {value!r}")
+    _check_held(rows.xp, value, "denominator", rows.acc, divides=True)
+    return value
+
+
+def check_denominator(value: Any, reduction: str) -> None:
+    """Raises ValueError for one beside another reduction than the mean."""
+    if value is not None and reduction != "mean":
+        raise ValueError(f"denominator is what the mean divides by; it goes with no reduction={reduction!r}")
+
+
+_OPTIONS = ("reduction", "ignore_index", "label_smoothing", "z_loss", "softcap", "validate")
 
 
 def check_options(*options: Any) -> tuple[float, float, float | None]:
-    """Checked: reduction, ignore_index, label_smoothing, z_loss, softcap, validate. Returns the three numbers."""
-    options = tuple(map(_without_dimension, options))
+    """Checked: what is in _OPTIONS, in that order. Returns the three numbers."""
+    options = tuple(map(_without_dimension, options, _OPTIONS))
     try:
         return _checked_options(*options)
     except TypeError:  # also where something cannot be hashed
         return _checked_options.__wrapped__(*options)
 
 
-def _without_dimension(value: Any) -> Any:
+def _without_dimension(value: Any, role: str) -> Any:
     """The number in an array (), which is read here and now; anything else as it is."""
     if isinstance(value, (float, int, str, np.generic)) or value is None or getattr(value, "shape", None) != ():
         return value
+    if is_traced(value):
+        raise TypeError(f"{role} must be known while tracing: make it static, as with static_argnames of jax.jit")
     return value.item() if hasattr(value, "item") else value.__index__() if "int" in str(value.dtype) else float(value)
 
 
@@ -373,9 +417,10 @@ def _is_integer(value: Any) -> bool:
 
 
 def _number(value: Any, role: str) -> float:
-    if isinstance(value, (float, int, numbers.Real)):
-        return float(value)
-    raise TypeError(f"{role} must be a real number, got {_described(value)}")
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):
+        return _float(value, role)
+    shape = f" of shape {tuple(value.shape)}" if hasattr(value, "shape") else ""
+    raise TypeError(f"{role} must be a real number, got {_described(value)}{shape}")
 
 
 def _array(value: Any, role: str, like: Array | None = None) -> Array:
@@ -419,6 +464,8 @@ def _from_list(value: Any, role: str, like: Array | None) -> Array:
         raise ValueError(f"{role} is no array: its lists differ in length ({error})") from None
     if as_numpy.dtype.kind not in "biufcV":
         kinds = {type(item).__name__ for item in as_numpy.astype(object).reshape(-1)[:1000]}
+        if kinds == {"int"}:
+            raise ValueError(f"{role} holds integers that no dtype holds")
         raise TypeError(f"{role} must be numbers, got a list that holds {', '.join(sorted(kinds))}")
     xp = np if like is None else namespace(like)
     dtype = index_dtype(xp) if as_numpy.size == 0 and role == "target" else None  # NumPy takes [] for floats
@@ -430,17 +477,19 @@ def _from_list(value: Any, role: str, like: Array | None) -> Array:
 def _from_protocol(value: Any, role: str) -> Array:
     """What says itself how it becomes a NumPy array, as tables do, where that is a plain one of numbers."""
     made, advice = None, ""
-    if hasattr(value, "__array__") and not isinstance(value, type):
+    is_categorical = str(getattr(value, "dtype", "")) == "category"
+    if hasattr(value, "__array__") and not isinstance(value, type) and not is_categorical:
         with suppress(Exception):  # whatever its own code raises
             made = np.asarray(value)
         if made is not None and (made.dtype.kind in "biufc" or _dtype_name(made.dtype) in _ARITHMETIC):
             return made
-    if str(getattr(value, "dtype", "")) == "category":
+    if is_categorical:
         advice = f"; the class indices of categories are its {'.codes' if hasattr(value, 'codes') else '.cat.codes'}"
     elif hasattr(value, "toarray"):
         advice = "; pass .toarray() of it"
     elif made is not None:
         advice = f", whose numpy.asarray has dtype {made.dtype}"
+        advice += "; pass .to_numpy() of it, with a dtype of numbers" if hasattr(value, "to_numpy") else ""
     elif isinstance(value, Iterable) and not isinstance(value, (str, bytes, Mapping)):
         advice = "; pass a list of it"
     raise TypeError(
@@ -465,7 +514,7 @@ def _described(value: Any) -> str:
 
 def _dtype_name(dtype: DType) -> str:
     """'float32' for the float32 of any library."""
-    return _numpy_name(dtype) if isinstance(dtype, np.dtype) else str(dtype).rpartition(".")[2]
+    return _numpy_name(dtype) if isinstance(dtype, np.dtype) else str(dtype).rpartition(".")[2].rstrip("'>")
 
 
 @lru_cache(maxsize=64)
@@ -477,7 +526,8 @@ def _arithmetic(xp: Any, logits: Array, role: str, given: Any) -> DType:
     """The dtype of the arithmetic for logits that were `given` as an array, or as something that became one."""
     name = _dtype_name(logits.dtype)
     if name not in _ARITHMETIC:
-        advice = f": write {_conversion(given, role, 'float32')}" if name in _INTEGERS else ", which is not converted"
+        converts = name in _INTEGERS or name == "object"
+        advice = f": write {_conversion(given, role, 'float32')}" if converts else ", which is not converted"
         raise TypeError(f"{role} must be of dtype {', '.join(_ARITHMETIC)}; got {name}{advice}")
     acc = _ARITHMETIC[name]
     return _NUMPY[acc] if xp is np else getattr(xp, acc)
@@ -495,9 +545,10 @@ def _check_target(target: Array, name: str, view: View) -> bool:
     shape = tuple(target.shape)
     if shape == view.row_shape:
         if name not in _INTEGERS:
+            advice = f" (write {_conversion(target, 'target', 'int64')})" if name in _ARITHMETIC else ""
             raise TypeError(
-                f"class indices must be integers, got a target of dtype {name} in the shape of the rows, {shape};"
-                f" a distribution per row would have the shape of the logits, {view.shape}"
+                f"class indices must be integers, got a target of dtype {name} in the shape of the rows, {shape}"
+                f"{advice}; a distribution per row would have the shape of the logits, {view.shape}"
             )
         return True
     if shape == view.shape:
@@ -505,7 +556,9 @@ def _check_target(target: Array, name: str, view: View) -> bool:
             raise TypeError(f"a target distribution must be float, integer or boolean, got dtype {name}")
         return False
     hint = ""
-    if len(view.shape) > 1 and view.axis != 1 and shape == view.shape[:1] + view.shape[2:]:
+    if shape == (*view.row_shape, 1):
+        hint = "; write target[..., 0] for class indices"
+    elif len(view.shape) > 1 and view.axis != 1 and shape == view.shape[:1] + view.shape[2:]:
         hint = "; it would fit class indices with axis=1"
     raise ValueError(
         f"target of shape {shape} does not fit logits of shape {view.shape} with the classes along axis {view.axis}:"
@@ -517,10 +570,15 @@ def _real(
     value: Any, role: str, logits: Array, acc: DType, shape: tuple[int, ...], words: str, may_be_mask: bool = False
 ) -> Array:
     """An array of real numbers, checked, in the dtype of the arithmetic; of a mask, 0 and 1."""
+    if isinstance(value, (list, tuple)):  # which other libraries would make in their own dtype at once
+        listed = _from_list(value, role, None)
+        if listed.dtype == np.float64 and namespace(logits).finfo(acc).bits == 32:
+            with np.errstate(all="ignore"):
+                _check_all_held(np, listed, listed.astype(np.float32), role)
     value = _array(value, role, logits)
     name = _dtype_name(value.dtype)
     if name not in _INTEGERS and name not in _ARITHMETIC and not (may_be_mask and name in _BOOLEANS):
-        raise TypeError(f"{role} must be real numbers, got dtype {name}")
+        raise TypeError(f"{role} must be real numbers, of an integer dtype or {', '.join(_ARITHMETIC)}; got {name}")
     if tuple(value.shape) != shape:
         raise ValueError(f"{role} must have {words} {shape}; got shape {tuple(value.shape)}")
     with quiet(namespace(logits)):
@@ -532,8 +590,8 @@ def _real_rows(value: Any, role: str, logits: Array, acc: DType, view: View, may
     return _real(value, role, logits, acc, view.row_shape, "the shape of the rows,", may_be_mask)
 
 
-def _all_labels_count(target: Array, classes: int, ignore_index: int | None) -> bool:
-    """Raises IndexError at the first label that is no class; else, whether every row counts."""
+def _all_labels_count(target: Array, classes: int, ignore_index: int | None, row_weight: Array | None) -> bool:
+    """Raises IndexError at the first label that is no class, of the rows that count; else, whether every row does."""
     if is_traced(target) or 0 in target.shape:
         return False  # there is nothing to read
     xp, dtype = namespace(target), target.dtype
@@ -548,6 +606,8 @@ def _all_labels_count(target: Array, classes: int, ignore_index: int | None) -> 
     bad = (target < 0) | (target >= classes)
     if ignore_index is not None:
         bad = bad & ~is_ignored(xp, target, ignore_index)
+    if row_weight is not None:
+        bad = bad & (row_weight != 0)
     if bool(xp.any(bad)):
         first = int(xp.argmax(xp.astype(xp.reshape(bad, (-1,)), xp.int8)))
         where = ", ".join(str(int(k)) for k in np.unravel_index(first, target.shape))
@@ -555,9 +615,10 @@ def _all_labels_count(target: Array, classes: int, ignore_index: int | None) -> 
         smallest, largest = _integer_range(_dtype_name(dtype))
         label += 0 if label >= smallest else largest + 1  # wrapped above
         allowed = "" if ignore_index is None else f", or ignore_index={ignore_index}"
+        only = " (the logits have one class)" if classes == 1 else ""
         raise IndexError(
             f"target{f'[{where}]' if where else ''} is {label}, which is no class:"
-            f" labels must be from 0 to {classes - 1}{allowed}"
+            f" labels must be from 0 to {classes - 1}{only}{allowed}"
         )
     return False
 

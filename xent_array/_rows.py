@@ -210,7 +210,8 @@ class RowStats(NamedTuple):
     def p_max(self) -> Array:
         """The probability of the (first) largest class, ``1 / (1 + rest)``."""
         xp = namespace(self.max)
-        return nan_unless(xp, xp.isfinite(self.max), 1 / (1 + self.rest))
+        with quiet(xp):
+            return nan_unless(xp, xp.isfinite(self.max), 1 / (1 + self.rest))
 
 
 def merge(one: RowStats, two: RowStats) -> RowStats:

@@ -234,7 +234,7 @@ def _times(value: Value, by: Value) -> Value:
 def _finish(
     m: Value, r: Value, gap: Value, mass: Value, factor: Value, z: Any, is_rough: bool
 ) -> tuple[Value, Value, Value, Value, Value]:
-    """The loss of a row; log(1 + r); p = 1/(1 + r); coef = mass + more, by which the gradient multiplies p; and more."""
+    """The loss of a row; log(1 + r); p = 1/(1 + r); coef = mass + more, which the gradient has p times; and more."""
     builder, zero = r.builder, r.like(0)
 
     def in_range(value: Value) -> Value:

@@ -33,11 +33,13 @@ def stats(rows: Rows) -> RowStats:
     zero = xp.zeros_like(x)
     top = xp.sum(xp.where(first, x, zero), axis=1, keepdims=True)  # ties: what differentiates must see one of them
     below, half = _below(rows, x, top), _below(rows, x / 2, top / 2)  # of which only the half has room for every x
-    nothing = (a == 0) | ((half == 0) & ~xp.isfinite(a))  # else half is 0 where logits are equal, and has a derivative
+    # 0·∞ counts 0, and is not even made. Where logits are equal half is 0, and has a derivative.
+    nothing = (a == 0) | ((half == 0) & ~xp.isfinite(a))
+    product = xp.where(nothing, zero, a) * xp.where(nothing, zero, half)
     return RowStats(
         max=top[:, 0, :],
         rest=_sum(xp, xp.where(first, zero, xp.exp(below))),
-        gap=2 * _sum(xp, xp.where(nothing, zero, -a * half)),
+        gap=0 - 2 * _sum(xp, product),  # not -0
         mass=xp.ones_like(at[:, 0, :], dtype=rows.acc) if rows.target is None else _sum(xp, a),
     )
 
@@ -110,7 +112,7 @@ def _target(rows: Rows) -> Array:
     if rows.label_smoothing:
         q = (1 - rows.label_smoothing) * q + rows.label_smoothing / rows.classes
     # A weight of infinity or NaN counts only where something meets its class.
-    a = q if rows.weight is None else xp.where(q == 0, q, rows.weight[None, :, None] * q)
+    a = q if rows.weight is None else q * xp.where(q == 0, xp.zeros_like(q), rows.weight[None, :, None])
     return a if valid is None else xp.where(valid[:, None, :], a, xp.zeros_like(a))
 
 
