@@ -616,7 +616,7 @@ def row_stats(
     -------
     RowStats
         Arrays with one number per row, in the shape of `logits` without `axis`, in the dtype of the loss: ``lse``;
-        ``loss``, before z-loss, ignored rows and sample weights (0 for a row without a label, NaN for a bad one); the
+        ``loss``, without z-loss and sample weights (0 in an ignored row, NaN under a bad label); the
         parts they are made of; and ``correct``, whether the label is the class that ``argmax(logits)`` names (where
         the target is class indices). Hand it to `cross_entropy_grad`.
 
