@@ -293,7 +293,7 @@ MISTYPED = [
     ('cross_entropy_value_and_grad(x, y, reduction="avg")', "No overload"),
     ('cross_entropy_grad(x, y, reduction="avg")', "No overload"),
     ('CrossEntropyLoss(reduction="avg")', "incompatible type"),
-    ("cross_entropy(x, y, label_smoothin=0.1)", "label_smoothing"),
+    ("cross_entropy(x, y, label_smoothin=0.1)", "label_smoothin|No overload"),
     ("softmax(3)", "No overload"),
     ("f: str = cross_entropy(x, y)", "Incompatible types"),
     ("loss, grad, stats = cross_entropy_value_and_grad(x, y)", "Need more than 2 values"),
@@ -308,7 +308,7 @@ def test_a_type_checker_finds_mistakes(tmp_path):
     said = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False).stdout
     first = TYPED.count("\n") + 2
     for number, (line, words) in enumerate(MISTYPED, first):
-        assert re.search(rf"program\.py:{number}: error: .*{words}", said), (line, said)
+        assert re.search(rf"program\.py:{number}: error: .*(?:{words})", said), (line, said)
     assert {int(n) for n in re.findall(r"program\.py:(\d+): error", said)} == set(range(first, first + len(MISTYPED)))
 
 

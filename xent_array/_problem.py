@@ -409,11 +409,13 @@ def _checked_options(
 
 def _is_integer(value: Any) -> bool:
     """Whether `value` is an integer of any library; True and False, which Python counts with, are none."""
+    if isinstance(value, (bool, np.bool_)):
+        return False
     try:
         operator.index(value)
     except TypeError:
         return False
-    return not isinstance(value, bool)
+    return True
 
 
 def _number(value: Any, role: str) -> float:
