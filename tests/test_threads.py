@@ -326,6 +326,7 @@ def test_an_interrupt_while_others_work():
 
 @is_posix
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*fork:RuntimeWarning")  # of JAX, where another test has imported it
 def test_a_fork_in_the_middle_of_a_job():
     """By who waits for others: they have ended the part that they were at, and parent and child go on with the rest."""
     caller, here, done, children = threading.current_thread(), threading.Barrier(3), [], []
