@@ -203,6 +203,7 @@ def compile_one():
         "nvrtc: error: failed to open libnvrtc-builtins.so.12.4.",
         "cudaErrorInsufficientDriver: CUDA driver version is insufficient for CUDA runtime version",
     ],
+    ids=[*"abcdefg"],  # a name with the library's in it would be taken for a test on a GPU
 )
 def test_advice_is_given_where_something_is_missing(said, monkeypatch):
     fail_to_compile(monkeypatch, RuntimeError(said))
@@ -222,7 +223,7 @@ def test_advice_is_given_where_something_is_missing(said, monkeypatch):
         RuntimeError('cannot open source file "C:\\Users\\name\\tmp0\\kernel.cu"'),
         RuntimeError("nvrtc: error: invalid value for --gpu-architecture (-arch)"),
     ],
-    ids=lambda error: f"{type(error).__name__} {error}".rstrip(),
+    ids=lambda error: type(error).__name__,
 )
 def test_another_failure_passes_as_it_is(error, monkeypatch):
     fail_to_compile(monkeypatch, error)
