@@ -95,6 +95,14 @@ def filled(tmp_path_factory):
     return cache, *(float(ended(started(ONCE, cache=cache))[0]) for _ in range(2))
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Also in what a shell runs behind it, where it has interrupts ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def first_calls(filled, tmp_path):
     """Cases of first calls: a folder, by turns empty and full, and a moment in seconds from the begin of the call."""
@@ -248,8 +256,9 @@ print(len(calls) > 0, _threads._pool.size == len(names) == len(set(names)) == 18
 @pytest.mark.full
 def test_a_handler_that_calls_at_any_moment(first_calls):
     """While there is an import, a compilation, a thread to start, a job to send or to wait for."""
-    for cache, moment in first_calls(4):
-        assert ended(started(HANDLED, str(moment), cache=cache)) == ["True", "True"]
+    found = [ended(started(HANDLED, str(moment), cache=cache)) for cache, moment in first_calls(4)]
+    assert all(is_right == "True" for _, is_right in found)
+    assert any(is_called == "True" for is_called, _ in found)  # else all were over before the moment
 
 
 IMPORTING = """

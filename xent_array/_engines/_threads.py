@@ -81,8 +81,10 @@ def whole(task: Callable[[], R]) -> R:
             _asked.add(asked)
             if sys.is_finalizing() or not _is_begun(asked.run):
                 asked.run()
+            waits = 0  # looks in a row that found both waiting: one may find what is over at once
             while not asked.end.acquire(timeout=0.2):
-                if _is_in_the_way():
+                waits = waits + 1 if _is_in_the_way() else 0
+                if waits == 5:
                     raise Busy("this is called in the middle of an import that it waits for")
         finally:
             _asked.discard(asked)

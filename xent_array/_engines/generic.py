@@ -118,7 +118,7 @@ def _target(rows: Rows) -> Array:
 
 def _sum(xp: Any, values: Array) -> Array:
     """The sum over the classes; by halves where NumPy would add one by one, as it does unless they lie side by side."""
-    while values.shape[2] > 1 and values.shape[1] > 64:
+    while values.shape[2] > 1 and values.shape[1] > 16:
         half = values.shape[1] // 2
         folded = values[:, :half, :] + values[:, half : 2 * half, :]
         values = xp.concat([folded, values[:, 2 * half :, :]], axis=1) if values.shape[1] % 2 else folded
