@@ -459,7 +459,7 @@ CALLS = {  # (what is called with (logits, target, gradient, engine and options)
 
 
 @pytest.mark.full(but_one_per="call")
-@pytest.mark.parametrize("rows", [60, cuda.SUM_ALONE + 8])
+@pytest.mark.parametrize("rows", [60, pytest.param(cuda.SUM_ALONE + 8, marks=pytest.mark.full)])
 @pytest.mark.parametrize("axis", [-1, 1])
 @pytest.mark.parametrize("call", CALLS)
 def test_a_call_is_few_launches_and_nothing_else(call, axis, rows, monkeypatch):
@@ -486,7 +486,7 @@ def test_a_call_is_few_launches_and_nothing_else(call, axis, rows, monkeypatch):
             assert watched.asked.count("astype") <= len(options)
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", [ORDERS[0], *(pytest.param(o, marks=pytest.mark.full) for o in ORDERS[1:])])
 def test_sums_over_many_rows(order):
     """More rows than one block sums: partial sums and a ticket, and the same bits in every order."""
     rng = np.random.default_rng(4)

@@ -173,7 +173,14 @@ except KeyboardInterrupt:
 @is_posix
 @needs_numba
 @pytest.mark.parametrize(
-    "module", ["numba", "numba.core.dispatcher", "numba.np.ufunc", "xent_array._engines._compiled", "numpy.ma"]
+    "module",
+    [
+        "numba.core.dispatcher",
+        *(
+            pytest.param(name, marks=pytest.mark.full)
+            for name in ("numba", "numba.np.ufunc", "xent_array._engines._compiled", "numpy.ma")
+        ),
+    ],
 )
 def test_an_interrupt_of_an_import(filled, module):
     assert ended(started(INTERRUPTED_AT, module, cache=filled[0])) == ["True", "True"]
