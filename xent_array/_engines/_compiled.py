@@ -35,11 +35,9 @@ _ONE = {np.dtype(kind): np.ones(1, kind) for kind in (np.float32, np.float64)}
 _NONE = {np.dtype(kind): np.empty(0, kind) for kind in (np.float32, np.float64, np.intp, np.uint16)}
 _PLACES = {np.dtype(np.float32): np.int32, np.dtype(np.float64): np.int64}
 
-for (
-    _array
-) in _NONE.values():  # what Numba imports at the first look at an array, it imports here, in no caller's thread
+# What Numba imports at the first look at an array, it imports here, in no caller's thread.
+for _array in _NONE.values():
     typeof(_array)
-
 
 _INDEX = np.dtype(np.intp)
 _REDUCTIONS = ("mean", "sum", "none")
