@@ -19,6 +19,10 @@ BACKENDS = ("numpy", "numpy-readonly", "array-api-strict", "torch", "jax", "cupy
 
 LEFT_OUT = pytest.StashKey[int]()
 
+# Where each dtype is compiled anew, few keep the tests fast: JAX for each operation and shape, the emulation for each
+# kernel. With --full the emulation has all.
+USUAL_DTYPES = {"jax": ("float32",), "emulated": ("bfloat16", "float32")}
+
 hypothesis.settings.register_profile("default", max_examples=60, deadline=None, derandomize=False)
 hypothesis.settings.register_profile("long", max_examples=100_000, deadline=None, derandomize=False)
 hypothesis.settings.load_profile("default")  # by name, because hypothesis has a profile of its own for CI
@@ -36,8 +40,7 @@ class Backend:
         self.dtypes = ("float16", "bfloat16", "float32", "float64")
         if name == "array-api-strict":
             self.dtypes = self.dtypes[2:]
-        # JAX compiles each operation anew for each shape and dtype: few of both keep the tests fast.
-        self.usual_dtypes = ("float32",) if name == "jax" else self.dtypes
+        self.usual_dtypes = USUAL_DTYPES.get(name, self.dtypes)
         self.engines = ("cpu", "numpy", "generic") if name.startswith("numpy") else ("generic",)
         if name == "cupy":
             self.engines = ("cuda", "generic")
@@ -140,6 +143,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    if config.getoption("--full"):
+        del USUAL_DTYPES["emulated"]
     for name in config.getoption("--require"):
         if (reason := _absent(name)) is not None:
             raise pytest.UsageError(f"--require {name}: {reason}")

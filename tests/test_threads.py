@@ -289,6 +289,7 @@ print(all_is_well())
 
 
 @needs_numba
+@pytest.mark.full
 def test_a_call_in_the_middle_of_an_import_that_it_waits_for(filled):
     """It goes without compiled loops, and only this once."""
     assert ended(started(IMPORTING, cache=filled[0])) == ["True"]
