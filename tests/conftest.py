@@ -19,9 +19,14 @@ BACKENDS = ("numpy", "numpy-readonly", "array-api-strict", "torch", "jax", "cupy
 
 LEFT_OUT = pytest.StashKey[int]()
 
-# Where each dtype is compiled anew, few keep the tests fast: JAX for each operation and shape, the emulation for each
-# kernel. With --full the emulation has all.
-USUAL_DTYPES = {"jax": ("float32",), "emulated": ("bfloat16", "float32")}
+# Few dtypes keep the tests fast: JAX compiles each operation anew for each, and the emulation each kernel. With --full
+# all but JAX have all.
+USUAL_DTYPES = {
+    "jax": ("float32",),
+    "emulated": ("bfloat16", "float32"),
+    "array-api-strict": ("float32",),
+    "numpy-readonly": ("float32",),
+}
 
 hypothesis.settings.register_profile("default", max_examples=60, deadline=None, derandomize=False)
 hypothesis.settings.register_profile("long", max_examples=100_000, deadline=None, derandomize=False)
@@ -144,7 +149,8 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     if config.getoption("--full"):
-        del USUAL_DTYPES["emulated"]
+        for name in set(USUAL_DTYPES) - {"jax"}:
+            del USUAL_DTYPES[name]
     for name in config.getoption("--require"):
         if (reason := _absent(name)) is not None:
             raise pytest.UsageError(f"--require {name}: {reason}")
@@ -166,11 +172,11 @@ def _absent(name):
 def pytest_collection_modifyitems(config, items):
     left_out, groups = set(), {}
     for item in items if not config.getoption("--full") else ():
-        if (marker := item.get_closest_marker("full")) is None:
+        if not (markers := list(item.iter_markers("full"))):
             continue
         left_out.add(item)
-        if marker.kwargs:
-            value = item.callspec.params[marker.kwargs["but_one_per"]]
+        if all(marker.kwargs for marker in markers):  # none of a parameter of its own
+            value = item.callspec.params[markers[0].kwargs["but_one_per"]]
             groups.setdefault((item.function, str(value)), []).append(item)
     for number, cases in enumerate(groups.values()):
         left_out.remove(cases[number % len(cases)])  # so that the other parameters vary too

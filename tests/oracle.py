@@ -41,6 +41,13 @@ class Truth:
     grad_dtype: str
 
 
+def exact(labels):
+    """Labels as Python's integers. NumPy 2.1 crashes where integers that are strided, or in the other byte order, are
+    compared with one that their dtype does not hold.
+    """
+    return labels.astype(object)
+
+
 def oracle(
     logits,
     target,
@@ -79,6 +86,7 @@ def oracle(
         # The target: a = w q, how much a row counts in the mean, and the rows that have no valid target.
         ignored = bad = np.zeros(x.shape[:-1], bool)
         if target.ndim < logits.ndim:
+            target = exact(target)
             if ignore_index is not None:
                 ignored = target == ignore_index
             bad = ~ignored & ((target < 0) | (target >= C))

@@ -33,7 +33,7 @@ def test_short(): pass
 def test_long(): pass
 
 @pytest.mark.full(but_one_per="family")
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("float16", marks=pytest.mark.full), "float64"])
 @pytest.mark.parametrize("family", ["T", "W", "B"])
 def test_family(family, dtype): pass
 """
@@ -41,7 +41,7 @@ def test_family(family, dtype): pass
 
 def test_what_takes_long_is_left_out_and_counted(tmp_path):
     done = run(tmp_path, MARKED, "-v")
-    assert re.search(r"tests that take long: 4; pytest --full runs them too\n=+ 4 passed, 4 deselected", done.stdout)
+    assert re.search(r"tests that take long: 7; pytest --full runs them too\n=+ 4 passed, 7 deselected", done.stdout)
     families = re.findall(r"test_family\[(\w)-(\w+)\] PASSED", done.stdout)
     assert [family for family, _ in families] == ["T", "W", "B"]
     assert {dtype for _, dtype in families} == {"float32", "float64"}
@@ -49,7 +49,7 @@ def test_what_takes_long_is_left_out_and_counted(tmp_path):
 
 def test_full_leaves_out_nothing(tmp_path):
     done = run(tmp_path, MARKED, "--full")
-    assert re.search(r"=+ 8 passed in ", done.stdout)
+    assert re.search(r"=+ 11 passed in ", done.stdout)
     assert "left out" not in done.stdout
 
 
