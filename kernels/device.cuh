@@ -44,6 +44,7 @@ template <class T> XE_DEVICE T shfl_xor(T v, int mask) { return __shfl_xor_sync(
 template <class T> XE_DEVICE T shfl_down(T v, int by) { return __shfl_down_sync(0xffffffffu, v, by); }
 template <class T> XE_DEVICE T shfl_up(T v, int by) { return __shfl_up_sync(0xffffffffu, v, by); }
 XE_DEVICE u32 ballot(bool yes) { return __ballot_sync(0xffffffffu, yes); }
+XE_DEVICE int lowest_bit(u32 bits) { return __ffs(static_cast<int>(bits)) - 1; }  // of bits that are not 0
 XE_DEVICE bool any_lane(bool yes) { return __any_sync(0xffffffffu, yes); }
 XE_DEVICE void sync_warp() { __syncwarp(); }
 
@@ -56,6 +57,7 @@ XE_DEVICE u64 atomic_min(u64* p, u64 v) { return atomicMin(p, v); }
 
 // Arithmetic. ex2: 2 units in the last place; results below 2^-126 are 0 (CuPy compiles with -ftz=true anyhow).
 XE_DEVICE float exp2_fast(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+XE_DEVICE float reciprocal(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }  // 1 unit
 XE_DEVICE float f16_float(u16 x) { float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x)); return y; }
 XE_DEVICE u16 f16_bits(float x) { u16 y; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x)); return y; }
 XE_DEVICE u32 float_bits(float x) { return __float_as_uint(x); }
@@ -186,10 +188,9 @@ template <class T> XE_DEVICE u32 max2(u32 a, u32 b, T t) {
 // the relative error is (2 + |d|/2) eps, which the bars of the tests allow for.
 XE_DEVICE float exp_acc(float d) { return exp2_fast(d * 1.4426950408889634f); }
 XE_DEVICE double exp_acc(double d) { return exp(d); }
+XE_DEVICE double reciprocal(double x) { return 1 / x; }
 XE_DEVICE float log1p_acc(float x) { return log1pf(x); }
 XE_DEVICE double log1p_acc(double x) { return log1p(x); }
-XE_DEVICE float tanh_acc(float x) { return tanhf(x); }  // not tanh.approx: 2^-11 would not do
-XE_DEVICE double tanh_acc(double x) { return tanh(x); }
 XE_DEVICE float max_acc(float a, float b) { return fmaxf(a, b); }  // the number where the other is NaN
 XE_DEVICE double max_acc(double a, double b) { return fmax(a, b); }
 

@@ -88,6 +88,27 @@ template <> struct Vector<double> {
     }
 };
 
+// As many numbers side by side as `x` has room for, from an address on 16 bytes.
+template <int N> XE_DEVICE void load_accs(const float* from, float (&x)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i += 4) {
+        const uint4 v = ld16(from + i);
+        x[i] = bits_float(v.x), x[i + 1] = bits_float(v.y), x[i + 2] = bits_float(v.z), x[i + 3] = bits_float(v.w);
+    }
+}
+template <int N> XE_DEVICE void load_accs(const double* from, double (&x)[N]) {
+    double v[2];
+#pragma unroll
+    for (int i = 0; i < N; i += 2) {
+        Vector<double>::unpack(ld16(from + i), v);
+        x[i] = v[0], x[i + 1] = v[1];
+    }
+}
+template <int N> XE_DEVICE void load_accs(const float* from, double (&x)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) x[i] = from[i];
+}
+
 // How a stretch of memory is cut for 16-byte accesses.
 template <class T> struct Cut {
     int head, vectors, tail;  // elements, vectors, elements

@@ -16,10 +16,15 @@ enum Job {
     LOG_SOFTMAX,    // reads the logits, writes their logarithmic softmax
 };
 enum Variant {
-    PLAIN,    // class indices (or no target), and no option: pays for nothing else
-    GENERAL,  // any target, weights, smoothing, z-loss, upstream per row
-    CAPPED,   // GENERAL with softcap
+    PLAIN,           // class indices, or no target: a class has a share of the target only if it is the label's
+    SMOOTH,          // class indices with smoothing, without class weights: and all classes have the same share beside
+    GENERAL,         // every class has a share of its own: distributions, smoothing with class weights
+    CAPPED,          // PLAIN with softcap
+    CAPPED_GENERAL,  // any target, with softcap
 };
+XE_DEVICE constexpr bool has_softcap(int variant) { return variant == CAPPED || variant == CAPPED_GENERAL; }
+XE_DEVICE constexpr bool by_class(int variant) { return variant == GENERAL || variant == CAPPED_GENERAL; }
+XE_DEVICE constexpr bool every_class(int variant) { return by_class(variant) || variant == SMOOTH; }  // has a share
 XE_DEVICE constexpr bool writes_stats(int job) { return job == STATS || job == STATS_AND_GRAD; }
 XE_DEVICE constexpr bool writes_grad(int job) { return job != STATS && job != LOSS; }  // or what takes its place
 
@@ -29,14 +34,14 @@ enum Target { NONE, INT8, UINT8, INT16, UINT16, INT32, UINT32, INT64, UINT64, OF
 #define XE_PARAMETERS(T)                                                                                              \
     const T *logits, i64 logits_outer, i64 logits_class, i64 logits_inner, T *grad, i64 grad_outer, i64 grad_class,   \
         i64 grad_inner, const void *target, i64 kind, i64 target_outer, i64 target_class, i64 target_inner, i64 rows, \
-        i64 classes, i64 inner, i64 ignores, i64 ignore_index, double scale, const Acc<T>::type *upstream,            \
+        i64 classes, i64 inner, i64 ignores, i64 ignore_index, Acc<T>::type scale, const Acc<T>::type *upstream,      \
         i64 upstream_step, Acc<T>::type *loss, Acc<T>::type *max, Acc<T>::type *rest, Acc<T>::type *gap,              \
-        Acc<T>::type *mass, const Acc<T>::type *weight, const Acc<T>::type *sample_weight, double label_smoothing,    \
-        double z_loss, double softcap, bool *correct
+        Acc<T>::type *mass, const Acc<T>::type *weight, const Acc<T>::type *sample_weight, Acc<T>::type keep,         \
+        Acc<T>::type each, Acc<T>::type z_loss, Acc<T>::type softcap, bool *correct
 #define XE_ARGUMENTS                                                                                                 \
     logits, logits_outer, logits_class, logits_inner, grad, grad_outer, grad_class, grad_inner, target, kind,        \
         target_outer, target_class, target_inner, rows, classes, inner, ignores, ignore_index, scale, upstream,      \
-        upstream_step, loss, max, rest, gap, mass, weight, sample_weight, label_smoothing, z_loss, softcap, correct
+        upstream_step, loss, max, rest, gap, mass, weight, sample_weight, keep, each, z_loss, softcap, correct
 
 template <class T> struct Problem {
     typedef typename Acc<T>::type A;
@@ -45,26 +50,35 @@ template <class T> struct Problem {
     const void* target; i64 kind, target_outer, target_class, target_inner;
     i64 rows, classes, inner;
     i64 ignores, ignore_index;                       // whether any label is ignored, and which
-    double scale; const A* upstream; i64 upstream_step;  // the gradient is multiplied by scale, or by upstream[r·step]
+    A scale; const A* upstream; i64 upstream_step;   // the gradient is multiplied by scale, or by upstream[r·step]
     A *loss, *max, *rest, *gap, *mass;               // one number per row
     const A *weight, *sample_weight;                 // null: all 1
-    double label_smoothing, z_loss, softcap;
+    A keep, each;                                    // of a target q, smoothing makes keep·q + each
+    A z_loss, softcap;
     bool* correct;                                   // one per row, of labels; null: not wanted
 };
 
+// Without a branch for each type: at most one of the loads is done. What UINT64 holds beyond INT64 is negative: no class.
 XE_DEVICE i64 label_at(const void* target, i64 at, i64 kind) {
-    switch (kind) {
-        case INT8: return static_cast<const signed char*>(target)[at];
-        case UINT8: return static_cast<const unsigned char*>(target)[at];
-        case INT16: return static_cast<const short*>(target)[at];
-        case UINT16: return static_cast<const u16*>(target)[at];
-        case INT32: return static_cast<const int*>(target)[at];
-        case UINT32: return static_cast<const u32*>(target)[at];
-        default: return static_cast<const i64*>(target)[at];  // of UINT64, what does not fit is negative: no class
+    const int which = static_cast<int>(kind) - INT8;  // pairs of a signed and an unsigned type, each twice as wide
+    const bool is_signed = which % 2 == 0;
+    if (which < 2) {
+        const int bits = static_cast<const unsigned char*>(target)[at];
+        return is_signed ? static_cast<signed char>(bits) : bits;
     }
+    if (which < 4) {
+        const int bits = static_cast<const u16*>(target)[at];
+        return is_signed ? static_cast<short>(bits) : bits;
+    }
+    if (which < 6) {
+        const u32 bits = static_cast<const u32*>(target)[at];
+        return is_signed ? static_cast<i64>(static_cast<int>(bits)) : static_cast<i64>(bits);
+    }
+    return static_cast<const i64*>(target)[at];
 }
 
-// What is known of a row before its logits are.
+// What is known of a row before its logits are. Class k has the share a_k = w_k (keep·q_k + each) of the target, and the
+// label's class `on_label` beside.
 template <class T, int VARIANT> struct Row {
     typedef typename Acc<T>::type A;
     const T* x;        // element k at k·logits_class
@@ -74,23 +88,29 @@ template <class T, int VARIANT> struct Row {
     A scale;           // multiplies the gradient: factor and upstream; exactly 0 where factor is
     bool has_target;
     bool bad;          // the label is no class, and not ignored
-    // GENERAL. The target is a_k = w_k (keep·q_k + each).
+    A on_label, each;
+    // GENERAL
     i64 kind, target_class;
     const void* q;     // of the distribution, element k at k·target_class
     const A* w;
-    A keep, each;
+    A keep;
 
-    XE_DEVICE Row(const Problem<T>& p, i64 r) {
-        const i64 o = p.inner == 1 ? r : r / p.inner, i = p.inner == 1 ? 0 : r % p.inner;
-        x = p.logits + o * p.logits_outer + i * p.logits_inner;
-        g = p.grad + o * p.grad_outer + i * p.grad_inner;
+    // EVEN: r is all there is to say of a row's place.
+    template <bool EVEN = false> XE_DEVICE static Row at(const Problem<T>& p, i64 r) {
+        const bool split = !EVEN && p.inner != 1;
+        return Row(p, r, split ? r / p.inner : r, split ? r % p.inner : 0);
+    }
+    XE_DEVICE Row(const Problem<T>& p, i64 r, i64 o, i64 i) {
+        x = p.logits + (o * p.logits_outer + i * p.logits_inner);
+        g = p.grad + (o * p.grad_outer + i * p.grad_inner);
         kind = p.kind;
         has_target = kind != NONE;
-        label = -1, bad = false;
-        factor = VARIANT != PLAIN && p.sample_weight ? p.sample_weight[r] : 1;
-        scale = p.upstream ? p.upstream[r * p.upstream_step] : static_cast<A>(p.scale);
+        label = -1, bad = false, on_label = each = 0;
+        factor = p.sample_weight ? p.sample_weight[r] : 1;
+        scale = p.upstream ? p.upstream[r * p.upstream_step] : p.scale;
         const i64 at = o * p.target_outer + i * p.target_inner;
         const bool is_label = INT8 <= kind && kind <= UINT64;
+        w = p.weight;
         if (is_label) {
             const i64 named = label_at(p.target, at, kind);
             const bool ignored = p.ignores && named == p.ignore_index;
@@ -98,24 +118,31 @@ template <class T, int VARIANT> struct Row {
             if (0 <= named && named < p.classes) label = static_cast<int>(named);
             else if (factor != 0) factor = not_a_number<A>();
             bad = label < 0 && !ignored;
+            if (label >= 0) on_label = every_class(VARIANT) ? p.keep : 1;
+            if (w && on_label != 0) on_label *= w[label];
         }
         scale = factor == 0 ? 0 : factor * scale;
-        if (VARIANT == PLAIN) return;
-        w = p.weight;
-        const bool named = !is_label || label >= 0;  // a label that is no class has no target
-        keep = has_target && named ? static_cast<A>(1 - p.label_smoothing) : 0;
-        each = has_target && named ? static_cast<A>(p.label_smoothing / static_cast<double>(p.classes)) : 0;
+        if (every_class(VARIANT) && (is_label ? label >= 0 : has_target)) {
+            each = p.each;
+        }
+        if (!by_class(VARIANT)) return;
+        keep = has_target && !is_label ? p.keep : 0;
         target_class = p.target_class;
         q = kind == OF_FLOAT32 ? static_cast<const void*>(static_cast<const float*>(p.target) + at)
                                : static_cast<const void*>(static_cast<const T*>(p.target) + at);
     }
 
-    // The weighted, smoothed target of class k.
-    XE_DEVICE A a(int k) const {
+    // Class k's share of the weighted, smoothed target.
+    XE_DEVICE A a(int k) const { return k == label ? beside_label(k) + on_label : beside_label(k); }
+    // ... but for what only the label's class has.
+    XE_DEVICE A beside_label(int k) const {
         A value = each;
+        if (!by_class(VARIANT)) return value;
         if (kind == OF_FLOAT32) value += keep * static_cast<const float*>(q)[k * target_class];
         else if (kind == OF_LOGITS) value += keep * to_acc(static_cast<const T*>(q)[k * target_class]);
-        else if (k == label) value += keep;
+        return weighted(value, k);
+    }
+    XE_DEVICE A weighted(A value, int k) const {
         return w && value != 0 ? w[k] * value : value;  // a weight of inf or NaN counts only where something meets it
     }
 

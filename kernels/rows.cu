@@ -5,320 +5,554 @@
  * Legal in one pass because scale (upstream, 1/denominator, sample weight, ignored or not) follows from targets and
  * weights alone: it is known before a logit is read.
  *
- *   XE_ROWS(name, T, JOB, VARIANT, K, LANES, CLUSTER, STREAM, THREADS, BLOCKS)
+ *   XE_ROWS(name, T, JOB, VARIANT, K, LANES, CLUSTER, STREAM, EVEN, THREADS, BLOCKS)
  *
- *   W  LANES = 8, 16, 32    a row is held by so many lanes of a warp
+ *   W  LANES = 4 to 32      a row is held by so many lanes of a warp
  *   B  LANES = 0            a row is held by a block, or by a cluster of CLUSTER blocks (compute capability 9.0)
  *   O  LANES = 0, STREAM    a row of any length is read through a block or a cluster, twice for a gradient
  *
  * Launch   W: blockDim.x / LANES rows per block; B, O: one row per block or cluster, of whole warps. A thread holds K
- *          vectors of 16 bytes; in W and B K·16·threads must cover the row. THREADS, BLOCKS: __launch_bounds__. All
- *          numbers come from `plan` in xent_array/_engines/cuda.py.
+ *          vectors of 16 bytes; in W and B K·16·threads must cover the row. THREADS, BLOCKS: __launch_bounds__. EVEN:
+ *          rows are evenly spaced, and what else has a number per class is aligned like the logits. All numbers come
+ *          from `plan` in xent_array/_engines/cuda.py.
  * Moves    per row: STATS, LOSS read C; all others read C and write C. O reads C once more for a gradient,
  *          the last pieces first, so that what is in cache is used. A target distribution is read twice likewise.
  * Wide     a row is [head | vectors of 16 bytes | tail] by its own address: every C and every start keeps 128-bit
- *          loads. Stores are as wide where the gradient is aligned like the logits.
- * Numbers  see stats.cuh. The tree of a row's sums depends on C, dtype, chip and the alignment of the row: never on
- *          the number of rows or the place among them.
- * Aliasing grad may be the logits: an element is read and written by one thread. PLAIN reads x[label] in the thread
- *          that will write it, and in no other; jobs that say `correct` read it in all, before a barrier.
- * Tried    On sm_90, by the compiler's account; nothing here has been timed on a GPU yet.
- *          v1 vectors j·blockDim.x apart: an address per load. Now a warp owns a stretch: one address, K immediates.
- *          v2 exponentials kept for the gradient (fp32): no registers for K = 8. Now made again: one MUFU more.
- *          v3 a barrier.cluster to swap parts: waits for all stores. Now messages to a mailbox: st.async + mbarrier.
+ *          loads. So do stores, and the reading of distributions and class weights, where rows are EVEN.
+ * Numbers  every exponential is added, that of the maximum too, which makes rest = sum - 1. Where p of the maximum is
+ *          above 1/2 that would cancel: then the one thread that holds the maximum adds up its logits once more
+ *          without it, and says so to the others. The tree of a row's sums depends on C, dtype, chip and the alignment
+ *          of the row: never on the number of rows or the place among them.
+ * Aliasing grad may be the logits: an element is read and written by one thread, and x[label] before anything of the
+ *          row is written.
+ * Tried    On an H200: loads that evict first cost 4 to 6 points of bandwidth wherever a gradient is written, stores
+ *          that do so nothing. Comparing every logit with the maximum, so that its 1 is never added, makes 16-bit rows
+ *          limited by instructions. Blocks that stay and bring the next row by bulk copies: no faster.
+ *          Elsewhere: v1 vectors j·blockDim.x apart: an address per load. Now a warp owns a stretch: one address.
+ *          v2 a barrier.cluster to swap parts: waits for all stores. Now messages to a mailbox: st.async + mbarrier.
  */
 
 #include "stats.cuh"
 
-// One thread's part of a row: up to K vectors, STEP apart, and in the first tile at most one element of head and tail.
-template <class T, int VARIANT, int K, int STEP> struct Held {
+// A part of a row: its maximum; the sum of e^{x - max} of that piece of one thread which holds the maximum, whose own 1
+// is in it, and of all others; and of a target that every class has a share of, half the gap and the mass.
+template <class A> struct Part {
+    A max = -infinity<A>(), top = 0, sum = 0, half_gap = 0, mass = 0;
+};
+
+// e^{low - high} of two maxima, 1 where both are -inf.
+template <class A> XE_DEVICE A drop(A low, A high) { return low == high ? 1 : exp_acc(low - high); }
+
+template <int VARIANT, class A> XE_DEVICE Part<A> merge(const Part<A>& one, const Part<A>& two) {
+    const bool first = one.max >= two.max;
+    const Part<A>&high = first ? one : two, &low = first ? two : one;
+    Part<A> both = high;
+    both.sum += (low.sum + low.top) * drop(low.max, high.max);
+    if (every_class(VARIANT)) {
+        both.half_gap += low.half_gap + times(low.mass, half_below(high.max, low.max));
+        both.mass += low.mass;
+    }
+    return both;
+}
+
+// Over aligned groups of WIDTH lanes; every lane gets the same bits, and whether it is the one whose top remains.
+template <int WIDTH, int VARIANT, class A> XE_DEVICE Part<A> merge_lanes(Part<A> part, int& leader) {
+    sync_warp();  // whence the compiler knows that none is behind
+    const A max = lanes_max<WIDTH>(part.max), fall = drop(part.max, max);
+    const int lane = threadIdx.x % 32, group = lane / WIDTH * WIDTH;
+    leader = group + lowest_bit(ballot(part.max == max) >> group);
+    part.sum = lanes_sum<WIDTH>(lane == leader ? part.sum : (part.sum + part.top) * fall);
+    part.top = shfl(part.top, leader);
+    if (every_class(VARIANT)) {
+        part.half_gap = lanes_sum<WIDTH>(part.half_gap + times(part.mass, half_below(max, part.max)));
+        part.mass = lanes_sum<WIDTH>(part.mass);
+    }
+    part.max = max;
+    return part;
+}
+
+// One thread's classes, added up against their maximum (capped, where there is a softcap).
+template <int VARIANT, class A> struct Sum {
+    const Powers<A> powers;
+    A half_max, half_gap = 0, mass = 0, sum = 0;
+    XE_DEVICE explicit Sum(A max) : powers(max), half_max(max == -infinity<A>() ? 0 : static_cast<A>(0.5) * max) {}
+    XE_DEVICE A add(A x) {  // its power
+        const A e = powers.of(x);
+        sum += e;
+        return e;
+    }
+    XE_DEVICE A add(A x, A a) {
+        const A half = static_cast<A>(0.5) * x;  // max - x may be beyond the range of finite numbers
+        if (VARIANT == SMOOTH) {  // as far as half_max goes, half_gap is made up for in the end: all a are the same
+            half_gap -= a * half;
+        } else {
+            half_gap += a == 0 ? 0 : a * (half_max - half);  // 0·inf counts 0
+            mass += a;
+        }
+        return add(x);
+    }
+};
+
+// What a thread holds of a row: up to K vectors, STEP apart, and in the first piece EDGES elements of head and tail.
+template <class T, int VARIANT, int K, int STEP, bool EVEN> struct Held {
     typedef typename Acc<T>::type A;
     typedef Vector<T> V;
+    static constexpr int SIZE = V::SIZE, EDGES = 2 * (SIZE - 1) > STEP ? (2 * SIZE - 3 + STEP) / STEP : 1;
+    const Problem<T>& p;
+    const Row<T, VARIANT>& row;
     const Cut<T> cut;
-    int first;           // the number of v[0] among the vectors of the row
-    int edge[2];         // the classes held in `at_edge`; -1: none
-    A at_edge[2];
+    int first;             // the number of v[0] among the vectors of the row
+    int edge[EDGES];       // the classes held in `at_edge`; -1: none
+    A at_edge[EDGES];
     uint4 v[K];
 
-    XE_DEVICE Held(Cut<T> cut, int lane) : cut(cut) {
-        edge[0] = lane < cut.head ? lane : -1;
-        edge[1] = lane < cut.tail ? cut.head + cut.vectors * V::SIZE + lane : -1;
+    XE_DEVICE Held(const Problem<T>& p, const Row<T, VARIANT>& row, Cut<T> cut, int lane, int first)
+        : p(p), row(row), cut(cut), first(first) {
+#pragma unroll
+        for (int e = 0; e < EDGES; ++e) {
+            const int place = lane + e * STEP;  // among head and tail
+            edge[e] = place < cut.head ? place : place < cut.head + cut.tail ? place + cut.vectors * SIZE : -1;
+        }
     }
     XE_DEVICE bool has(int j) const { return first + j * STEP < cut.vectors; }
-    XE_DEVICE int class_of(int j) const { return cut.head + (first + j * STEP) * V::SIZE; }
+    XE_DEVICE int class_of(int j) const { return cut.head + (first + j * STEP) * SIZE; }
 
-    XE_DEVICE void load_edge(const T* x, bool needed) {
+    XE_DEVICE void load_edge(bool needed) {
 #pragma unroll
-        for (int e = 0; e < 2; ++e) at_edge[e] = needed && edge[e] >= 0 ? to_acc(x[edge[e]]) : -infinity<A>();
+        for (int e = 0; e < EDGES; ++e) at_edge[e] = needed && edge[e] >= 0 ? to_acc(row.x[edge[e]]) : -infinity<A>();
     }
-    template <bool AGAIN> XE_DEVICE void load(const T* x, bool needed) {
-        const T* from = x + cut.head + static_cast<i64>(first) * V::SIZE;
+    XE_DEVICE void load(bool needed) {
+        const T* from = row.x + class_of(0);
+        const int vectors = needed ? cut.vectors : 0;
 #pragma unroll
         for (int j = 0; j < K; ++j) {
-            if (needed && has(j)) v[j] = AGAIN ? ld16(from + j * STEP * V::SIZE) : ld16_once(from + j * STEP * V::SIZE);
-            else v[j] = V::nothing();
+            v[j] = first + j * STEP < vectors ? ld16(from + j * STEP * SIZE) : V::nothing();
+        }
+    }
+    XE_DEVICE A largest(bool with_edge) const {
+        A m = V::largest(v);
+#pragma unroll
+        for (int e = 0; e < EDGES; ++e) m = with_edge ? max_acc(m, at_edge[e]) : m;
+        return m;
+    }
+
+    // How many classes are held.
+    XE_DEVICE int count(bool with_edge) const {
+        int found = min(max(cut.vectors - first + STEP - 1, 0) / STEP, K) * SIZE;
+#pragma unroll
+        for (int e = 0; e < EDGES; ++e) found += with_edge && edge[e] >= 0;
+        return found;
+    }
+
+    // Class k's share of the target but for what the label has, of the SIZE classes from class_of(j) on.
+    XE_DEVICE void shares(int j, A (&a)[SIZE]) const {
+        const int k = class_of(j);
+#pragma unroll
+        for (int i = 0; i < SIZE; ++i) a[i] = EVEN ? row.each : row.beside_label(k + i);
+        if (!by_class(VARIANT) || !EVEN) return;
+        A q[SIZE];
+        if (row.kind == OF_LOGITS) {
+            V::unpack(ld16(static_cast<const T*>(row.q) + k), q);
+        } else if (row.kind == OF_FLOAT32) {
+            load_accs(static_cast<const float*>(row.q) + k, q);
+        }
+        if (row.kind >= OF_LOGITS) {
+#pragma unroll
+            for (int i = 0; i < SIZE; ++i) a[i] += row.keep * q[i];
+        }
+        if (row.w) {
+            load_accs(row.w + k, q);
+#pragma unroll
+            for (int i = 0; i < SIZE; ++i) a[i] = a[i] == 0 ? 0 : a[i] * q[i];
         }
     }
 
-    XE_DEVICE A largest(bool with_edge) const {
-        const A inside = V::largest(v);
-        return with_edge ? max_acc(inside, max_acc(at_edge[0], at_edge[1])) : inside;
-    }
-    // The stats of what is held, and whether any of it beats the label; PLAIN leaves gap and mass to its owner.
-    XE_DEVICE Stats<A> stats(const Problem<T>& p, const Row<T, VARIANT>& row, bool with_edge, const Rival<A>& rival,
-                             bool& beaten) const {
+    // The part of what is held. `kept` takes what a gradient needs of it: the powers, times the slope of softcap; they
+    // still are to be multiplied by `correction`.
+    template <bool KEEP>
+    XE_DEVICE Part<A> part(bool with_edge, const Cap<A>& cap, A (&kept)[KEEP ? K * SIZE : 1], A (&kept_edge)[EDGES],
+                           A& correction) const {
         const A highest = largest(with_edge);
-        if (rival.label >= 0) beaten |= beats(rival, highest, with_edge);
-        Sum<VARIANT, A> sum(VARIANT == CAPPED ? capped(highest, p.softcap).x : highest);
+        const A max = has_softcap(VARIANT) && count(with_edge) ? cap.of(highest).x : highest;  // -inf: -cap
+        Sum<VARIANT, A> sum(max);
         if (with_edge) {
 #pragma unroll
-            for (int e = 0; e < 2; ++e) {
-                if (edge[e] >= 0) add(sum, p, row, edge[e], at_edge[e]);
+            for (int e = 0; e < EDGES; ++e) {
+                kept_edge[e] = 0;
+                if (edge[e] < 0) continue;
+                const A a = by_class(VARIANT) ? row.beside_label(edge[e]) : row.each;
+                kept_edge[e] = add(sum, cap, at_edge[e], a);
             }
         }
 #pragma unroll
         for (int j = 0; j < K; ++j) {
             if (VARIANT != PLAIN && !has(j)) continue;
-            A x[V::SIZE];
+            A x[SIZE], a[SIZE];
             V::unpack(v[j], x);
+            if (every_class(VARIANT)) shares(j, a);
 #pragma unroll
-            for (int i = 0; i < V::SIZE; ++i) add(sum, p, row, class_of(j) + i, x[i]);
-        }
-        return sum.stats();
-    }
-    XE_DEVICE void add(Sum<VARIANT, A>& sum, const Problem<T>& p, const Row<T, VARIANT>& row, int k, A x) const {
-        if (VARIANT == PLAIN) sum.add(x);
-        else sum.add(VARIANT == CAPPED ? capped(x, p.softcap).x : x, row.a(k));
-    }
-
-    // Whether a class that is held, of which `highest` is the largest logit, beats the label. Where it is the label's
-    // own, by a place before it.
-    XE_DEVICE bool beats(const Rival<A>& rival, A highest, bool with_edge) const {
-        if (highest < rival.x) return false;
-        if (highest > rival.x) return true;
-        int place = 1 << 30;  // of the first vector's element that is as large, counted from v[0]
-#pragma unroll
-        for (int j = K - 1; j >= 0; --j) {
-            A x[V::SIZE];
-            V::unpack(v[j], x);
-#pragma unroll
-            for (int i = V::SIZE - 1; i >= 0; --i) place = x[i] == rival.x ? j * STEP * V::SIZE + i : place;
-        }
-        bool beaten = place < rival.label - class_of(0);
-        if (with_edge) {
-#pragma unroll
-            for (int e = 0; e < 2; ++e) beaten |= edge[e] >= 0 && rival.is_beaten_by(at_edge[e], edge[e]);
-        }
-        return beaten;
-    }
-
-    // What a job writes for class k, whose logit is x.
-    template <int JOB>
-    XE_DEVICE A result(const Problem<T>& p, const Row<T, VARIANT>& row, const Answer<T, VARIANT>& answer, int k,
-                       A x) const {
-        if (JOB == LOG_SOFTMAX) return (x - answer.stats.max) - answer.tail;
-        if (VARIANT == PLAIN) return answer.grad(x);
-        if (VARIANT == GENERAL) return answer.grad(x, row.a(k));
-        const Capped<A> c = capped(x, p.softcap);
-        return answer.grad(c.x, row.a(k), c.slope);
-    }
-    // Writes the gradient (or log-softmax) of what is held: zeros in a row whose scale is 0.
-    template <int JOB>
-    XE_DEVICE void store(const Problem<T>& p, const Row<T, VARIANT>& row, const Answer<T, VARIANT>& answer,
-                         bool with_edge) const {
-        const bool silent = JOB != LOG_SOFTMAX && row.scale == 0;
-        if (with_edge) {
-#pragma unroll
-            for (int e = 0; e < 2; ++e) {
-                if (edge[e] < 0) continue;
-                const A y = silent ? 0 : result<JOB>(p, row, answer, edge[e], at_edge[e]);
-                st_once(row.g + edge[e], from_acc(y, T()));
+            for (int i = 0; i < SIZE; ++i) {
+                const A keep = add(sum, cap, x[i], a[i]);
+                if (KEEP) kept[j * SIZE + i] = keep;
             }
         }
-        const bool aligned_alike = ((reinterpret_cast<u64>(row.x) ^ reinterpret_cast<u64>(row.g)) & 15) == 0;
+        if (VARIANT == SMOOTH) {
+            sum.mass = row.each * static_cast<A>(count(with_edge));
+            sum.half_gap = row.each == 0 ? 0 : sum.half_gap + sum.mass * sum.half_max;
+        }
+        correction = sum.powers.correction;
+        return {max, sum.sum * correction, 0, sum.half_gap, sum.mass};
+    }
+    XE_DEVICE A add(Sum<VARIANT, A>& sum, const Cap<A>& cap, A x, A a) const {
+        const Capped<A> c = capped(cap, x);
+        const A e = every_class(VARIANT) ? sum.add(c.x, a) : sum.add(c.x);
+        return has_softcap(VARIANT) ? e * c.slope : e;
+    }
+
+    // Writes the gradient (or log-softmax) of what is held: zeros in a row whose scale is 0. What was `kept` is against
+    // the thread's own maximum, and `factor` brings it to the row's.
+    template <int JOB, bool KEEP>
+    XE_DEVICE void store(const Answer<T, VARIANT>& answer, const Cap<A>& cap, bool with_edge,
+                         const A (&kept)[KEEP ? K * SIZE : 1], const A (&kept_edge)[EDGES], A factor = 1) const {
+        const bool silent = JOB != LOG_SOFTMAX && row.scale == 0;
+        if (JOB != LOG_SOFTMAX && !silent && !answer.products_are_finite()) {
+            each_again<1>(with_edge, [&](int k, A x) {
+                const Capped<A> c = capped(cap, x);
+                row.g[k] = from_acc(answer.grad(c.x, row.a(k), c.slope), T());
+            });
+            return;
+        }
+        const Powers<A> powers(answer.stats.max);
+        if (!KEEP) factor = powers.correction;
+        int top = -1;  // the class of the maximum, where coef·p - a may cancel
+        A at_top = 0;
+        if (JOB != LOG_SOFTMAX && every_class(VARIANT) && answer.confident && !silent) {
+            at_top = largest(with_edge);
+            if (capped(cap, at_top).x == answer.stats.max) {
+                each_again<1>(with_edge, [&](int k, A x) { top = x == at_top && top < 0 ? k : top; });
+            }
+        }
+        if (with_edge) {
+#pragma unroll
+            for (int e = 0; e < EDGES; ++e) {
+                if (edge[e] < 0) continue;
+                const A a = by_class(VARIANT) ? row.beside_label(edge[e]) : row.each;
+                const A y = entry<JOB, KEEP>(answer, powers, cap, at_edge[e], kept_edge[e], a, factor);
+                row.g[edge[e]] = from_acc(silent ? 0 : y, T());
+            }
+        }
 #pragma unroll
         for (int j = 0; j < K; ++j) {
             if (!has(j)) continue;
-            A y[V::SIZE];
-            V::unpack(v[j], y);
+            A y[SIZE], a[SIZE];
+            if (silent) {
 #pragma unroll
-            for (int i = 0; i < V::SIZE; ++i) y[i] = silent ? 0 : result<JOB>(p, row, answer, class_of(j) + i, y[i]);
-            T* to = row.g + class_of(j);
-            if (aligned_alike) {
-                st16_once(to, V::pack(y));
+                for (int i = 0; i < SIZE; ++i) y[i] = 0;
+            } else {
+                V::unpack(v[j], y);
+                if (every_class(VARIANT)) shares(j, a);
+#pragma unroll
+                for (int i = 0; i < SIZE; ++i) {
+                    y[i] = entry<JOB, KEEP>(answer, powers, cap, y[i], kept[KEEP ? j * SIZE + i : 0], a[i], factor);
+                }
+            }
+            T* const to = row.g + class_of(j);
+            if (EVEN) {
+                st16(to, V::pack(y));
             } else {
 #pragma unroll
-                for (int i = 0; i < V::SIZE; ++i) st_once(to + i, from_acc(y[i], T()));
+                for (int i = 0; i < SIZE; ++i) to[i] = from_acc(y[i], T());
             }
+        }
+        if (top >= 0) {
+            row.g[top] = from_acc(answer.grad(answer.stats.max, row.a(top), capped(cap, at_top).slope), T());
+        }
+    }
+    // What a job writes for the logit x, of whose class the label has nothing.
+    template <int JOB, bool KEEP>
+    XE_DEVICE A entry(const Answer<T, VARIANT>& answer, const Powers<A>& powers, const Cap<A>& cap, A x, A kept, A a,
+                      A factor) const {
+        if (JOB == LOG_SOFTMAX) return (x - answer.stats.max) - answer.tail;
+        const Capped<A> c = KEEP ? Capped<A>{0, 1} : capped(cap, x);
+        const A e = KEEP ? kept : powers.of(c.x);
+        if (!every_class(VARIANT)) {
+            const A value = e * (answer.share * answer.scale * factor);
+            return has_softcap(VARIANT) && !KEEP ? value * c.slope : value;
+        }
+        const A value = e * (answer.share * factor) - a;
+        return answer.scale * (has_softcap(VARIANT) ? value * c.slope : value);
+    }
+    static XE_DEVICE Capped<A> capped(const Cap<A>& cap, A x) {
+        return has_softcap(VARIANT) ? cap.of(x) : Capped<A>{x, 1};
+    }
+
+    // Calls f(k, x) for every class that is held, read once more, in a loop: for what is rarely done.
+    // U of them in a turn: all of a vector, or where f is long, one.
+    template <int U, class F> XE_DEVICE void each_again(bool with_edge, F f) const {
+        if (with_edge) {
+#pragma unroll
+            for (int e = 0; e < EDGES; ++e) {
+                if (edge[e] >= 0) f(edge[e], at_edge[e]);
+            }
+        }
+#pragma unroll 1
+        for (int at = 0; at < K * SIZE; at += U) {
+            const int j = at / SIZE, k = class_of(j) + at % SIZE;
+            if (!has(j)) continue;
+            A x[SIZE];
+            if (U == SIZE) V::unpack(ld16(row.x + k), x);
+            else x[0] = to_acc(row.x[k]);
+#pragma unroll
+            for (int i = 0; i < U; ++i) f(k + i, x[i]);
         }
     }
 };
 
-// From the parts that threads hold to the row of a group of lanes, or of a block; in all threads.
-template <int LANES, int VARIANT, class A> XE_DEVICE Stats<A> merge_threads(Stats<A> part) {
-    part = merge_lanes<LANES ? LANES : 32, VARIANT>(part);
-    if (LANES) return part;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32;
-    XE_SHARED(A, parts, 4 * 32);
-    if (lane == 0) {
-        parts[warp] = part.max, parts[32 + warp] = part.rest;
-        if (VARIANT != PLAIN) parts[64 + warp] = part.gap, parts[96 + warp] = part.mass;
-    }
-    sync_block();  // the part of every warp has been written
-    part = Stats<A>();
-    if (lane < warps) {
-        part.max = parts[lane], part.rest = parts[32 + lane];
-        if (VARIANT != PLAIN) part.gap = parts[64 + lane], part.mass = parts[96 + lane];
-    }
-    return merge_lanes<32, VARIANT>(part);
-}
+// The threads of a row, and how they come to know the same: by shuffles, shared memory, and messages between blocks.
+// Each block of a cluster sends its part to all. A block has seen every message that will come before it leaves, so
+// that no barrier is needed at the end, and no thread waits for stores to memory.
+template <class A, int VARIANT, int LANES, int CLUSTER> struct Team {
+    static constexpr int WIDTH = LANES ? LANES : 32;
+    static constexpr int WORDS = (sizeof(A) * (every_class(VARIANT) ? 5 : 3) + 15) / 16;  // of 16 bytes, in a message
+    union Bits {
+        Part<A> part;
+        A first;
+        uint4 v[(sizeof(Part<A>) + 15) / 16];
+        XE_DEVICE Bits() : part() {}
+    };
+    Part<A>* parts;           // of the warps
+    uint4 *inbox, *second;    // the parts of the blocks; and what is said afterwards
+    u64 *arrived, *settled;   // their barriers
+    int rank = 0, leader = 0; // of this block; the lane that holds the maximum
+    bool holder = false;      // whether this thread does
 
-// Whether any thread of a row says so; in all of them.
-template <int LANES> XE_DEVICE bool any_of_row(bool yes) {
-    if (!LANES) return any_thread(yes);
-    constexpr int WIDTH = LANES ? LANES : 32;
-    const int group = threadIdx.x % 32 / WIDTH * WIDTH;
-    return (ballot(yes) >> group & 0xffffffffu >> (32 - WIDTH)) != 0;
-}
-
-// Where blocks of a cluster share a row, each sends its part to all. A block has seen every message that will come
-// before it leaves, so that no barrier is needed at the end, and no thread waits for stores to memory.
-template <class A, int CLUSTER, bool WITH_BEATEN> struct Mailbox {
-    static constexpr int PARTS = sizeof(Stats<A>) / 16, MESSAGES = PARTS + WITH_BEATEN;  // of 16 bytes
-    union Bits { Stats<A> part; uint4 v[PARTS]; XE_DEVICE Bits() : part() {} };
-    uint4* inbox;
-    u64* arrived;
-    int rank;
-
+    XE_DEVICE Team(Part<A>* parts, uint4* inbox, uint4* second, u64* barriers)
+        : parts(parts), inbox(inbox), second(second), arrived(barriers), settled(barriers + 1) {
 #ifdef XE_CLUSTERS
-    XE_DEVICE Mailbox(uint4* inbox, u64* arrived)
-        : inbox(inbox), arrived(arrived), rank(CLUSTER > 1 ? cluster_rank() : 0) {}
+        if (CLUSTER > 1) rank = cluster_rank();
+#endif
+    }
+    // Before anything is sent.
     XE_DEVICE void open() {
+#ifdef XE_CLUSTERS
+        if (CLUSTER == 1) return;
         if (threadIdx.x == 0) {
             mbar_init(arrived, 1);
+            mbar_init(settled, 1);
             mbar_init_fence();
-            mbar_expect(arrived, CLUSTER * MESSAGES * 16);
+            mbar_expect(arrived, CLUSTER * WORDS * 16);
         }
-        cluster_arrive_relaxed();
+        cluster_arrive();
+#endif
     }
-    template <int VARIANT> XE_DEVICE Stats<A> merge(const Stats<A>& part, bool& beaten) {
+
+    // From the parts of the threads to the row; in all threads.
+    XE_DEVICE Part<A> merge(Part<A> part) {
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+        part = merge_lanes<WIDTH, VARIANT>(part, leader);
+        holder = lane == leader;
+        if (LANES) return part;
+        if (lane == 0) {
+            if (every_class(VARIANT)) parts[warp] = part;
+            else parts[warp].max = part.max, parts[warp].top = part.top, parts[warp].sum = part.sum;
+        }
+        sync_block();  // the part of every warp has been written
+        part = Part<A>();
+        if (lane < blockDim.x / 32) {
+            if (every_class(VARIANT)) part = parts[lane];
+            else part.max = parts[lane].max, part.top = parts[lane].top, part.sum = parts[lane].sum;
+        }
+        int leading;
+        part = merge_lanes<32, VARIANT>(part, leading);
+        holder &= warp == leading;
+#ifdef XE_CLUSTERS
+        if (CLUSTER == 1) return part;
         cluster_wait();  // the mailboxes of the others are open
-        const int to = threadIdx.x;
         Bits bits;
         bits.part = part;
-        if (to < CLUSTER) {
+        if (threadIdx.x < CLUSTER) {
 #pragma unroll
-            for (int i = 0; i < PARTS; ++i) st_async16(inbox + rank * MESSAGES + i, to, bits.v[i], arrived);
-            if (WITH_BEATEN) {
-                st_async16(inbox + rank * MESSAGES + PARTS, to, make_uint4(beaten, 0, 0, 0), arrived);
-            }
+            for (int i = 0; i < WORDS; ++i) st_async16(inbox + rank * WORDS + i, threadIdx.x, bits.v[i], arrived);
         }
         mbar_wait(arrived, 0);
 #pragma unroll
-        for (int i = 0; i < PARTS; ++i) bits.v[i] = ld16(inbox + threadIdx.x % CLUSTER * MESSAGES + i);
-        if (WITH_BEATEN) beaten = any_lane(inbox[threadIdx.x % CLUSTER * MESSAGES + PARTS].x != 0);
-        return merge_lanes<CLUSTER, VARIANT>(bits.part);
-    }
-#else
-    XE_DEVICE Mailbox(uint4* inbox, u64* arrived) : inbox(inbox), arrived(arrived), rank(0) {}
-    XE_DEVICE void open() {}
-    template <int VARIANT> XE_DEVICE Stats<A> merge(const Stats<A>& part, bool&) { return part; }
+        for (int i = 0; i < WORDS; ++i) bits.v[i] = ld16(inbox + threadIdx.x % CLUSTER * WORDS + i);
+        part = merge_lanes<CLUSTER, VARIANT>(bits.part, leading);
+        holder &= rank == leading % CLUSTER;
 #endif
+        return part;
+    }
+
+    // What the holder says; in all threads.
+    XE_DEVICE A of_holder(A value) {
+        if (LANES) return shfl(value, leader);
+        Bits bits;
+        bits.first = value;
+#ifdef XE_CLUSTERS
+        if (CLUSTER > 1) {
+            if (holder) {
+#pragma unroll
+                for (int to = 0; to < CLUSTER; ++to) st_async16(second, to, bits.v[0], settled);
+            }
+            if (threadIdx.x == 0) mbar_expect(settled, 16);
+            mbar_wait(settled, 0);
+            bits.v[0] = ld16(second);
+            return bits.first;
+        }
+#endif
+        if (holder) st16(second, bits.v[0]);
+        sync_block();  // it has been said
+        bits.v[0] = ld16(second);
+        return bits.first;
+    }
+
+    // Whether any thread of the row says so; in all of them. Not after of_holder, whose place it takes.
+    XE_DEVICE bool any(bool yes) {
+        if (LANES) {
+            const int group = threadIdx.x % 32 / WIDTH * WIDTH;
+            return (ballot(yes) >> group & 0xffffffffu >> (32 - WIDTH)) != 0;
+        }
+        yes = any_thread(yes);
+#ifdef XE_CLUSTERS
+        if (CLUSTER == 1) return yes;
+        if (threadIdx.x < CLUSTER) st_async16(second + rank, threadIdx.x, make_uint4(yes, 0, 0, 0), settled);
+        if (threadIdx.x == 0) mbar_expect(settled, CLUSTER * 16);
+        mbar_wait(settled, 0);
+        yes = any_lane(ld16(second + threadIdx.x % CLUSTER).x != 0);
+#endif
+        return yes;
+    }
 };
 
-template <class T, int JOB, int VARIANT, int K, int LANES, int CLUSTER, bool STREAM>
+template <class T, int JOB, int VARIANT, int K, int LANES, int CLUSTER, bool STREAM, bool EVEN>
 XE_DEVICE void xent_rows(const Problem<T>& p) {
     typedef typename Acc<T>::type A;
+    typedef Vector<T> V;
     constexpr bool READS_STATS = JOB == GRAD, WRITES = writes_grad(JOB);
-    typedef Mailbox<A, CLUSTER, writes_stats(JOB)> Box;
-    constexpr int STEP = LANES ? LANES : 32;
-    // From cache: for LOG_SOFTMAX the compiler would hold on to what it unpacked, and there is no room for that.
-    constexpr bool AGAIN = JOB == LOG_SOFTMAX && !LANES;
-    XE_SHARED(uint4, inbox, CLUSTER > 1 ? CLUSTER * Box::MESSAGES : 1);
-    XE_SHARED(u64, arrived, 1);
-    Box mailbox(inbox, arrived);
-    if (CLUSTER > 1 && !READS_STATS) mailbox.open();
+    constexpr int STEP = LANES ? LANES : 32, SIZE = V::SIZE;
+    // Exponentials are kept where there is room, and made again elsewhere.
+    constexpr bool KEEP = WRITES && !READS_STATS && JOB != LOG_SOFTMAX && !STREAM && VARIANT != CAPPED_GENERAL
+                          && K * SIZE <= 32;
+    typedef Held<T, VARIANT, K, STEP, EVEN> H;
+    typedef Team<A, VARIANT, LANES, CLUSTER> Of;
+    XE_SHARED(Part<A>, parts, LANES ? 1 : 32);
+    XE_SHARED(uint4, inbox, CLUSTER > 1 ? CLUSTER * Of::WORDS : 1);
+    XE_SHARED(uint4, second, CLUSTER);
+    XE_SHARED(u64, barriers, 2);
+    Of team(parts, inbox, second, barriers);
+    if (!READS_STATS) team.open();
 
     // The threads of a row are numbered through all blocks of its cluster.
     const int threads = LANES ? STEP : static_cast<int>(blockDim.x) * CLUSTER;
-    const int lane = LANES ? threadIdx.x % STEP : mailbox.rank * blockDim.x + threadIdx.x;
+    const int lane = LANES ? threadIdx.x % STEP : team.rank * blockDim.x + threadIdx.x;
     const i64 mine = LANES ? static_cast<i64>(blockIdx.x) * (blockDim.x / STEP) + threadIdx.x / STEP
                            : blockIdx.x / CLUSTER;
-    const bool exists = mine < p.rows;  // lanes without a row take part in the shuffles
+    const bool exists = !LANES || mine < p.rows;  // lanes without a row take part in the shuffles
     const i64 r = exists ? mine : p.rows - 1;
-    const int classes = static_cast<int>(p.classes);
-    const Row<T, VARIANT> row(p, r);
-    const Cut<T> cut(row.x, classes);
+    const Row<T, VARIANT> row = Row<T, VARIANT>::template at<EVEN>(p, r);
+    const Cut<T> cut(row.x, static_cast<int>(p.classes));
+    const Cap<A> cap(p.softcap);
     const bool needed = exists && row.needs_logits(JOB);
 
     // A group of STEP lanes owns stretches of STEP·K vectors.
     const int first = lane / STEP * (STEP * K) + lane % STEP, stride = threads * K;
-    Held<T, VARIANT, K, STEP> held(cut, lane);
-    held.load_edge(row.x, needed);
+    H held(p, row, cut, lane, first);
+    held.load_edge(needed);
 
-    // PLAIN: the label's logit, in the thread that will overwrite it. For `correct` in all of them; nobody overwrites
-    // it before all have read it, by the barriers of merge_threads, or where lanes share the row by this one.
-    int owner = 0;
-    A at_label = 0;
-    if (VARIANT == PLAIN && row.label >= 0) {
-        const int k = row.label - cut.head, vector = k / Vector<T>::SIZE;
-        if (k < 0) owner = row.label;
-        else if (vector >= cut.vectors) owner = k - cut.vectors * Vector<T>::SIZE;
-        else owner = vector / (STEP * K) % (threads / STEP) * STEP + vector % STEP;
-        if (lane == owner && needed && !writes_stats(JOB)) at_label = to_acc(row.x[row.label]);
+    // The label's logit, in the thread that will overwrite it. For `correct` in all of them; nobody overwrites it before
+    // all have read it, by the barriers of a block, or where lanes share the row by this one.
+    bool owner = lane == 0;
+    if (row.label >= 0) {
+        const int k = row.label - cut.head, ahead = k / SIZE - first, place = k < 0 ? row.label : row.label - cut.vectors * SIZE;
+        const int turn = STREAM ? ahead % stride : ahead;
+        owner = k < 0 || k >= cut.vectors * SIZE ? place % STEP == lane : turn >= 0 && turn < STEP * K && turn % STEP == 0;
     }
     Rival<A> rival = rival_of<JOB>(p, row);
-    bool beaten = false;
-    if (writes_stats(JOB) && row.label >= 0 && needed) rival.x = at_label = to_acc(row.x[row.label]);
+    A at_label = 0;
+    if (row.label >= 0 && needed && (writes_stats(JOB) || owner)) at_label = to_acc(row.x[row.label]);
+    rival.x = at_label;
+    Capped<A> label = {at_label, 1};
+    if (has_softcap(VARIANT)) label = cap.of(at_label);
     if (writes_stats(JOB) && LANES) sync_warp();
 
+    A kept[KEEP ? K * SIZE : 1], kept_edge[H::EDGES], correction = 1;
+    Part<A> part;
     Stats<A> stats;
-    held.first = first;
     if (READS_STATS) {
         stats.max = p.max[r], stats.rest = p.rest[r];
-        if (VARIANT != PLAIN) stats.mass = p.mass[r];
-    } else if (!STREAM) {
-        held.template load<AGAIN>(row.x, needed);
-        stats = held.stats(p, row, true, rival, beaten);
+        if (by_class(VARIANT)) stats.mass = p.mass[r];
     } else {
-        do {
-            held.template load<WRITES>(row.x, needed);
-            stats = merge<VARIANT>(stats, held.stats(p, row, held.first == first, rival, beaten));
-        } while ((held.first += stride) < cut.vectors);
-    }
-    if (!READS_STATS) {
-        stats = merge_threads<LANES, VARIANT>(stats);
-        if (writes_stats(JOB) && p.correct) beaten = any_of_row<LANES>(beaten);
-        if (CLUSTER > 1) stats = mailbox.template merge<VARIANT>(stats, beaten);
-        if (VARIANT == PLAIN && row.label >= 0) {
-            stats.gap = at_label == stats.max ? 0 : stats.max - at_label;
+        int highest = first;  // the piece that holds the thread's maximum
+        if constexpr (!STREAM) {
+            held.load(needed);
+            part = held.template part<KEEP>(true, cap, kept, kept_edge, correction);
+        } else {
+            do {
+                held.load(needed);
+                const Part<A> piece = held.template part<false>(held.first == first, cap, kept, kept_edge, correction);
+                if (piece.max > part.max) highest = held.first;
+                part = merge<VARIANT>(part, piece);
+            } while ((held.first += stride) < cut.vectors);
+        }
+        const Part<A> whole = team.merge(part);
+        stats = {whole.max, whole.sum + (whole.top - 1), 2 * whole.half_gap, whole.mass};
+
+        // Where p of the maximum is above 1/2, top - 1 has cancelled: its holder adds up the others of its piece.
+        const bool confident = stats.rest < 1 && stats.max > -infinity<A>() && needed;
+        if (LANES ? any_lane(confident) : confident) {
+            A others = 0;
+            if (confident && team.holder) {
+                held.first = highest;
+                if (has_softcap(VARIANT)) held.load(needed);
+                const bool with_edge = highest == first;
+                const A raw = has_softcap(VARIANT) ? held.largest(with_edge) : part.max;
+                held.template each_again<has_softcap(VARIANT) ? 1 : SIZE>(with_edge, [&](int, A x) {
+                    others += x == raw ? 0 : exp_acc((has_softcap(VARIANT) ? cap.of(x).x : x) - stats.max);
+                });
+            }
+            others = team.of_holder(others);
+            if (confident) stats.rest = whole.sum + others;
         }
     }
-    const Answer<T, VARIANT> answer(p, row, stats);
+    Answer<T, VARIANT> answer(p, row, stats, READS_STATS);
+    if (!READS_STATS && row.label >= 0) answer.add_label(row, label.x);
 
-    if (exists && lane == owner) {
+    bool beaten = false;
+    if (writes_stats(JOB) && p.correct) {
+        beaten = label.x < stats.max;
+        // One of several: where it is alone, nothing else has its place.
+        const bool asked = rival.label >= 0 && !beaten && !(stats.rest < 1);
+        if (LANES ? any_lane(asked) : asked) {
+            bool found = false;
+            if (asked && needed) {
+                held.first = first;
+                do {
+                    held.template each_again<1>(held.first == first, [&](int k, A x) { found |= rival.is_beaten_by(x, k); });
+                } while (STREAM && (held.first += stride) < cut.vectors);
+            }
+            found = team.any(found);
+            beaten |= asked && found;
+        }
+    }
+    if (exists && owner) {
         answer.template put<JOB>(p, row, r);
         put_correct<JOB>(p, r, answer, rival, beaten);
     }
     if (!WRITES || !exists) return;
-    if (STREAM && READS_STATS) {
-        do {
-            held.template load<false>(row.x, needed);
-            held.template store<JOB>(p, row, answer, held.first == first);
-        } while ((held.first += stride) < cut.vectors);
-    } else if (STREAM) {
-        // Backwards, because what was read last is still in cache.
-        const int tiles = first < cut.vectors ? (cut.vectors - first + stride - 1) / stride : 1;
-        for (held.first = first + (tiles - 1) * stride; held.first >= first; held.first -= stride) {
-            held.template load<false>(row.x, needed);
-            held.template store<JOB>(p, row, answer, held.first == first);
-        }
+
+    if constexpr (!STREAM) {
+        if (READS_STATS) held.load(needed);
+        held.template store<JOB, KEEP>(answer, cap, true, kept, kept_edge, correction * drop(part.max, stats.max));
     } else {
-        if (READS_STATS || AGAIN) held.template load<false>(row.x, needed);
-        held.template store<JOB>(p, row, answer, true);
+        // Backwards, because what was read last is still in cache; with stats that were given, there is nothing in it.
+        const int pieces = first < cut.vectors ? (cut.vectors - first + stride - 1) / stride : 1;
+        for (held.first = first + (pieces - 1) * stride; held.first >= first; held.first -= stride) {
+            held.load(needed);
+            held.template store<JOB, false>(answer, cap, held.first == first, kept, kept_edge, 1);
+        }
     }
-    if (VARIANT == PLAIN && JOB != LOG_SOFTMAX && row.label >= 0 && lane == owner && row.scale != 0) {
-        st_once(row.g + row.label, from_acc(answer.grad(at_label, static_cast<A>(1)), T()));
+    if (JOB != LOG_SOFTMAX && row.label >= 0 && owner && row.scale != 0) {
+        row.g[row.label] = from_acc(answer.grad(label.x, row.a(row.label), label.slope), T());
     }
 }
 
@@ -326,7 +560,7 @@ XE_DEVICE void xent_rows(const Problem<T>& p) {
 #define XE_CLUSTER_2 XE_CLUSTER(2)
 #define XE_CLUSTER_4 XE_CLUSTER(4)
 #define XE_CLUSTER_8 XE_CLUSTER(8)
-#define XE_ROWS(name, T, JOB, VARIANT, K, LANES, CLUSTER, STREAM, THREADS, BLOCKS)                              \
+#define XE_ROWS(name, T, JOB, VARIANT, K, LANES, CLUSTER, STREAM, EVEN, THREADS, BLOCKS)                        \
     extern "C" __global__ void XE_CLUSTER_##CLUSTER __launch_bounds__(THREADS, BLOCKS) name(XE_PARAMETERS(T)) { \
-        xent_rows<T, JOB, VARIANT, K, LANES, CLUSTER, STREAM>(Problem<T>{XE_ARGUMENTS});                        \
+        xent_rows<T, JOB, VARIANT, K, LANES, CLUSTER, STREAM, EVEN>(Problem<T>{XE_ARGUMENTS});                  \
     }

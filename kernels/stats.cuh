@@ -17,75 +17,52 @@ template <class A> XE_DEVICE A half_below(A max, A x) {
 
 template <class A> XE_DEVICE A times(A a, A b) { return a == 0 || b == 0 ? 0 : a * b; }  // 0·inf counts 0
 
+// e^{x - max} of many x, but for a factor that they have in common: to be multiplied by `correction` in the end. One
+// multiply-add, where x - max and its product with log2 e are two. max·log2 e is rounded, to what is subtracted from
+// every x·log2 e before that is: by so much all exponents are off, exactly. Beyond 2^31 that might overflow; but there
+// numbers that are not the same are so far apart that one of two powers is 0, of whatever base.
+template <class A> struct Powers;
+template <> struct Powers<float> {
+    float factor, offset, correction;
+    XE_DEVICE explicit Powers(float max) {
+        const bool huge = fabsf(max) >= 2147483648.0f;
+        factor = huge ? 1 : 1.4426950408889634f;
+        offset = max == -infinity<float>() ? 0 : max * factor;  // of nothing but -inf: all 0
+        correction = max == -infinity<float>() ? 1 : exp2_fast(-fmaf(max, factor, -offset));
+    }
+    XE_DEVICE float of(float x) const { return exp2_fast(fmaf(x, factor, -offset)); }
+};
+template <> struct Powers<double> {
+    static constexpr double correction = 1;
+    double max;
+    XE_DEVICE explicit Powers(double max) : max(max == -infinity<double>() ? 0 : max) {}
+    XE_DEVICE double of(double x) const { return exp_acc(x - max); }
+};
+
 template <class A> struct Stats {
     A max = -infinity<A>(), rest = -1, gap = 0, mass = 0;
 };
-
-// One thread's classes, added up against their maximum.
-template <int VARIANT, class A> struct Sum {
-    A max, sum = 0, at_max = 0, half_gap = 0, mass = 0;  // sum leaves out logits that are max; at_max counts them
-    XE_DEVICE explicit Sum(A max) : max(max) {}
-    XE_DEVICE void add(A x) {
-        const A e = exp_acc(x - max);
-        if (x == max) at_max += 1;
-        else sum += e;
-    }
-    XE_DEVICE void add(A x, A a) {
-        add(x);
-        const A half = static_cast<A>(0.5) * max - static_cast<A>(0.5) * x;
-        half_gap += a == 0 || x == max ? 0 : a * half;  // 0·inf counts 0, and so does inf - inf
-        mass += a;
-    }
-    XE_DEVICE Stats<A> stats() const { return {max, sum + (at_max - 1), 2 * half_gap, mass}; }
-};
-
-template <int VARIANT, class A> XE_DEVICE Stats<A> merge(const Stats<A>& one, const Stats<A>& two) {
-    const bool first = one.max >= two.max;
-    const Stats<A>&high = first ? one : two, &low = first ? two : one;
-    const A drop = high.max == low.max ? 0 : high.max - low.max;
-    Stats<A> both;
-    both.max = high.max;
-    both.rest = high.rest + (1 + low.rest) * exp_acc(-drop);
-    if (VARIANT != PLAIN) {
-        both.gap = high.gap + low.gap + 2 * times(low.mass, half_below(high.max, low.max));
-        both.mass = high.mass + low.mass;
-    }
-    return both;
-}
-
-// Over aligned groups of WIDTH lanes, all parts at once; every lane gets the same bits.
-template <int WIDTH, int VARIANT, class A> XE_DEVICE Stats<A> merge_lanes(Stats<A> part) {
-    const A max = lanes_max<WIDTH>(part.max);
-    const A drop = part.max == max ? 0 : max - part.max;
-    const int lane = threadIdx.x % 32, group = lane / WIDTH * WIDTH;
-    const u32 holds_max = ballot(part.max == max) >> group;
-    const bool first = ((holds_max & (0u - holds_max)) << group) == 1u << lane;
-    part.rest = lanes_sum<WIDTH>(first ? part.rest : (1 + part.rest) * exp_acc(-drop));
-    if (VARIANT != PLAIN) {
-        part.gap = lanes_sum<WIDTH>(part.gap + 2 * times(part.mass, half_below(max, part.max)));
-        part.mass = lanes_sum<WIDTH>(part.mass);
-    }
-    part.max = max;
-    return part;
-}
 
 // A whole row that has been reduced: its loss, and its gradient class by class.
 template <class T, int VARIANT> struct Answer {
     typedef typename Acc<T>::type A;
     Stats<A> stats;
     A tail, more, coef, p_max, scale;  // coef = mass + more, which is 2·z·lse
-    bool confident;  // p > 1/2 at the maximum
+    A share;                           // coef·p_max: what e^{x - max} is multiplied by, before the scale
+    bool confident;                    // p > 1/2 at the maximum
 
-    XE_DEVICE Answer(const Problem<T>& p, const Row<T, VARIANT>& row, const Stats<A>& s) : stats(s) {
-        if (VARIANT == PLAIN || !row.has_target) stats.mass = 1;
+    // The mass of a target by class is that of `s`, `with_label` or without what only the label has.
+    XE_DEVICE Answer(const Problem<T>& p, const Row<T, VARIANT>& row, const Stats<A>& s, bool with_label) : stats(s) {
+        if (!by_class(VARIANT)) stats.mass = row.each * static_cast<A>(static_cast<int>(p.classes)) + row.on_label;
+        else if (!with_label) stats.mass += row.on_label;
+        if (!row.has_target) stats.mass = 1;
         const bool finite = isfinite(stats.max);
         tail = finite ? log1p_acc(stats.rest) : not_a_number<A>();
-        p_max = finite ? 1 / (1 + stats.rest) : not_a_number<A>();
+        p_max = finite ? reciprocal(1 + stats.rest) : not_a_number<A>();
         more = 0, coef = stats.mass, scale = row.scale;
         confident = stats.rest < 1;
-        if (VARIANT == PLAIN) return;
         if (p.z_loss != 0) {
-            const A of_lse = static_cast<A>(p.z_loss) * (stats.max + tail);
+            const A of_lse = p.z_loss * (stats.max + tail);
             more = of_lse + of_lse;
             coef += more;
         }
@@ -94,14 +71,23 @@ template <class T, int VARIANT> struct Answer {
             p_max = p_max == p_max ? largest<A>() : p_max;
             confident = false;
         }
+        share = coef * p_max;
+    }
+    // Whether the products that a row of gradients has in common are finite, or all that comes of them is NaN.
+    XE_DEVICE bool products_are_finite() const {
+        const A most = max_acc(max_acc(share * scale, -share * scale), max_acc(scale, -scale));
+        return most != infinity<A>();
     }
 
-    // The loss of the row; `gap` and `mass` apart, because PLAIN knows them in one thread only.
+    // The gap that the label adds, which has the logit x.
+    XE_DEVICE void add_label(const Row<T, VARIANT>& row, A x) {
+        stats.gap += 2 * times(row.on_label, half_below(stats.max, x));
+    }
     XE_DEVICE A loss(const Problem<T>& p, const Row<T, VARIANT>& row) const {
         A value = stats.gap + stats.mass * tail;
-        if (VARIANT != PLAIN && p.z_loss != 0) {
+        if (p.z_loss != 0) {
             const A lse = stats.max + tail;
-            value += (static_cast<A>(p.z_loss) * lse) * lse;  // lse² alone may overflow
+            value += (p.z_loss * lse) * lse;  // lse² alone may overflow
         }
         return row.factor == 0 ? 0 : row.factor * value;
     }
@@ -112,26 +98,23 @@ template <class T, int VARIANT> struct Answer {
         if (!writes_stats(JOB)) return;
         p.max[r] = stats.max, p.rest[r] = stats.rest;
         p.gap[r] = row.bad ? not_a_number<A>() : stats.gap;
-        p.mass[r] = VARIANT == PLAIN && row.has_target && row.label < 0 ? 0 : stats.mass;
+        p.mass[r] = stats.mass;
     }
 
     // scale·[coef·p - a] for any class; where p > 1/2, 1 - p is taken from rest, which has not cancelled. The slope is
     // softcap's; what is multiplied last may make the whole infinite.
     XE_DEVICE A grad(A x, A a, A slope = 1) const {
         if (x == stats.max && confident) {
-            const A kept = VARIANT == PLAIN ? stats.mass - a : (stats.mass - a) + more;  // coef - a would lose `more`
+            const A kept = (stats.mass - a) + more;  // coef - a would lose `more`
             return scale * ((kept - coef * (stats.rest * p_max)) * slope);
         }
         return scale * ((coef * (exp_acc(x - stats.max) * p_max) - a) * slope);
     }
-    // The same where a = 0, and coef = 1 as in PLAIN.
-    XE_DEVICE A grad(A x) const { return exp_acc(x - stats.max) * (p_max * scale); }
 };
 
 // Whether the label is the first class of the largest logit: before softcap, which makes equal what was not, and
-// whatever the weights are. It is so unless another class beats it, which every thread can tell of the classes it has,
-// and parts of a row by "or". NaN beats nothing and is beaten by nothing; such a row is not correct anyhow. A GPU
-// compares subnormal floats as 0 here, as it does wherever CuPy has it flush them.
+// whatever the weights are. It is so unless another class beats it. NaN beats nothing and is beaten by nothing; such a
+// row is not correct anyhow. A GPU compares subnormal floats as 0 here, as it does wherever CuPy has it flush them.
 template <class A> struct Rival {
     A x;        // the label's logit, as it was given
     int label;  // -1: nobody asks
@@ -150,12 +133,30 @@ XE_DEVICE void put_correct(const Problem<T>& p, i64 r, const Answer<T, VARIANT>&
     }
 }
 
-// Softcap: x' = cap·tanh(x/cap), and dx'/dx = sech²(x/cap) = 4e/(1 + e)² with e = exp(-2|x/cap|), where 1 - tanh² would
-// cancel. The product is rounded before anything is subtracted from it, so that a logit that is the maximum in one pass
-// is so in the next.
+// Softcap: x' = cap·tanh(u) with u = x/cap, and dx'/dx = sech²(u). Both from e = exp(-2|u|):
+//
+//     tanh|u| = (1 - e)/(1 + e), below 1/2 by a polynomial (0.14 eps off)        sech²(u) = 4e/(1 + e)²
+//
+// where 1 - tanh² would cancel. The product is rounded before anything is subtracted from it, so that a logit that is
+// the maximum in one pass is so in the next.
 template <class A> struct Capped { A x, slope; };
-template <class A> XE_DEVICE Capped<A> capped(A x, double softcap) {
-    const A cap = static_cast<A>(softcap), quotient = x / cap;
-    const A e = exp_acc(-2 * max_acc(quotient, -quotient));
-    return {multiply_rounded(cap, tanh_acc(quotient)), 4 * e / ((1 + e) * (1 + e))};
-}
+template <class A> struct Cap;
+template <> struct Cap<float> {
+    float cap, inverse;  // 4/cap, which is a normal number for every cap that is one
+    XE_DEVICE explicit Cap(float softcap) : cap(softcap), inverse(fminf(4 / cap, largest<float>())) {}
+    XE_DEVICE Capped<float> of(float x) const {
+        const float u = fabsf(0.25f * x) * inverse, e = exp2_fast(-2.8853900817779268f * u), r = reciprocal(1 + e);
+        const float q = u * u, beyond = (1 - e) * r;
+        const float within = u + u * (q * (-0.33333144f + q * (0.13325879f + q * (-0.053045493f + q * 0.017241491f))));
+        const float t = u < 0.5f ? within : beyond;
+        return {copysignf(multiply_rounded(cap, t), x), (4 * e) * (r * r)};
+    }
+};
+template <> struct Cap<double> {
+    double cap;
+    XE_DEVICE explicit Cap(double softcap) : cap(softcap) {}
+    XE_DEVICE Capped<double> of(double x) const {
+        const double u = x / cap, e = exp_acc(-2 * fabs(u));
+        return {multiply_rounded(cap, tanh(u)), 4 * e / ((1 + e) * (1 + e))};
+    }
+};

@@ -80,18 +80,21 @@ def problem(family, dtype, variant, seed=0):
     target = rng.integers(classes, size=row_shape)
     options = {"axis": axis, "reduction": str(rng.choice(["mean", "sum"])), "validate": False}
     first = (0,) * len(row_shape)
-    if variant == "PLAIN":
+    if variant in ("PLAIN", "SMOOTH", "CAPPED"):
         target[rng.random(row_shape) < 0.1] = -100
         target[first] = rng.choice([0, classes - 1])  # in a head or a tail
-    else:
-        options |= {"label_smoothing": 0.1, "z_loss": 1e-3, "weight": rng.random(classes) * 2}
-        options["sample_weight"] = rng.random(row_shape) * (rng.random(row_shape) > 0.1)
+    if variant != "PLAIN" or rng.random() < 0.5:
+        options |= {"z_loss": 1e-3, "sample_weight": rng.random(row_shape) * (rng.random(row_shape) > 0.1)}
         options["sample_weight"][first] = 1.5
-        if rng.random() < 0.5:
+    if variant != "SMOOTH":
+        options["weight"] = rng.random(classes) * 2
+    if variant in ("SMOOTH", "GENERAL", "CAPPED_GENERAL"):
+        options["label_smoothing"] = 0.1
+        if variant != "SMOOTH" and rng.random() < 0.5:
             target = rng.random(logits.shape).astype(dtype_ if rng.random() < 0.5 else np.float32)
             whole = target.sum(axis=axis, keepdims=True, dtype=np.float64)
             target = (target / whole).astype(target.dtype)
-    if variant == "CAPPED":
+    if "CAPPED" in variant:
         options["softcap"] = 5.0
     layout = {"columns": "columns", "apart": "rows", "flat": "flat"}[layout]
     chosen = cuda.plan(rows, classes, dtype, chip, layout=layout, variant=variant)

@@ -88,6 +88,7 @@ template <class... A> void kinds(void (*)(A...), char* to) {
 extern "C" {
 float expf(float); float exp2f(float); float log1pf(float); float tanhf(float); float fmaxf(float, float);
 float fminf(float, float); float fmaf(float, float, float); float fabsf(float); float logf(float);
+float copysignf(float, float);
 double exp(double); double exp2(double); double log1p(double); double tanh(double); double fmax(double, double);
 double fmin(double, double); double fma(double, double, double); double fabs(double); double log(double);
 }
@@ -152,6 +153,7 @@ template <class T> T shfl_xor(T v, int mask, XE_HERE) { return simt_shuffle(simt
 template <class T> T shfl_down(T v, int by, XE_HERE) { return simt_shuffle(simt::SHFL_DOWN, v, by, line); }
 template <class T> T shfl_up(T v, int by, XE_HERE) { return simt_shuffle(simt::SHFL_UP, v, by, line); }
 inline u32 ballot(bool yes, XE_HERE) { return static_cast<u32>(simt::collective(simt::BALLOT, yes, 0, line)); }
+inline int lowest_bit(u32 bits) { return __builtin_ctz(bits); }
 inline bool any_lane(bool yes, XE_HERE) { return simt::collective(simt::BALLOT, yes, 0, line) != 0; }
 inline void sync_warp(XE_HERE) { simt::collective(simt::SYNC_WARP, 0, 0, line); }
 inline void sync_block(XE_HERE) { simt::block_barrier(false, line); }
@@ -160,6 +162,7 @@ inline void fence_gpu() { simt::fence(); }
 
 // The hardware's exp2 is rounded twice over and flushes subnormal numbers; this one is right, and flushes too.
 inline float exp2_fast(float x) { const float y = exp2f(x); return y < 1.17549435e-38f ? 0.0f : y; }
+inline float reciprocal(float x) { return 1 / x; }
 inline float f16_float(u16 x) { return static_cast<float>(simt_bits<_Float16>(x)); }
 inline u16 f16_bits(float x) { return simt_bits<u16>(static_cast<_Float16>(x)); }
 inline u32 float_bits(float x) { return simt_bits<u32>(x); }

@@ -10,12 +10,15 @@ Everything that touches CuPy goes through a `Launcher`, so that the tests can pu
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any, NamedTuple, Protocol
+
+import numpy as np
 
 from .. import _kernels
 from .._kernels import Kernel
@@ -25,17 +28,18 @@ DTYPES = {"float16": ("f16", 2), "bfloat16": ("bf16", 2), "float32": ("float", 4
 LABELS = {"int8": 1, "uint8": 2, "int16": 3, "uint16": 4, "int32": 5, "uint32": 6, "int64": 7, "uint64": 8}
 OF_LOGITS, OF_FLOAT32 = 9, 10  # these and LABELS: enum Target in problem.cuh
 JOBS = ("LOSS_AND_GRAD", "LOSS", "STATS", "GRAD", "STATS_AND_GRAD", "LOG_SOFTMAX")  # enum Job
-VARIANTS = ("PLAIN", "GENERAL", "CAPPED")  # enum Variant
+VARIANTS = ("PLAIN", "SMOOTH", "GENERAL", "CAPPED", "CAPPED_GENERAL")  # enum Variant
 OLDEST = 75  # compute capability 7.5
 
 TINY = 128  # bytes of a row: up to here a row is one thread's
 TINY_THREADS, COLUMN_THREADS, WARP_THREADS = 256, 128, 128
 NEIGHBOURS = 8  # rows side by side that make one thread per row worth it: a sector of 32 bytes
 CACHE = 48 << 10  # bytes of shared memory that a block has on every chip without asking
-WARP_ROWS = ((256, 2, 8), (512, 2, 16), (1024, 2, 32), (2048, 4, 32))  # bytes of the row, vectors per thread, lanes
-# Bytes of a row, and how many blocks hold it where there are clusters: blocks of few threads, so that an SM has
-# several and always some that load.
-CLUSTERS = ((32 << 10, 1), (64 << 10, 2), (128 << 10, 4), (1 << 62, 8))
+# Rows in lanes of a warp: bytes of the row, vectors per thread, lanes. The fewest threads that hold a row do the least
+# that is not per logit.
+WARP_ROWS = ((64, 1, 4), (128, 2, 4), (256, 4, 4), (512, 8, 4), (1024, 8, 8), (2048, 8, 16), (4096, 8, 32))
+HELD = 512  # threads of 8 vectors: up to here one block holds a row
+CLUSTERS = ((128 << 10, 4), (1 << 62, 8))  # bytes of a longer row, and how many blocks hold it to write a gradient
 SUM_THREADS, SUM_BLOCKS, SUM_ALONE = 512, 128, 8192  # up to 8192 rows one block is as fast, and needs no ticket
 
 
@@ -59,6 +63,7 @@ class Plan:
     threads: int
     blocks: int
     rows_per_block: int
+    even: bool  # whether rows are evenly spaced, and what has a number per class is aligned like the logits
     bound: tuple[int, int]  # __launch_bounds__
     shared: int = 0  # dynamic shared memory, bytes
 
@@ -68,7 +73,7 @@ class Plan:
             return _kernels.kernel("tiny.cu", "XE_TINY", "T", ctype, job, self.variant)
         if self.family == "P":
             return _kernels.kernel("columns.cu", "XE_COLUMNS", "P", ctype, job, self.variant, self.shared > 0)
-        parameters = ctype, job, self.variant, self.vectors, self.lanes, self.cluster, self.stream, *self.bound
+        parameters = ctype, job, self.variant, self.vectors, self.lanes, self.cluster, self.stream, self.even, *self.bound
         return _kernels.kernel("rows.cu", "XE_ROWS", self.family, *parameters)
 
     def words(self) -> str:
@@ -128,13 +133,19 @@ def explain(shape: str) -> str:
 
 
 @lru_cache(maxsize=1024)
-def plan(rows: int, classes: int, dtype: str, chip: int = 90, *, layout: str = "flat", variant: str = "PLAIN") -> Plan:
+def plan(
+    rows: int, classes: int, dtype: str, chip: int = 90, *,
+    layout: str = "flat", variant: str = "PLAIN", writes: bool = True, even: bool = True,
+) -> Plan:  # fmt: skip
     """The plan for N = `rows` rows of C = `classes` logits.
 
     A row's sums are made in an order that follows from C, dtype, chip, the kind of options, whether the classes lie
-    side by side, and where in 16 bytes the row starts; N only says how many blocks there are.
+    side by side, whether a gradient is written, and where in 16 bytes the row starts; N only says how many blocks
+    there are.
 
     layout: "flat" where rows and classes lie side by side, "rows" where classes do, "columns" where they do not.
+    writes: whether the job writes as many numbers as it reads: a gradient, a softmax.
+    even: whether rows are evenly spaced, and what is written or read beside the logits is aligned as they are.
     """
     itemsize = DTYPES[dtype][1]
 
@@ -145,7 +156,7 @@ def plan(rows: int, classes: int, dtype: str, chip: int = 90, *, layout: str = "
         per_block = threads // lanes if lanes else 1
         return Plan(
             family, rows, classes, dtype, chip, variant, vectors, lanes, cluster, stream, threads,
-            -(-rows // per_block) * cluster, per_block, bound, shared,
+            -(-rows // per_block) * cluster, per_block, even, bound, shared,
         )  # fmt: skip
 
     size = classes * itemsize
@@ -155,36 +166,44 @@ def plan(rows: int, classes: int, dtype: str, chip: int = 90, *, layout: str = "
     if layout == "columns" or size <= TINY:
         cache = COLUMN_THREADS * size
         return spread("P", 0, 1, COLUMN_THREADS, (COLUMN_THREADS, 4), shared=cache if cache <= CACHE else 0)
+    most, bound = _block(itemsize, chip, variant)
     for limit, vectors, lanes in WARP_ROWS:
-        if size <= limit and not (variant == "CAPPED" and vectors > 2):
-            return spread(
-                "W", vectors, lanes, WARP_THREADS, (WARP_THREADS, 8 if variant == "PLAIN" and itemsize < 8 else 4)
-            )
-    held, bound = _block(itemsize, chip, variant)
-    # Vectors per thread: few for short rows, so that the block has threads enough to keep loads in flight.
-    vectors = held if size > 8 << 10 else min(held, 4)
-    clusters = CLUSTERS if chip >= 90 else CLUSTERS[:1]
-    for limit, cluster in clusters:
-        threads = _whole_warps(-(-size // (16 * vectors * cluster)))
-        if threads <= bound[0] and (size <= limit or chip < 90):
-            return spread("B", vectors, 0, threads, bound, cluster)
-    threads = 256 if itemsize == 8 else 512 if variant == "PLAIN" else 384
-    return spread("O", _streamed(itemsize, variant), 0, threads, (threads, 2), clusters[-1][1], stream=True)
+        while vectors > most and lanes < 32:
+            vectors, lanes = vectors // 2, lanes * 2
+        if size <= limit and vectors <= most:
+            return spread("W", vectors, lanes, WARP_THREADS, (WARP_THREADS, bound[0] * bound[1] // WARP_THREADS))
+    longest = bound[0] if chip < 90 else min(HELD, bound[0])
+    for cluster in (1, *_clusters(size, chip)) if writes or size <= 16 * most * longest else ():
+        threads = _whole_warps(-(-size // (16 * most * cluster)))
+        if threads <= (longest if cluster == 1 else bound[0]):
+            return spread("B", most, 0, threads, bound, cluster)
+    cluster = 1 if chip < 90 or not writes else 8
+    return spread("O", most, 0, min(512, bound[0]), bound, cluster, stream=True)
+
+
+def _clusters(size: int, chip: int) -> tuple[int, ...]:
+    """How many blocks may hold a row of so many bytes: of what is usual and half of it, the one with fewer idle threads."""
+    if chip < 90:
+        return ()
+    usual = next(cluster for limit, cluster in CLUSTERS if size <= limit)
+
+    def idle(cluster: int) -> int:
+        return _whole_warps(-(-size // (128 * cluster))) * cluster
+
+    return tuple(sorted((usual, usual // 2), key=lambda cluster: (idle(cluster), cluster != usual))) + (8,)
 
 
 def _block(itemsize: int, chip: int, variant: str) -> tuple[int, tuple[int, int]]:
     """(vectors per thread, launch bounds) of a row held by a block: the most that registers hold without spilling."""
     if itemsize == 8:
         return (4, (256, 2))
-    if variant != "PLAIN":
-        return (4 if variant == "GENERAL" else 2, (768, 1))
+    if variant == "CAPPED_GENERAL":
+        return (2, (768, 1))
+    if variant == "GENERAL":
+        return (4, (768, 1))
+    if variant == "CAPPED":
+        return (4, (768, 1))
     return (8 if itemsize == 4 or 80 <= chip <= 90 else 4, (1024, 1))
-
-
-def _streamed(itemsize: int, variant: str) -> int:
-    if itemsize == 8 or variant == "GENERAL":
-        return 2
-    return 4 if variant == "PLAIN" else 1
 
 
 def _tile(count: int, itemsize: int) -> int:
@@ -197,7 +216,7 @@ def _whole_warps(threads: int) -> int:
 
 
 # Bytes of a row that between them meet every plan.
-SIZES = (64, *(limit for limit, _, _ in WARP_ROWS), *(m << k for k in range(12, 21) for m in (2, 3)))
+SIZES = (64, *(limit for limit, _, _ in WARP_ROWS), *(m << k for k in range(12, 21) for m in (2, 3)), 100_514)
 LAYOUTS = ("flat", "rows", "columns")
 
 
@@ -207,16 +226,27 @@ def catalogue(chip: int, variant: str, jobs: tuple[str, ...] = JOBS) -> Iterator
     for dtype, (_, itemsize) in DTYPES.items():
         for job in jobs if variant == "PLAIN" else set(jobs) - {"LOG_SOFTMAX"}:
             for size in SIZES:
-                for layout in LAYOUTS:
-                    seen.add(plan(1, size // itemsize, dtype, chip, layout=layout, variant=variant).kernel(job))
+                for layout, even in itertools.product(LAYOUTS, (True, False)):
+                    found = plan(
+                        1, size // itemsize, dtype, chip,
+                        layout=layout, variant=variant, writes=writes_grad(job), even=even,
+                    )  # fmt: skip
+                    seen.add(found.kernel(job))
         if variant == "PLAIN":
             seen.add(sums_kernel(dtype))
     yield from sorted(seen, key=lambda kernel: kernel.name)
 
 
+def writes_grad(job: str) -> bool:
+    """Or what takes its place."""
+    return job not in ("STATS", "LOSS")
+
+
 @lru_cache(maxsize=1024)
-def _chosen(job: str, rows: int, classes: int, dtype: str, chip: int, layout: str, variant: str) -> tuple[Plan, Kernel]:
-    chosen = plan(rows, classes, dtype, chip, layout=layout, variant=variant)
+def _chosen(
+    job: str, rows: int, classes: int, dtype: str, chip: int, layout: str, variant: str, even: bool
+) -> tuple[Plan, Kernel]:
+    chosen = plan(rows, classes, dtype, chip, layout=layout, variant=variant, writes=writes_grad(job), even=even)
     return chosen, chosen.kernel(job)
 
 
@@ -384,7 +414,9 @@ class Cuda:
         if outer * inner:
             kind, target = _target(rows)
             chip = self.launcher.chip(logits)
-            chosen, kernel = _chosen(job, outer * inner, classes, dtype, chip, layout, _variant(rows))
+            variant, even = _variant(rows), _is_even(rows, logits, grad, target)
+            chosen, kernel = _chosen(job, outer * inner, classes, dtype, chip, layout, variant, even)
+            acc = np.float64 if dtype == "float64" else np.float32
             max_, rest, gap, mass, correct = (None,) * 5 if stats is None else stats
             arguments = (
                 logits, *_steps(logits),
@@ -392,10 +424,11 @@ class Cuda:
                 target, kind, *_steps(target),
                 outer * inner, classes, inner,
                 *_ignored(rows),
-                mean.scale, mean.scale_at, mean.scale_step,
+                acc(mean.scale), mean.scale_at, mean.scale_step,
                 losses, max_, rest, gap, mass,
                 _dense(xp, rows.weight), _dense(xp, rows.sample_weight),
-                rows.label_smoothing, rows.z_loss, rows.softcap or 0.0, correct,
+                acc(1 - rows.label_smoothing), acc(rows.label_smoothing / classes), acc(rows.z_loss),
+                acc(rows.softcap or 0.0), correct,
             )  # fmt: skip
             self.launcher.launch(kernel, chosen.blocks, chosen.threads, arguments, chosen.shared, chosen.cluster)
         if out is not None and grad is not out:
@@ -503,16 +536,31 @@ def _ignored(rows: Rows) -> tuple[int, int]:
 
 
 def _variant(rows: Rows) -> str:
+    labels = rows.target is None or rows.has_labels
+    if labels and not rows.label_smoothing:
+        return "PLAIN" if rows.softcap is None else "CAPPED"
     if rows.softcap is not None:
-        return "CAPPED"
-    general = (
-        (rows.target is not None and not rows.has_labels)
-        or rows.weight is not None
-        or rows.sample_weight is not None
-        or rows.label_smoothing
-        or rows.z_loss
-    )
-    return "GENERAL" if general else "PLAIN"
+        return "CAPPED_GENERAL"
+    return "SMOOTH" if labels and rows.weight is None else "GENERAL"
+
+
+def _is_even(rows: Rows, logits: Array, grad: Array | None, target: Any) -> bool:
+    """Whether rows are evenly spaced, and what is written or read beside the logits is aligned as they are."""
+    if logits.shape[2] != 1:
+        return False
+    place, step = _address(logits), logits.strides[0]
+    itemsize = logits.dtype.itemsize
+    if grad is not None and ((_address(grad) - place) % 16 or (grad.strides[0] - step) % 16):
+        return False
+    if rows.target is not None and not rows.has_labels:
+        if target.strides[1] != target.dtype.itemsize:
+            return False
+        wide = target.dtype.itemsize // itemsize  # of float32 beside 16-bit logits, twice as many bytes
+        if (_address(target) - place * wide) % 16 or (target.strides[0] - step * wide) % 16:
+            return False
+    if rows.weight is not None and _variant(rows) in ("GENERAL", "CAPPED_GENERAL"):  # the same for every row
+        return place % 16 == 0 and step % 16 == 0
+    return True
 
 
 def _target(rows: Rows) -> tuple[int, Any]:
@@ -554,6 +602,11 @@ def _layout(array: Array) -> str | None:
 def _dense(xp: Any, array: Any) -> Any:
     """Numbers per row or class, side by side."""
     return array if array is None or array.flags.c_contiguous else xp.ascontiguousarray(array)
+
+
+def _address(array: Array) -> int:
+    """Of the first element."""
+    return int(array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr)
 
 
 engine = Cuda(Cupy())
