@@ -18,12 +18,14 @@ enum Job {
 enum Variant {
     PLAIN,           // class indices, or no target: a class has a share of the target only if it is the label's
     SMOOTH,          // class indices with smoothing, without class weights: and all classes have the same share beside
-    GENERAL,         // every class has a share of its own: distributions, smoothing with class weights
+    SOFT,            // a distribution in the dtype of the logits, without class weights: every class has its own share
+    GENERAL,         // any target, class weights
     CAPPED,          // PLAIN with softcap
     CAPPED_GENERAL,  // any target, with softcap
 };
 XE_DEVICE constexpr bool has_softcap(int variant) { return variant == CAPPED || variant == CAPPED_GENERAL; }
-XE_DEVICE constexpr bool by_class(int variant) { return variant == GENERAL || variant == CAPPED_GENERAL; }
+XE_DEVICE constexpr bool any_target(int variant) { return variant == GENERAL || variant == CAPPED_GENERAL; }
+XE_DEVICE constexpr bool by_class(int variant) { return variant == SOFT || any_target(variant); }
 XE_DEVICE constexpr bool every_class(int variant) { return by_class(variant) || variant == SMOOTH; }  // has a share
 XE_DEVICE constexpr bool writes_stats(int job) { return job == STATS || job == STATS_AND_GRAD; }
 XE_DEVICE constexpr bool writes_grad(int job) { return job != STATS && job != LOSS; }  // or what takes its place
@@ -78,7 +80,7 @@ XE_DEVICE i64 label_at(const void* target, i64 at, i64 kind) {
 }
 
 // What is known of a row before its logits are. Class k has the share a_k = w_k (keep·q_k + each) of the target, and the
-// label's class `on_label` beside.
+// label's class `on_label` beside. (SMOOTH: where no class is named, no share counts.)
 template <class T, int VARIANT> struct Row {
     typedef typename Acc<T>::type A;
     const T* x;        // element k at k·logits_class
@@ -103,14 +105,14 @@ template <class T, int VARIANT> struct Row {
     XE_DEVICE Row(const Problem<T>& p, i64 r, i64 o, i64 i) {
         x = p.logits + (o * p.logits_outer + i * p.logits_inner);
         g = p.grad + (o * p.grad_outer + i * p.grad_inner);
-        kind = p.kind;
+        kind = VARIANT == SOFT ? OF_LOGITS : p.kind;
         has_target = kind != NONE;
         label = -1, bad = false, on_label = each = 0;
         factor = p.sample_weight ? p.sample_weight[r] : 1;
         scale = p.upstream ? p.upstream[r * p.upstream_step] : p.scale;
         const i64 at = o * p.target_outer + i * p.target_inner;
         const bool is_label = INT8 <= kind && kind <= UINT64;
-        w = p.weight;
+        w = VARIANT == SOFT ? nullptr : p.weight;
         if (is_label) {
             const i64 named = label_at(p.target, at, kind);
             const bool ignored = p.ignores && named == p.ignore_index;
@@ -122,11 +124,9 @@ template <class T, int VARIANT> struct Row {
             if (w && on_label != 0) on_label *= w[label];
         }
         scale = factor == 0 ? 0 : factor * scale;
-        if (every_class(VARIANT) && (is_label ? label >= 0 : has_target)) {
-            each = p.each;
-        }
+        each = VARIANT == SMOOTH || VARIANT == SOFT || (any_target(VARIANT) && (is_label ? label >= 0 : has_target)) ? p.each : 0;
         if (!by_class(VARIANT)) return;
-        keep = has_target && !is_label ? p.keep : 0;
+        keep = VARIANT == SOFT || (has_target && !is_label) ? p.keep : 0;
         target_class = p.target_class;
         q = kind == OF_FLOAT32 ? static_cast<const void*>(static_cast<const float*>(p.target) + at)
                                : static_cast<const void*>(static_cast<const T*>(p.target) + at);

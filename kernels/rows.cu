@@ -82,13 +82,9 @@ template <int VARIANT, class A> struct Sum {
         return e;
     }
     XE_DEVICE A add(A x, A a) {
-        const A half = static_cast<A>(0.5) * x;  // max - x may be beyond the range of finite numbers
-        if (VARIANT == SMOOTH) {  // as far as half_max goes, half_gap is made up for in the end: all a are the same
-            half_gap -= a * half;
-        } else {
-            half_gap += a == 0 ? 0 : a * (half_max - half);  // 0·inf counts 0
-            mass += a;
-        }
+        const A half = half_max - static_cast<A>(0.5) * x;  // max - x may be beyond the range of finite numbers
+        half_gap += VARIANT != SMOOTH && a == 0 ? 0 : a * half;  // 0·inf counts 0
+        if (VARIANT != SMOOTH) mass += a;
         return add(x);
     }
 };
@@ -103,7 +99,7 @@ template <class T, int VARIANT, int K, int STEP, bool EVEN> struct Held {
     const Cut<T> cut;
     int first;             // the number of v[0] among the vectors of the row
     int edge[EDGES];       // the classes held in `at_edge`; -1: none
-    A at_edge[EDGES];
+    A at_edge[EDGES];      // not for the gradient, which reads them once more
     uint4 v[K];
 
     XE_DEVICE Held(const Problem<T>& p, const Row<T, VARIANT>& row, Cut<T> cut, int lane, int first)
@@ -146,42 +142,38 @@ template <class T, int VARIANT, int K, int STEP, bool EVEN> struct Held {
 
     // Class k's share of the target but for what the label has, of the SIZE classes from class_of(j) on.
     XE_DEVICE void shares(int j, A (&a)[SIZE]) const {
-        const int k = class_of(j);
+        const int k = class_of(0), ahead = j * STEP * SIZE;
 #pragma unroll
-        for (int i = 0; i < SIZE; ++i) a[i] = EVEN ? row.each : row.beside_label(k + i);
+        for (int i = 0; i < SIZE; ++i) a[i] = EVEN ? row.each : row.beside_label(k + ahead + i);
         if (!by_class(VARIANT) || !EVEN) return;
         A q[SIZE];
         if (row.kind == OF_LOGITS) {
-            V::unpack(ld16(static_cast<const T*>(row.q) + k), q);
+            V::unpack(ld16(static_cast<const T*>(row.q) + k + ahead), q);
         } else if (row.kind == OF_FLOAT32) {
-            load_accs(static_cast<const float*>(row.q) + k, q);
+            load_accs(static_cast<const float*>(row.q) + k + ahead, q);
         }
         if (row.kind >= OF_LOGITS) {
 #pragma unroll
             for (int i = 0; i < SIZE; ++i) a[i] += row.keep * q[i];
         }
         if (row.w) {
-            load_accs(row.w + k, q);
+            load_accs(row.w + k + ahead, q);
 #pragma unroll
             for (int i = 0; i < SIZE; ++i) a[i] = a[i] == 0 ? 0 : a[i] * q[i];
         }
     }
 
     // The part of what is held. `kept` takes what a gradient needs of it: the powers, times the slope of softcap; they
-    // still are to be multiplied by `correction`.
+    // still are to be multiplied by their correction.
     template <bool KEEP>
-    XE_DEVICE Part<A> part(bool with_edge, const Cap<A>& cap, A (&kept)[KEEP ? K * SIZE : 1], A (&kept_edge)[EDGES],
-                           A& correction) const {
+    XE_DEVICE Part<A> part(bool with_edge, const Cap<A>& cap, A (&kept)[KEEP ? K * SIZE : 1]) const {
         const A highest = largest(with_edge);
         const A max = has_softcap(VARIANT) && count(with_edge) ? cap.of(highest).x : highest;  // -inf: -cap
         Sum<VARIANT, A> sum(max);
         if (with_edge) {
 #pragma unroll
             for (int e = 0; e < EDGES; ++e) {
-                kept_edge[e] = 0;
-                if (edge[e] < 0) continue;
-                const A a = by_class(VARIANT) ? row.beside_label(edge[e]) : row.each;
-                kept_edge[e] = add(sum, cap, at_edge[e], a);
+                if (edge[e] >= 0) add(sum, cap, at_edge[e], by_class(VARIANT) ? row.beside_label(edge[e]) : row.each);
             }
         }
 #pragma unroll
@@ -198,10 +190,9 @@ template <class T, int VARIANT, int K, int STEP, bool EVEN> struct Held {
         }
         if (VARIANT == SMOOTH) {
             sum.mass = row.each * static_cast<A>(count(with_edge));
-            sum.half_gap = row.each == 0 ? 0 : sum.half_gap + sum.mass * sum.half_max;
+            if (row.label < 0) sum.half_gap = 0;
         }
-        correction = sum.powers.correction;
-        return {max, sum.sum * correction, 0, sum.half_gap, sum.mass};
+        return {max, sum.sum * sum.powers.correction, 0, sum.half_gap, sum.mass};
     }
     XE_DEVICE A add(Sum<VARIANT, A>& sum, const Cap<A>& cap, A x, A a) const {
         const Capped<A> c = capped(cap, x);
@@ -210,10 +201,10 @@ template <class T, int VARIANT, int K, int STEP, bool EVEN> struct Held {
     }
 
     // Writes the gradient (or log-softmax) of what is held: zeros in a row whose scale is 0. What was `kept` is against
-    // the thread's own maximum, and `factor` brings it to the row's.
+    // the thread's own maximum, `highest`, and `factor` brings it to the row's.
     template <int JOB, bool KEEP>
     XE_DEVICE void store(const Answer<T, VARIANT>& answer, const Cap<A>& cap, bool with_edge,
-                         const A (&kept)[KEEP ? K * SIZE : 1], const A (&kept_edge)[EDGES], A factor = 1) const {
+                         const A (&kept)[KEEP ? K * SIZE : 1], A highest = 0, A factor = 1) const {
         const bool silent = JOB != LOG_SOFTMAX && row.scale == 0;
         if (JOB != LOG_SOFTMAX && !silent && !answer.products_are_finite()) {
             each_again<1>(with_edge, [&](int k, A x) {
@@ -225,20 +216,10 @@ template <class T, int VARIANT, int K, int STEP, bool EVEN> struct Held {
         const Powers<A> powers(answer.stats.max);
         if (!KEEP) factor = powers.correction;
         int top = -1;  // the class of the maximum, where coef·p - a may cancel
-        A at_top = 0;
         if (JOB != LOG_SOFTMAX && every_class(VARIANT) && answer.confident && !silent) {
-            at_top = largest(with_edge);
-            if (capped(cap, at_top).x == answer.stats.max) {
-                each_again<1>(with_edge, [&](int k, A x) { top = x == at_top && top < 0 ? k : top; });
-            }
-        }
-        if (with_edge) {
-#pragma unroll
-            for (int e = 0; e < EDGES; ++e) {
-                if (edge[e] < 0) continue;
-                const A a = by_class(VARIANT) ? row.beside_label(edge[e]) : row.each;
-                const A y = entry<JOB, KEEP>(answer, powers, cap, at_edge[e], kept_edge[e], a, factor);
-                row.g[edge[e]] = from_acc(silent ? 0 : y, T());
+            if (!KEEP) highest = largest(with_edge);
+            if (capped(cap, highest).x == answer.stats.max) {
+                each_again<1>(with_edge, [&](int k, A x) { top = x == highest && top < 0 ? k : top; });
             }
         }
 #pragma unroll
@@ -264,8 +245,17 @@ template <class T, int VARIANT, int K, int STEP, bool EVEN> struct Held {
                 for (int i = 0; i < SIZE; ++i) to[i] = from_acc(y[i], T());
             }
         }
+        if (with_edge) {
+#pragma unroll
+            for (int e = 0; e < EDGES; ++e) {
+                if (edge[e] < 0) continue;
+                const A x = to_acc(row.x[edge[e]]), a = by_class(VARIANT) ? row.beside_label(edge[e]) : row.each;
+                const A y = silent ? 0 : entry<JOB, false>(answer, powers, cap, x, 0, a, powers.correction);
+                row.g[edge[e]] = from_acc(y, T());
+            }
+        }
         if (top >= 0) {
-            row.g[top] = from_acc(answer.grad(answer.stats.max, row.a(top), capped(cap, at_top).slope), T());
+            row.g[top] = from_acc(answer.grad(answer.stats.max, row.a(top), capped(cap, highest).slope), T());
         }
     }
     // What a job writes for the logit x, of whose class the label has nothing.
@@ -292,7 +282,7 @@ template <class T, int VARIANT, int K, int STEP, bool EVEN> struct Held {
         if (with_edge) {
 #pragma unroll
             for (int e = 0; e < EDGES; ++e) {
-                if (edge[e] >= 0) f(edge[e], at_edge[e]);
+                if (edge[e] >= 0) f(edge[e], to_acc(row.x[edge[e]]));
             }
         }
 #pragma unroll 1
@@ -432,7 +422,7 @@ XE_DEVICE void xent_rows(const Problem<T>& p) {
     constexpr int STEP = LANES ? LANES : 32, SIZE = V::SIZE;
     // Exponentials are kept where there is room, and made again elsewhere.
     constexpr bool KEEP = WRITES && !READS_STATS && JOB != LOG_SOFTMAX && !STREAM && VARIANT != CAPPED_GENERAL
-                          && K * SIZE <= 32;
+                          && K * SIZE <= (VARIANT == CAPPED ? 64 : 32);
     typedef Held<T, VARIANT, K, STEP, EVEN> H;
     typedef Team<A, VARIANT, LANES, CLUSTER> Of;
     XE_SHARED(Part<A>, parts, LANES ? 1 : 32);
@@ -454,7 +444,9 @@ XE_DEVICE void xent_rows(const Problem<T>& p) {
     const Cap<A> cap(p.softcap);
     const bool needed = exists && row.needs_logits(JOB);
 
-    // A group of STEP lanes owns stretches of STEP·K vectors.
+    // A group of STEP lanes owns stretches of STEP·K vectors. A warp whose stretch is beyond the row only takes part in
+    // the merging; the first always has the edges.
+    const bool busy = CLUSTER == 1 || lane / STEP * (STEP * K) < max(cut.vectors, 1);
     const int first = lane / STEP * (STEP * K) + lane % STEP, stride = threads * K;
     H held(p, row, cut, lane, first);
     held.load_edge(needed);
@@ -475,7 +467,7 @@ XE_DEVICE void xent_rows(const Problem<T>& p) {
     if (has_softcap(VARIANT)) label = cap.of(at_label);
     if (writes_stats(JOB) && LANES) sync_warp();
 
-    A kept[KEEP ? K * SIZE : 1], kept_edge[H::EDGES], correction = 1;
+    A kept[KEEP ? K * SIZE : 1];
     Part<A> part;
     Stats<A> stats;
     if (READS_STATS) {
@@ -484,12 +476,14 @@ XE_DEVICE void xent_rows(const Problem<T>& p) {
     } else {
         int highest = first;  // the piece that holds the thread's maximum
         if constexpr (!STREAM) {
-            held.load(needed);
-            part = held.template part<KEEP>(true, cap, kept, kept_edge, correction);
+            if (busy) {
+                held.load(needed);
+                part = held.template part<KEEP>(true, cap, kept);
+            }
         } else {
             do {
                 held.load(needed);
-                const Part<A> piece = held.template part<false>(held.first == first, cap, kept, kept_edge, correction);
+                const Part<A> piece = held.template part<false>(held.first == first, cap, kept);
                 if (piece.max > part.max) highest = held.first;
                 part = merge<VARIANT>(part, piece);
             } while ((held.first += stride) < cut.vectors);
@@ -541,14 +535,16 @@ XE_DEVICE void xent_rows(const Problem<T>& p) {
     if (!WRITES || !exists) return;
 
     if constexpr (!STREAM) {
+        if (!busy) return;
         if (READS_STATS) held.load(needed);
-        held.template store<JOB, KEEP>(answer, cap, true, kept, kept_edge, correction * drop(part.max, stats.max));
+        held.template store<JOB, KEEP>(answer, cap, true, kept, part.max,
+                                       Powers<A>(part.max).correction * drop(part.max, stats.max));
     } else {
         // Backwards, because what was read last is still in cache; with stats that were given, there is nothing in it.
         const int pieces = first < cut.vectors ? (cut.vectors - first + stride - 1) / stride : 1;
         for (held.first = first + (pieces - 1) * stride; held.first >= first; held.first -= stride) {
             held.load(needed);
-            held.template store<JOB, false>(answer, cap, held.first == first, kept, kept_edge, 1);
+            held.template store<JOB, false>(answer, cap, held.first == first, kept);
         }
     }
     if (JOB != LOG_SOFTMAX && row.label >= 0 && owner && row.scale != 0) {

@@ -53,8 +53,9 @@ template <class T, int VARIANT> struct Answer {
 
     // The mass of a target by class is that of `s`, `with_label` or without what only the label has.
     XE_DEVICE Answer(const Problem<T>& p, const Row<T, VARIANT>& row, const Stats<A>& s, bool with_label) : stats(s) {
-        if (!by_class(VARIANT)) stats.mass = row.each * static_cast<A>(static_cast<int>(p.classes)) + row.on_label;
-        else if (!with_label) stats.mass += row.on_label;
+        if (!by_class(VARIANT)) stats.mass = row.on_label;
+        if (VARIANT == SMOOTH && row.label >= 0) stats.mass += row.each * static_cast<A>(static_cast<int>(p.classes));
+        if (by_class(VARIANT) && !with_label) stats.mass += row.on_label;
         if (!row.has_target) stats.mass = 1;
         const bool finite = isfinite(stats.max);
         tail = finite ? log1p_acc(stats.rest) : not_a_number<A>();

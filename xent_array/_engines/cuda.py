@@ -28,7 +28,7 @@ DTYPES = {"float16": ("f16", 2), "bfloat16": ("bf16", 2), "float32": ("float", 4
 LABELS = {"int8": 1, "uint8": 2, "int16": 3, "uint16": 4, "int32": 5, "uint32": 6, "int64": 7, "uint64": 8}
 OF_LOGITS, OF_FLOAT32 = 9, 10  # these and LABELS: enum Target in problem.cuh
 JOBS = ("LOSS_AND_GRAD", "LOSS", "STATS", "GRAD", "STATS_AND_GRAD", "LOG_SOFTMAX")  # enum Job
-VARIANTS = ("PLAIN", "SMOOTH", "GENERAL", "CAPPED", "CAPPED_GENERAL")  # enum Variant
+VARIANTS = ("PLAIN", "SMOOTH", "SOFT", "GENERAL", "CAPPED", "CAPPED_GENERAL")  # enum Variant
 OLDEST = 75  # compute capability 7.5
 
 TINY = 128  # bytes of a row: up to here a row is one thread's
@@ -38,8 +38,7 @@ CACHE = 48 << 10  # bytes of shared memory that a block has on every chip withou
 # Rows in lanes of a warp: bytes of the row, vectors per thread, lanes. The fewest threads that hold a row do the least
 # that is not per logit.
 WARP_ROWS = ((64, 1, 4), (128, 2, 4), (256, 4, 4), (512, 8, 4), (1024, 8, 8), (2048, 8, 16), (4096, 8, 32))
-HELD = 512  # threads of 8 vectors: up to here one block holds a row
-CLUSTERS = ((128 << 10, 4), (1 << 62, 8))  # bytes of a longer row, and how many blocks hold it to write a gradient
+CLUSTERS = ((64 << 10, 2), (128 << 10, 4), (1 << 62, 8))  # bytes of a longer row, and how many blocks hold it for a gradient
 SUM_THREADS, SUM_BLOCKS, SUM_ALONE = 512, 128, 8192  # up to 8192 rows one block is as fast, and needs no ticket
 
 
@@ -166,44 +165,45 @@ def plan(
     if layout == "columns" or size <= TINY:
         cache = COLUMN_THREADS * size
         return spread("P", 0, 1, COLUMN_THREADS, (COLUMN_THREADS, 4), shared=cache if cache <= CACHE else 0)
-    most, bound = _block(itemsize, chip, variant)
-    for limit, vectors, lanes in WARP_ROWS:
-        while vectors > most and lanes < 32:
-            vectors, lanes = vectors // 2, lanes * 2
-        if size <= limit and vectors <= most:
-            return spread("W", vectors, lanes, WARP_THREADS, (WARP_THREADS, bound[0] * bound[1] // WARP_THREADS))
-    longest = bound[0] if chip < 90 else min(HELD, bound[0])
-    for cluster in (1, *_clusters(size, chip)) if writes or size <= 16 * most * longest else ():
-        threads = _whole_warps(-(-size // (16 * most * cluster)))
-        if threads <= (longest if cluster == 1 else bound[0]):
-            return spread("B", most, 0, threads, bound, cluster)
-    cluster = 1 if chip < 90 or not writes else 8
-    return spread("O", most, 0, min(512, bound[0]), bound, cluster, stream=True)
+    vectors, most, blocks = _held(itemsize, variant, writes)
+    for limit, wanted, lanes in WARP_ROWS:
+        if size <= limit and wanted * lanes <= vectors * 32:
+            fewer = max(1, wanted // vectors)
+            bound = (WARP_THREADS, most * blocks // WARP_THREADS)
+            return spread("W", wanted // fewer, lanes * fewer, WARP_THREADS, bound)
+    for cluster in (1, *_clusters(size)) if chip >= 90 and writes else (1,):
+        threads = _whole_warps(-(-size // (16 * vectors * cluster)))
+        if threads <= most:
+            return spread("B", vectors, 0, threads, (most, blocks), cluster)
+    if writes:  # one block on each SM, whose threads hold more where registers are left
+        vectors, most = (16, 512) if variant in ("PLAIN", "SMOOTH") and itemsize < 8 else (vectors, most * blocks)
+        cluster = 1 if chip < 90 else 8
+        threads = _whole_warps(-(-size // (16 * vectors * cluster)))
+        if threads <= most:
+            return spread("B", vectors, 0, threads, (most, 1), cluster)
+        vectors, most, blocks = _held(itemsize, variant, writes)
+    return spread("O", vectors, 0, most, (most, blocks), 8 if chip >= 90 and writes else 1, stream=True)
 
 
-def _clusters(size: int, chip: int) -> tuple[int, ...]:
-    """How many blocks may hold a row of so many bytes: of what is usual and half of it, the one with fewer idle threads."""
-    if chip < 90:
-        return ()
+def _clusters(size: int) -> tuple[int, ...]:
+    """How many blocks may hold a row: of what is usual for its bytes, and half of it, first what idles less."""
     usual = next(cluster for limit, cluster in CLUSTERS if size <= limit)
 
     def idle(cluster: int) -> int:
         return _whole_warps(-(-size // (128 * cluster))) * cluster
 
-    return tuple(sorted((usual, usual // 2), key=lambda cluster: (idle(cluster), cluster != usual))) + (8,)
+    return *sorted((usual, usual // 2), key=lambda cluster: (idle(cluster), cluster != usual)), 8
 
 
-def _block(itemsize: int, chip: int, variant: str) -> tuple[int, tuple[int, int]]:
-    """(vectors per thread, launch bounds) of a row held by a block: the most that registers hold without spilling."""
+def _held(itemsize: int, variant: str, writes: bool) -> tuple[int, int, int]:
+    """(vectors that a thread holds of a row, most threads of a block, such blocks of an SM): that nothing spills."""
     if itemsize == 8:
-        return (4, (256, 2))
-    if variant == "CAPPED_GENERAL":
-        return (2, (768, 1))
-    if variant == "GENERAL":
-        return (4, (768, 1))
+        return 4, 256, 2
+    if variant in ("GENERAL", "CAPPED_GENERAL"):
+        return 4, 256, 2
     if variant == "CAPPED":
-        return (4, (768, 1))
-    return (8 if itemsize == 4 or 80 <= chip <= 90 else 4, (1024, 1))
+        return 8, 256, 2
+    return 8, 384 if writes or variant == "SOFT" else 512, 2
 
 
 def _tile(count: int, itemsize: int) -> int:
@@ -541,7 +541,9 @@ def _variant(rows: Rows) -> str:
         return "PLAIN" if rows.softcap is None else "CAPPED"
     if rows.softcap is not None:
         return "CAPPED_GENERAL"
-    return "SMOOTH" if labels and rows.weight is None else "GENERAL"
+    if rows.weight is None and (labels or rows.target.dtype == rows.logits.dtype):
+        return "SMOOTH" if labels else "SOFT"
+    return "GENERAL"
 
 
 def _is_even(rows: Rows, logits: Array, grad: Array | None, target: Any) -> bool:
