@@ -115,7 +115,7 @@ template <class T> struct Cut {
     XE_DEVICE Cut(const T* x, int count) {
         const int before = static_cast<int>((16 - (reinterpret_cast<u64>(x) & 15)) & 15) / static_cast<int>(sizeof(T));
         head = before < count ? before : count;
-        vectors = (count - head) / Vector<T>::SIZE;
+        vectors = static_cast<int>(static_cast<u32>(count - head) / Vector<T>::SIZE);
         tail = count - head - vectors * Vector<T>::SIZE;
     }
 };

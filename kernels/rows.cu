@@ -59,9 +59,9 @@ template <int VARIANT, class A> XE_DEVICE Part<A> merge(const Part<A>& one, cons
 template <int WIDTH, int VARIANT, class A> XE_DEVICE Part<A> merge_lanes(Part<A> part, int& leader) {
     sync_warp();  // whence the compiler knows that none is behind
     const A max = lanes_max<WIDTH>(part.max), fall = drop(part.max, max);
-    const int lane = threadIdx.x % 32, group = lane / WIDTH * WIDTH;
-    leader = group + lowest_bit(ballot(part.max == max) >> group);
-    part.sum = lanes_sum<WIDTH>(lane == leader ? part.sum : (part.sum + part.top) * fall);
+    const u32 lane = threadIdx.x % 32, group = lane / WIDTH * WIDTH;
+    leader = static_cast<int>(group) + lowest_bit(ballot(part.max == max) >> group);
+    part.sum = lanes_sum<WIDTH>(lane == static_cast<u32>(leader) ? part.sum : (part.sum + part.top) * fall);
     part.top = shfl(part.top, leader);
     if (every_class(VARIANT)) {
         part.half_gap = lanes_sum<WIDTH>(part.half_gap + times(part.mass, half_below(max, part.max)));
@@ -338,9 +338,9 @@ template <class A, int VARIANT, int LANES, int CLUSTER> struct Team {
 
     // From the parts of the threads to the row; in all threads.
     XE_DEVICE Part<A> merge(Part<A> part) {
-        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+        const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
         part = merge_lanes<WIDTH, VARIANT>(part, leader);
-        holder = lane == leader;
+        holder = lane == static_cast<u32>(leader);
         if (LANES) return part;
         if (lane == 0) {
             if (every_class(VARIANT)) parts[warp] = part;
@@ -354,7 +354,7 @@ template <class A, int VARIANT, int LANES, int CLUSTER> struct Team {
         }
         int leading;
         part = merge_lanes<32, VARIANT>(part, leading);
-        holder &= warp == leading;
+        holder &= warp == static_cast<u32>(leading);
 #ifdef XE_CLUSTERS
         if (CLUSTER == 1) return part;
         cluster_wait();  // the mailboxes of the others are open
@@ -434,7 +434,7 @@ XE_DEVICE void xent_rows(const Problem<T>& p) {
 
     // The threads of a row are numbered through all blocks of its cluster.
     const int threads = LANES ? STEP : static_cast<int>(blockDim.x) * CLUSTER;
-    const int lane = LANES ? threadIdx.x % STEP : team.rank * blockDim.x + threadIdx.x;
+    const u32 lane = LANES ? threadIdx.x % STEP : team.rank * blockDim.x + threadIdx.x;
     const i64 mine = LANES ? static_cast<i64>(blockIdx.x) * (blockDim.x / STEP) + threadIdx.x / STEP
                            : blockIdx.x / CLUSTER;
     const bool exists = !LANES || mine < p.rows;  // lanes without a row take part in the shuffles
@@ -446,18 +446,18 @@ XE_DEVICE void xent_rows(const Problem<T>& p) {
 
     // A group of STEP lanes owns stretches of STEP·K vectors. A warp whose stretch is beyond the row only takes part in
     // the merging; the first always has the edges.
-    const bool busy = CLUSTER == 1 || lane / STEP * (STEP * K) < max(cut.vectors, 1);
-    const int first = lane / STEP * (STEP * K) + lane % STEP, stride = threads * K;
-    H held(p, row, cut, lane, first);
+    const bool busy = CLUSTER == 1 || static_cast<int>(lane / STEP * (STEP * K)) < max(cut.vectors, 1);
+    const int first = static_cast<int>(lane / STEP * (STEP * K) + lane % STEP), stride = threads * K;
+    H held(p, row, cut, static_cast<int>(lane), first);
     held.load_edge(needed);
 
     // The label's logit, in the thread that will overwrite it. For `correct` in all of them; nobody overwrites it before
     // all have read it, by the barriers of a block, or where lanes share the row by this one.
     bool owner = lane == 0;
     if (row.label >= 0) {
-        const int k = row.label - cut.head, ahead = k / SIZE - first, place = k < 0 ? row.label : row.label - cut.vectors * SIZE;
-        const int turn = STREAM ? ahead % stride : ahead;
-        owner = k < 0 || k >= cut.vectors * SIZE ? place % STEP == lane : turn >= 0 && turn < STEP * K && turn % STEP == 0;
+        const int k = row.label - cut.head, place = k < 0 ? row.label : row.label - cut.vectors * SIZE;
+        const int ahead = static_cast<int>(static_cast<u32>(k) / SIZE) - first, turn = STREAM ? ahead % stride : ahead;
+        owner = k < 0 || k >= cut.vectors * SIZE ? static_cast<u32>(place) % STEP == lane : turn >= 0 && turn < STEP * K && turn % STEP == 0;
     }
     Rival<A> rival = rival_of<JOB>(p, row);
     A at_label = 0;
