@@ -97,11 +97,8 @@ template <class T, int VARIANT> struct Row {
     const A* w;
     A keep;
 
-    // EVEN: r is all there is to say of a row's place.
-    template <bool EVEN = false> XE_DEVICE static Row at(const Problem<T>& p, i64 r) {
-        const bool split = !EVEN && p.inner != 1;
-        return Row(p, r, split ? r / p.inner : r, split ? r % p.inner : 0);
-    }
+    XE_DEVICE Row(const Problem<T>& p, i64 r)
+        : Row(p, r, p.inner == 1 ? r : r / p.inner, p.inner == 1 ? 0 : r % p.inner) {}
     XE_DEVICE Row(const Problem<T>& p, i64 r, i64 o, i64 i) {
         x = p.logits + (o * p.logits_outer + i * p.logits_inner);
         g = p.grad + (o * p.grad_outer + i * p.grad_inner);

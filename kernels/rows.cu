@@ -439,7 +439,7 @@ XE_DEVICE void xent_rows(const Problem<T>& p) {
                            : blockIdx.x / CLUSTER;
     const bool exists = !LANES || mine < p.rows;  // lanes without a row take part in the shuffles
     const i64 r = exists ? mine : p.rows - 1;
-    const Row<T, VARIANT> row = Row<T, VARIANT>::template at<EVEN>(p, r);
+    const Row<T, VARIANT> row = EVEN ? Row<T, VARIANT>(p, r, r, 0) : Row<T, VARIANT>(p, r);
     const Cut<T> cut(row.x, static_cast<int>(p.classes));
     const Cap<A> cap(p.softcap);
     const bool needed = exists && row.needs_logits(JOB);
@@ -452,7 +452,7 @@ XE_DEVICE void xent_rows(const Problem<T>& p) {
     held.load_edge(needed);
 
     // The label's logit, in the thread that will overwrite it. For `correct` in all of them; nobody overwrites it before
-    // all have read it, by the barriers of a block, or where lanes share the row by this one.
+    // all have read it, by the barriers that merging takes.
     bool owner = lane == 0;
     if (row.label >= 0) {
         const int k = row.label - cut.head, place = k < 0 ? row.label : row.label - cut.vectors * SIZE;
@@ -465,7 +465,6 @@ XE_DEVICE void xent_rows(const Problem<T>& p) {
     rival.x = at_label;
     Capped<A> label = {at_label, 1};
     if (has_softcap(VARIANT)) label = cap.of(at_label);
-    if (writes_stats(JOB) && LANES) sync_warp();
 
     A kept[KEEP ? K * SIZE : 1];
     Part<A> part;

@@ -159,6 +159,8 @@ def plan(
         )  # fmt: skip
 
     size = classes * itemsize
+    if layout == "columns" or size <= TINY:  # whose kernels ask every class for its target
+        variant = {"SMOOTH": "GENERAL", "SOFT": "GENERAL", "CAPPED": "CAPPED_GENERAL"}.get(variant, variant)
     if layout == "flat" and size <= TINY:
         cache = _tile(TINY_THREADS * classes, itemsize)
         return spread("T", 0, 1, TINY_THREADS, (TINY_THREADS, 2 if itemsize == 8 else 4), shared=cache)
@@ -215,8 +217,8 @@ def _whole_warps(threads: int) -> int:
     return -(-threads // 32) * 32
 
 
-# Bytes of a row that between them meet every plan.
-SIZES = (64, *(limit for limit, _, _ in WARP_ROWS), *(m << k for k in range(12, 21) for m in (2, 3)), 100_514)
+# Bytes of a row that between them meet every plan: each limit that there is lies just at or above one of them.
+SIZES = sorted({int(base * step) // 16 * 16 for base in (1 << k for k in range(6, 22)) for step in (1, 1.25, 1.5, 1.75)})
 LAYOUTS = ("flat", "rows", "columns")
 
 
