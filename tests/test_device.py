@@ -40,8 +40,8 @@ WRAPPERS = [
     ("u[0] = pack2(f[0], f[1], bf16());", r"F2FP\.BF16\.F32\.PACK_AB "),
     ("u[0] = max2(u[0], u[1], f16());", r"HMNMX2 "),
     ("u[0] = max2(u[0], u[1], bf16());", r"HMNMX2\.BF16"),
-    ("f[0] = log1p_acc(f[0]) + tanh_acc(f[1]) + max_acc(f[2], f[3]) + exp_acc(f[4]);", r"FMNMX"),
-    ("d[0] = log1p_acc(d[0]) + tanh_acc(d[1]) + max_acc(d[2], d[3]) + exp_acc(d[4]);", r"DFMA"),
+    ("f[0] = log1p_acc(f[0]) + reciprocal(f[1]) + max_acc(f[2], f[3]) + exp_acc(f[4]);", r"FMNMX"),
+    ("d[0] = log1p_acc(d[0]) + reciprocal(d[1]) + max_acc(d[2], d[3]) + exp_acc(d[4]);", r"DFMA"),
     ("f[threadIdx.x] = lanes_max<8>(f[threadIdx.x]) + lanes_sum<32>(f[32]);", r"SHFL\.BFLY"),
 ]
 BARRIER = "XE_SHARED(u64, bar, 1); XE_SHARED(uint4, x, 64);\n"

@@ -346,7 +346,7 @@ def test_confident_rows(family, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "classes"), [(600, 70), (300, 300), (80, 2500), (20, 9000)])
 def test_rows_around_the_threshold(rows, classes, dtype):
-    """A thousand rows whose largest logit has a probability of about 1/2, below, above and at it, anywhere in the row."""
+    """A thousand rows whose largest logit, anywhere in the row, has a probability about 1/2: below, above and at it."""
     rng = np.random.default_rng([classes, *dtype.encode()])
     x = rng.standard_normal((rows, classes))
     place, shift = rng.integers(classes, size=rows), rng.choice([0, 0, 3, -40], rows)
