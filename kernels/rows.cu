@@ -326,7 +326,7 @@ XE_DEVICE void xent_rows(const Problem<T>& p) {
 #define XE_CLUSTER_2 XE_CLUSTER(2)
 #define XE_CLUSTER_4 XE_CLUSTER(4)
 #define XE_CLUSTER_8 XE_CLUSTER(8)
-#define XE_ROWS(name, T, JOB, VARIANT, K, LANES, CLUSTER, STREAM, THREADS, BLOCKS)                              \
-    extern "C" __global__ void XE_CLUSTER_##CLUSTER __launch_bounds__(THREADS, BLOCKS) name(XE_PARAMETERS(T)) { \
-        xent_rows<T, JOB, VARIANT, K, LANES, CLUSTER, STREAM>(Problem<T>{XE_ARGUMENTS});                        \
+#define XE_ROWS(name, T, JOB, VARIANT, K, LANES, CLUSTER, STREAM, THREADS, BLOCKS)                                \
+    extern "C" __global__ void XE_CLUSTER_##CLUSTER __launch_bounds__(THREADS, BLOCKS) name(const Problem<T> p) { \
+        xent_rows<T, JOB, VARIANT, K, LANES, CLUSTER, STREAM>(open(p));                                           \
     }
