@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, Unpack, overload
 
-from . import _engines
+from . import _again, _engines
 from ._engines import Engine
 from ._problem import (
     IGNORE_INDEX,
@@ -325,6 +325,13 @@ def cross_entropy(
         at_once = _engines.at_once(logits, target, reduction, None, wants_grad=False)
         if at_once is not None:
             return at_once[0]
+    call = None
+    if logits.__class__ in _again.KINDS:
+        options = (axis, reduction, ignore_index, label_smoothing, z_loss, softcap, validate)
+        given = [logits, target, weight, sample_weight, denominator, None]
+        answer, call = _again.ask("loss", engine, options, given)
+        if answer is not None:
+            return answer[0]
     problem = problem_of(
         logits,
         target,
@@ -341,7 +348,10 @@ def cross_entropy(
         engine=engine,
     )
     with quiet(problem.rows.xp):
-        return problem.loss(_engines.loss(problem.engine, problem.rows))
+        loss = problem.loss(_engines.loss(problem.engine if call is None else call.noted(problem.engine), problem.rows))
+    if call is not None:
+        call.keep(loss)
+    return loss
 
 
 @overload
@@ -465,6 +475,13 @@ def cross_entropy_value_and_grad(
         at_once = _engines.at_once(logits, target, reduction, upstream, wants_grad=True, out=out)
         if at_once is not None:
             return at_once
+    call = None
+    if logits.__class__ in _again.KINDS and not return_stats:
+        options = (axis, reduction, ignore_index, label_smoothing, z_loss, softcap, validate)
+        given = [logits, target, weight, sample_weight, denominator, grad_output, out]
+        answer, call = _again.ask("loss and grad", engine, options, given)
+        if answer is not None:
+            return answer
     problem = problem_of(
         logits,
         target,
@@ -487,8 +504,12 @@ def cross_entropy_value_and_grad(
         if return_stats:
             loss, grad, stats = _engines.loss_grad_and_stats(problem.engine, problem.rows, into.view)
             return problem.loss(loss), into.result(grad), problem.user_stats(stats)
-        loss, grad = _engines.loss_and_grad(problem.engine, problem.rows, into.view)
-        return problem.loss(loss), into.result(grad)
+        chosen = problem.engine if call is None else call.noted(problem.engine)
+        loss, grad = _engines.loss_and_grad(chosen, problem.rows, into.view)
+        loss, grad = problem.loss(loss), into.result(grad)
+    if call is not None and into.is_written_by_engine:
+        call.keep(loss, grad)
+    return loss, grad
 
 
 @overload
@@ -562,6 +583,13 @@ def cross_entropy_grad(
     array([[ 0.33 , -0.379,  0.049],
            [-0.464,  0.243,  0.22 ]])
     """
+    call = None
+    if logits.__class__ in _again.KINDS and stats is None:
+        options = (axis, reduction, ignore_index, label_smoothing, z_loss, softcap, validate)
+        given = [logits, target, weight, sample_weight, denominator, grad_output, out]
+        answer, call = _again.ask("grad", engine, options, given)
+        if answer is not None:
+            return answer[0]
     problem = problem_of(
         logits,
         target,
@@ -582,11 +610,15 @@ def cross_entropy_grad(
     saved = None if stats is None else problem.stats(stats)
     into = Output(problem, out)
     with quiet(problem.rows.xp):
+        chosen = problem.engine if call is None else call.noted(problem.engine)
         if saved is None:
-            _, grad = _engines.loss_and_grad(problem.engine, problem.rows, into.view)
+            _, grad = _engines.loss_and_grad(chosen, problem.rows, into.view)
         else:
-            grad = problem.engine.grad(problem.rows, saved, into.view)
-        return into.result(grad)
+            grad = chosen.grad(problem.rows, saved, into.view)
+        grad = into.result(grad)
+    if call is not None and into.is_written_by_engine:
+        call.keep(grad)
+    return grad
 
 
 def row_stats(

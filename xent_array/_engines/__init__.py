@@ -16,6 +16,7 @@ It may also have these of its own; where it does not, the functions below compos
     row_stats(rows)                the stats as users see them: `correct`, and a gap of NaN under a bad label
     loss_grad_and_stats(rows, out) all three, for the price of one read and one write; the stats as from `row_stats`
     softmax(rows, log)             softmax or log-softmax of every row
+    noting()                       (the same engine for one call, its tape): `_again.py` repeats what is on it
     at_once(logits, target, ...)   the answer to the plainest question, see the function below; None if it is not that
 
 Rows are canonical and checked: an engine never sees an axis or a user's mistake. A label that is no class has no
