@@ -7,7 +7,8 @@ same launches, each pointer in its place. What does not follow from the key is l
 memory with an input. What is asked of the numbers themselves (``validate=True``) is never kept.
 
 Kept is only a call of which everything is known: whatever was launched points to an array of the caller or to room that
-the engine asked for, and every result is `out` or such room. A conversion, a copy, an array of another kind is neither.
+the engine asked for, each array of the caller is among those (so that none was read by the host instead), and every
+result is `out` or such room. A conversion, a copy, an array of another kind is neither.
 """
 
 from __future__ import annotations
@@ -95,6 +96,9 @@ class Call:
             if len(found) < len(touched):
                 return None
             launches.append((run, words, tuple((at, found[k]) for at, k in slots)))
+        touched_by_some = {k for _, _, slots in launches for _, k in slots}
+        if not touched_by_some.issuperset(known[pointer] for pointer in pointers[: len(given)] if pointer):
+            return None
         rooms, numbers = [(tuple(room.shape), room.dtype) for room in tape.rooms], []
         for result in results:
             k = len(given) - 1 if result is out else known.get(look(result)[0]) if type(result) is kind else None
@@ -141,7 +145,7 @@ def ask(
         if given is not None:
             if given.__class__ is kind:
                 pointer, seen = look(given)
-            elif given.__class__ in _NUMBERS and given != 0:  # whose sign a key does not tell
+            elif given.__class__ in _NUMBERS:
                 seen = given
             else:
                 return None, None

@@ -507,7 +507,7 @@ def cross_entropy_value_and_grad(
         chosen = problem.engine if call is None else call.noted(problem.engine)
         loss, grad = _engines.loss_and_grad(chosen, problem.rows, into.view)
         loss, grad = problem.loss(loss), into.result(grad)
-    if call is not None and into.is_written_by_engine:
+    if call is not None:
         call.keep(loss, grad)
     return loss, grad
 
@@ -616,7 +616,7 @@ def cross_entropy_grad(
         else:
             grad = chosen.grad(problem.rows, saved, into.view)
         grad = into.result(grad)
-    if call is not None and into.is_written_by_engine:
+    if call is not None:
         call.keep(grad)
     return grad
 

@@ -744,10 +744,6 @@ class Output:
         with suppress(ValueError, NotImplementedError, AttributeError):  # else the gradient is made apart and copied
             self.view = view.logits(xp, self.target, copy=False)
 
-    @property
-    def is_written_by_engine(self) -> bool:
-        return self.out is None or self.view is not None
-
     def result(self, grad: Array) -> Array:
         """The gradient where the caller wants it."""
         xp = self.problem.rows.xp
