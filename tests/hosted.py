@@ -2,13 +2,13 @@
 
 import contextlib
 import ctypes
-from typing import ClassVar
+from unittest import mock
 
 import numpy as np
 import simt
 
 from xent_array import _kernels, _problem
-from xent_array._engines.cuda import Cuda, Cupy
+from xent_array._engines.cuda import Cupy
 
 
 class Hosted(Cupy):
@@ -21,10 +21,10 @@ class Hosted(Cupy):
         return contextlib.nullcontext()
 
 
-class Function:
+class Emulated:
     """What stands for `cupy.RawKernel`: takes arguments as CuPy does, and what they lead to as CUDA does."""
 
-    launches: ClassVar[list[str]] = []
+    launches = 0
     max_dynamic_shared_size_bytes = 48 << 10
 
     def __init__(self, kernel):
@@ -37,44 +37,46 @@ class Function:
         assert isinstance(argument, np.ndarray)
         assert argument.size == 1  # CuPy takes no other by value
         library = simt.compile(self.kernel.text, [self.kernel.name])
-        (kind,) = library.parameters(self.kernel.name)
-        assert kind == f"s{argument.itemsize}"
+        assert library.parameters(self.kernel.name) == [f"s{argument.itemsize}"]
         data = ctypes.string_at(CNumpyArray(argument).ptr, argument.itemsize)
         library.launch(self.kernel.name, *grid, *block, [simt.Struct(data, {})], shared_bytes=shared_mem)
-        self.launches.append(self.kernel.name)
+        Emulated.launches += 1
 
 
-def engine(monkeypatch):
-    """The engine over CuPy; and what makes a CuPy array of NumPy's, and back."""
+@contextlib.contextmanager
+def cupy_on_host(function=Emulated):
+    """In here arrays of CuPy need no GPU, as long as nothing is calculated with them; `function(kernel)` launches."""
     import cupy
 
-    held = {}
-
     def allocate(size):
-        memory = np.full(-(-max(size, 1) // 512) * 512 + 512, 255, np.uint8)
+        memory = np.empty(max(size, 1) + 512, np.uint8)
         start = -(-memory.ctypes.data // 512) * 512
-        held[start] = memory
         return cupy.cuda.MemoryPointer(cupy.cuda.UnownedMemory(start, max(size, 1), memory, 0), 0)
 
-    def to_numpy(array):
-        low = array.data.ptr + sum(min(0, step * (n - 1)) for step, n in zip(array.strides, array.shape, strict=True))
-        size = sum(abs(step) * (n - 1) for step, n in zip(array.strides, array.shape, strict=True)) + array.itemsize
-        buffer = (ctypes.c_char * size).from_address(low)
-        return np.ndarray(array.shape, array.dtype, buffer, array.data.ptr - low, array.strides)
-
-    def to_cupy(array):
-        made = cupy.ndarray(array.shape, array.dtype)
-        to_numpy(made)[...] = array
-        return made
-
     def extent(array):  # CuPy asks the driver for a stream before it tells where an array lies
-        if isinstance(array, cupy.ndarray):
-            array = to_numpy(array)
-        return real(array)
+        return real(to_numpy(array) if isinstance(array, cupy.ndarray) else array)
 
     real = _problem._extent
-    monkeypatch.setattr(_problem, "_extent", extent)
-    monkeypatch.setattr(cupy.cuda.runtime, "getDevice", lambda: 0)
-    monkeypatch.setattr(_kernels, "compiled", lambda kernel, device: Function(kernel))
-    monkeypatch.setattr(Function, "launches", [])
-    return Cuda(Hosted()), cupy.cuda.using_allocator(allocate), to_cupy, to_numpy
+    with (
+        mock.patch.object(_problem, "_extent", extent),
+        mock.patch.object(cupy.cuda.runtime, "getDevice", return_value=0),
+        mock.patch.object(_kernels, "compiled", lambda kernel, device: function(kernel)),
+        cupy.cuda.using_allocator(allocate),
+    ):
+        yield
+
+
+def to_numpy(array):
+    """The memory of a CuPy array in there, as NumPy's."""
+    reach = [step * (length - 1) for step, length in zip(array.strides, array.shape, strict=True)]
+    low = sum(step for step in reach if step < 0)
+    buffer = (ctypes.c_char * (sum(map(abs, reach)) + array.itemsize)).from_address(array.data.ptr + low)
+    return np.ndarray(array.shape, array.dtype, buffer, -low, array.strides)
+
+
+def to_cupy(array):
+    import cupy
+
+    made = cupy.ndarray(array.shape, array.dtype)
+    to_numpy(made)[...] = array
+    return made

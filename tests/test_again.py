@@ -5,11 +5,11 @@ import itertools
 import os
 import random
 import shutil
-import sys
 import threading
 import weakref
 
 import emulated
+import hosted
 import numpy as np
 import pytest
 
@@ -370,43 +370,32 @@ def test_kinds_of_arrays_are_those_that_the_engine_was_asked_about(monkeypatch):
 # CuPy's own arrays, its way of taking an argument by value, and no GPU
 
 
-@pytest.fixture
-def cupy_on_host(monkeypatch):
-    pytest.importorskip("cupy")
-    import hosted
-
-    engine, memory, to_cupy, to_numpy = hosted.engine(monkeypatch)
-    with memory:
-        yield engine, to_cupy, to_numpy
-
-
 @pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_arrays_of_cupy(cupy_on_host, only_kept, reduction):
-    engine, to_cupy, to_numpy = cupy_on_host
-    launched = sys.modules["hosted"].Function.launches
-    emulator = emulated.engine()
+def test_arrays_of_cupy(monkeypatch, reduction):
+    pytest.importorskip("cupy")
+    engine, emulator = cuda.Cuda(hosted.Hosted()), emulated.engine()
 
     def call(seed):
         x, y = problem(seed, 300, 70)
         options = {"reduction": reduction, "ignore_index": -1, "label_smoothing": 0.1, "validate": False}
         wanted = cross_entropy_value_and_grad(x, y, engine=emulator, **options)
-        x, y = to_cupy(x), to_cupy(y)
-        for out in (None, to_cupy(np.zeros((300, 70), np.float32)), x):
-            _again_before = len(launched)
+        x, y = hosted.to_cupy(x), hosted.to_cupy(y)
+        for out in (None, hosted.to_cupy(np.zeros((300, 70), np.float32)), x):
+            before = hosted.Emulated.launches
             loss, grad = cross_entropy_value_and_grad(x, y, out=out, engine=engine, **options)
-            assert len(launched) - _again_before == (1 if reduction == "none" else 3)
+            assert hosted.Emulated.launches - before == (1 if reduction == "none" else 3)
             assert out is None or grad is out
             assert type(loss) is type(grad) is type(x)
-            assert to_numpy(loss).tobytes() == wanted[0].tobytes()
-            assert to_numpy(grad).tobytes() == wanted[1].tobytes()
+            assert hosted.to_numpy(loss).tobytes() == wanted[0].tobytes()
+            assert hosted.to_numpy(grad).tobytes() == wanted[1].tobytes()
 
-    call(0)
-    call(1)
-    before = len(_again._kept)
-    assert before >= 3
-    real = _api.problem_of
-    _api.problem_of = lambda x, *a, **k: real(x, *a, **k) if type(x) is np.ndarray else pytest.fail("the whole way")
-    try:
+    with hosted.cupy_on_host():
+        call(0)
+        call(1)
+        real = _api.problem_of
+        monkeypatch.setattr(
+            _api,
+            "problem_of",
+            lambda x, *a, **k: real(x, *a, **k) if type(x) is np.ndarray else pytest.fail("the whole way"),
+        )
         call(2)
-    finally:
-        _api.problem_of = real
