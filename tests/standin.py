@@ -10,7 +10,6 @@ It takes the place of CuPy in `sys.modules`, and so wants a process of its own.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import inspect
@@ -31,8 +30,7 @@ OPERATORS = [
       for side in ("", "r", "i")),
     *(f"__{name}__" for name in ("eq", "ne", "lt", "le", "gt", "ge", "neg", "pos", "abs", "invert", "getitem")),
 ]  # fmt: skip
-METHODS = ("all any argmax argmin astype clip copy cumsum dot fill max mean min prod ravel repeat reshape round squeeze"
-           " std sum swapaxes take transpose tolist item var view").split()  # fmt: skip
+METHODS = ["all", "any", "argmax", "argmin", "astype", "clip", "copy", "cumsum", "dot", "fill", "max", "mean", "min", "prod", "ravel", "repeat", "reshape", "round", "squeeze", "std", "sum", "swapaxes", "take", "transpose", "tolist", "item", "var", "view"]  # fmt: skip
 
 
 class Device:
@@ -167,6 +165,19 @@ for _name in (*OPERATORS, *METHODS):
     setattr(ndarray, _name, _method(_name))
 
 
+class Generator:
+    """Of random numbers, as far as the examples go."""
+
+    def __init__(self, seed=None):
+        self.numpys = np.random.default_rng(seed)
+
+    def standard_normal(self, size=None, dtype=np.float64, out=None):
+        return given(self.numpys.standard_normal(size, dtype, taken(out)))
+
+    def integers(self, low, high=None, size=None, dtype=np.int64, endpoint=False):
+        return given(self.numpys.integers(low, high, size, dtype, endpoint))
+
+
 class RawKernel:
     """A kernel that the emulation runs."""
 
@@ -196,7 +207,7 @@ def _signature(function):
         return inspect.signature(function)
     except (TypeError, ValueError):
         said = re.match(r"\w+\(([^[\n]*)\)\n", function.__doc__ or "")  # without optional ones, as of divmod
-        return said and inspect.signature(eval(f"lambda {said[1]}: None".replace("\\", "")))  # noqa: S307 - of CuPy
+        return said and inspect.signature(eval(f"lambda {said[1]}: None".replace("\\", "")))
 
 
 def _function(name, real, of_numpy):
@@ -247,7 +258,7 @@ def install():
     def standard_normal(size=None, dtype=float):  # whose dtype NumPy's own has not
         return given(np.random.default_rng(0).standard_normal(size).astype(dtype))
 
-    made.random.standard_normal = standard_normal
+    made.random.standard_normal, made.random.default_rng = standard_normal, Generator
     for name in [name for name in sys.modules if re.match(r"(cupy|array_api_compat\.cupy)(\.|$)", name)]:
         del sys.modules[name]
     sys.modules |= {f"cupy.{name}": getattr(made, name) for name in ("cuda", "linalg", "fft", "random")}
@@ -257,20 +268,20 @@ def install():
 
 def main(arguments):
     install()
-    from xent_array import __main__ as program
+    os.chdir(HERE.parent)
+    if arguments[0] == "-c":
+        exec(arguments[1], {"__name__": "__main__"})
+    elif arguments[:2] == ["-m", "xent_array"]:
+        from xent_array import __main__ as program
 
-    program.SIZE = (8, 100)  # the emulation is slow
-    with contextlib.chdir(HERE.parent):
-        if arguments[0] == "-m":
-            sys.argv = arguments[1:]
-            if arguments[1] == "xent_array":  # which is imported already
-                sys.exit(program.main(arguments[2:]))
-            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
-        elif arguments[0] == "-c":
-            exec(arguments[1], {})
-        else:
-            sys.argv = arguments
-            runpy.run_path(os.fspath(arguments[0]), run_name="__main__")
+        program.SIZE = (8, 100)  # the emulation is slow
+        sys.exit(program.main(arguments[2:]))
+    elif arguments[0] == "-m":
+        sys.argv = arguments[1:]
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = arguments
+        runpy.run_path(arguments[0], run_name="__main__")
 
 
 if __name__ == "__main__":
