@@ -30,7 +30,11 @@ OPERATORS = [
       for side in ("", "r", "i")),
     *(f"__{name}__" for name in ("eq", "ne", "lt", "le", "gt", "ge", "neg", "pos", "abs", "invert", "getitem")),
 ]  # fmt: skip
-METHODS = ["all", "any", "argmax", "argmin", "astype", "clip", "copy", "cumsum", "dot", "fill", "max", "mean", "min", "prod", "ravel", "repeat", "reshape", "round", "squeeze", "std", "sum", "swapaxes", "take", "transpose", "tolist", "item", "var", "view"]  # fmt: skip
+METHODS = (
+    "all", "any", "argmax", "argmin", "astype", "clip", "copy", "cumsum", "dot", "fill", "item", "max", "mean", "min",
+    "prod", "ravel", "repeat", "reshape", "round", "squeeze", "std", "sum", "swapaxes", "take", "tolist", "transpose",
+    "var", "view",
+)  # fmt: skip
 
 
 class Device:
