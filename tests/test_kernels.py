@@ -509,6 +509,55 @@ def test_a_known_divisor_costs_no_launch(monkeypatch):
                 assert len(engine.launcher.launches) == 2
 
 
+SPACED = {  # how logits of 3 × 5 × 8 × 9 lie, the axis of the classes, and what `inner` is
+    "classes last": (lambda x: x, -1, 1),
+    "classes first in memory": (lambda x: np.ascontiguousarray(x.transpose(3, 0, 1, 2)).transpose(1, 2, 3, 0), -1, 1),
+    "classes last in memory": (lambda x: np.ascontiguousarray(x.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2), 1, 1),
+    "classes first": (lambda x: x, 0, 1),
+    "classes between": (lambda x: x, 1, 72),
+    "every other row": (lambda x: np.repeat(x, 2, 2)[:, :, ::2], -1, 1),
+}
+
+
+@pytest.mark.parametrize("grad", ["new", "out", "in place"])
+@pytest.mark.parametrize("how", SPACED)
+def test_rows_that_are_evenly_spaced_are_one_axis(how, grad, monkeypatch):
+    """In all arrays: kernels then divide no row number. And the answer is right."""
+    place, axis, inner = SPACED[how]
+    rng = np.random.default_rng(11)
+    x = place(rng.standard_normal((3, 5, 8, 9), dtype=np.float32))
+    y = rng.integers(x.shape[axis], size=np.delete(x.shape, axis))
+    arguments = []
+    real = cuda._taken_apart
+    monkeypatch.setattr(cuda, "_taken_apart", lambda argument: (arguments.append(argument), real(argument))[1])
+    truth = truth_of(x, y, {"axis": axis})
+    out = {"new": None, "out": np.empty_like(x), "in place": x}[grad]
+    loss, got = cross_entropy_value_and_grad(x, y, axis=axis, engine=emulated.engine(mode="check"), out=out)
+    assert_loss(loss, truth)
+    assert_grad(got, truth)
+    assert [(type(a).__name__, a.inner) for a in arguments] == [("Sum", 1), ("Problem", inner), ("Sum", 1)]
+
+
+def test_rows_are_one_axis_only_where_they_are_evenly_spaced_in_every_array():
+    """As an engine may be given them, whatever the public functions make of axes."""
+    rng = np.random.default_rng(12)
+    dense = rng.standard_normal((6, 4, 5), dtype=np.float32).transpose(0, 2, 1)  # outer, class, inner
+    apart = np.tile(dense.transpose(0, 2, 1), (1, 2, 1))[:, :4].transpose(0, 2, 1)  # room after every 4 rows
+    labels, spread = rng.integers(5, size=(6, 4)), np.tile(rng.integers(5, size=(6, 4)), 2)[:, :4]
+    for logits, target, grad, inner in (
+        (dense, labels, np.empty_like(dense), 1),
+        (apart, labels, np.empty_like(dense), 4),
+        (dense, spread, np.empty_like(dense), 4),
+        (dense, labels, np.empty((6, 8, 5), np.float32)[:, :4].transpose(0, 2, 1), 4),
+    ):
+        assert cuda._steps(6, 4, logits, grad, target)[0] == inner
+        engine = emulated.engine(mode="check")
+        losses, got = engine.loss_and_grad(Rows(np, logits, np.dtype("float32"), target), grad)
+        truth = truth_of(logits, target, {"axis": 1, "reduction": "none"})
+        assert_loss(losses, truth)
+        assert_grad(got, truth)
+
+
 @pytest.mark.parametrize("argument", [("problem.cuh", "Problem"), ("sums.cu", "Sum")], ids=str)
 def test_an_argument_is_the_same_in_python_and_in_cuda(argument):
     file, name = argument

@@ -72,6 +72,12 @@ def test_digits_are_learnt():
     assert float(re.search(r"accuracy ([\d.]+)%", done.stdout)[1]) >= 85
 
 
+def test_the_launches_that_are_for_a_gpu():
+    done = run("-m", "bench.launches", "--part", "2/90")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"[1-9]\d* problems, [1-9]\d* kernels, [1-9]\d* launches, 0 wrong", done.stdout)
+
+
 @pytest.mark.parametrize(
     "words",
     [
