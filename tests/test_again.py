@@ -13,12 +13,42 @@ import hosted
 import numpy as np
 import pytest
 
-from xent_array import _again, _api, _engines, cross_entropy, cross_entropy_grad, cross_entropy_value_and_grad
+from xent_array import (
+    _again,
+    _api,
+    _engines,
+    cross_entropy,
+    cross_entropy_grad,
+    cross_entropy_value_and_grad,
+    log_softmax,
+    row_stats,
+    softmax,
+)
 from xent_array._engines import cuda
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulation needs g++")
 
-FUNCTIONS = {f.__name__: f for f in (cross_entropy, cross_entropy_value_and_grad, cross_entropy_grad)}
+
+def all_three(x, y, **options):
+    loss, grad, stats = cross_entropy_value_and_grad(x, y, return_stats=True, **options)
+    return loss, grad, *stats
+
+
+def stats_then_grad(x, y, **options):
+    """As under automatic differentiation: what is saved of the forward pass goes to the backward pass."""
+    forward = {k: v for k, v in options.items() if k not in ("reduction", "denominator", "grad_output", "out")}
+    stats = row_stats(x, y, **forward)
+    return *stats, cross_entropy_grad(x, y, stats=stats, **options)
+
+
+def both_softmax(x, y, **options):
+    return softmax(x, axis=options.get("axis", -1)), log_softmax(x, axis=options.get("axis", -1))
+
+
+FUNCTIONS = {
+    f.__name__: f
+    for f in (cross_entropy, cross_entropy_value_and_grad, cross_entropy_grad, all_three, stats_then_grad, both_softmax)
+}
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +61,8 @@ def only_kept(monkeypatch):
     """Says that from now on no call may go the whole way."""
 
     def now():
-        monkeypatch.setattr(_api, "problem_of", lambda *a, **k: pytest.fail("the call went the whole way"))
+        for name in ("problem_of", "problem_without_target"):
+            monkeypatch.setattr(_api, name, lambda *a, **k: pytest.fail("the call went the whole way"))
 
     return now
 
@@ -43,7 +74,11 @@ def outcome(function, *arguments, **options):
     except Exception as error:
         return type(error), str(error)
     parts = found if isinstance(found, tuple) else (found,)
-    return [(type(part), part.dtype, part.shape, part.tobytes()) for part in parts]
+    return [part is not None and (type(part), part.dtype, part.shape, part.tobytes()) for part in parts]
+
+
+def has_grad(name):
+    return name not in ("cross_entropy", "both_softmax")
 
 
 def problem(seed, rows=40, classes=7, dtype=np.float32):
@@ -60,24 +95,27 @@ OPTIONS = [
     {},
     {"label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 9.0},
     {"weight": 0, "sample_weight": 1},  # which of `weights`
-    {"denominator": 11.0},
 ]
+OPTIONS = [{"reduction": reduction, **options} for reduction in ("none", "sum", "mean") for options in OPTIONS]
+OPTIONS.append({"reduction": "mean", "denominator": 11.0})
 
 
+@pytest.mark.full(but_one_per="name")
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_a_kept_call_gives_what_the_whole_way_gives(name, reduction, options, only_kept):
+def test_a_kept_call_gives_what_the_whole_way_gives(name, options, only_kept, monkeypatch):
     """On other numbers, each time; with `out`, in place and without; with an upstream gradient."""
-    if "denominator" in options and reduction != "mean":
-        pytest.skip("for the mean only")
-    engine, function = emulated.engine(), FUNCTIONS[name]
-    outs = ("new", "out", "in place") if name != "cross_entropy" else ("new",)
-    upstreams = (None,) if name == "cross_entropy" else (None, 3.0, np.float32) if reduction == "none" else (None, 3.0)
+    engine, function, reduction = emulated.engine(), FUNCTIONS[name], options["reduction"]
+    outs = ("new", "out", "in place") if has_grad(name) else ("new",)
+    upstreams = (None,) if not has_grad(name) else (None, 3.0, np.float32) if reduction == "none" else (None, 3.0)
+    if name == "both_softmax":
+        for each in list(_engines.ENGINES):
+            monkeypatch.delitem(_engines.ENGINES, each)
+        monkeypatch.setitem(_engines.ENGINES, "cuda", engine)
 
     def call(seed, into, upstream, engine):
         x, y = problem(seed)
-        given = {"reduction": reduction, "ignore_index": -1, "engine": engine, **options}
+        given = {"ignore_index": -1, "engine": engine, **options}
         given |= {key: weights(seed)[options[key]] for key in ("weight", "sample_weight") if key in options}
         if into != "new":
             given["out"] = x if into == "in place" else np.empty_like(x)
@@ -87,7 +125,8 @@ def test_a_kept_call_gives_what_the_whole_way_gives(name, reduction, options, on
         found = outcome(function, x, y, **given)
         if into != "new":
             again = function(x, y, **given)
-            assert (again if name == "cross_entropy_grad" else again[1]) is given["out"]
+            again = again if isinstance(again, tuple) else (again,)
+            assert any(part is given["out"] for part in again)
         return found
 
     cases = list(itertools.product(range(3), outs, upstreams))
@@ -182,34 +221,40 @@ def variations(engine):
 def tried(name, function, engine):
     x, y, options = variations(engine)[name]
     if "out" in options:
-        if function is cross_entropy:
+        if not has_grad(function.__name__):
             del options["out"]
         else:
             room = options["out"]
             room = room if room.base is None else room.base
             if room.flags.writeable and name != "out in place" and name != "out in part":
                 room[...] = 0.5
-    if function is cross_entropy:
+    if not has_grad(function.__name__):
         options.pop("grad_output", None)
     return outcome(function, x, y, **options)
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_what_is_kept_answers_for_nothing_else(name):
+@pytest.mark.parametrize(
+    "name", [name if name.startswith("cross") else pytest.param(name, marks=pytest.mark.full) for name in FUNCTIONS]
+)
+def test_what_is_kept_answers_for_nothing_else(name, monkeypatch):
     """Every variation first with nothing kept; then all of them, in any order and several times, with everything."""
-    function, names = FUNCTIONS[name], list(variations(None))
+    function, names, engine = FUNCTIONS[name], list(variations(None)), emulated.engine()
+    if name == "both_softmax":
+        for each in list(_engines.ENGINES):
+            monkeypatch.delitem(_engines.ENGINES, each)
+        monkeypatch.setitem(_engines.ENGINES, "cuda", engine)
     wanted = {}
     for each in names:
         _again._kept.clear()
         wanted[each] = tried(each, function, emulated.engine())
     refused = sum(isinstance(found, tuple) for found in wanted.values())
-    assert 15 < refused < len(names) - 40  # both kinds are many
-    engine, order = emulated.engine(), random.Random(0)
+    assert (1 if name == "both_softmax" else 15) < refused < len(names) - 40  # both kinds are many
+    order = random.Random(0)
     for _ in range(4):
         order.shuffle(names)
         for each in names:
             assert tried(each, function, engine) == wanted[each], each
-    assert len(_again._kept) > 25
+    assert len(_again._kept) > (10 if name == "both_softmax" else 25)
 
 
 def test_what_a_kept_call_looks_at_anew(only_kept):

@@ -447,7 +447,7 @@ def test_a_denominator_of_0(kind):
 CALLS = {  # (what is called with (logits, target, gradient, engine and options), launches for "none", "sum", "mean")
     "cross_entropy": (lambda x, y, out, o: cross_entropy(x, y, **o), 1, 2, 2),
     "cross_entropy_value_and_grad": (lambda x, y, out, o: cross_entropy_value_and_grad(x, y, out=out, **o), 1, 2, 3),
-    "cross_entropy_grad": (lambda x, y, out, o: cross_entropy_grad(x, y, out=out, **o), 1, 2, 3),
+    "cross_entropy_grad": (lambda x, y, out, o: cross_entropy_grad(x, y, out=out, **o), 1, 1, 2),
     "all three": (
         lambda x, y, out, o: all_three(o["engine"], x, y, {k: v for k, v in o.items() if k != "engine"}, out),
         1,
@@ -483,7 +483,7 @@ def test_a_call_is_few_launches_and_nothing_else(call, axis, rows, monkeypatch):
             watched.asked.clear()
             given = {"axis": axis, "reduction": reduction, "engine": engine, "ignore_index": -1, **options}
             function(x, y, np.empty_like(x), given)
-            counted_before = launches == 3
+            counted_before = reduction == "mean" and ("grad" in call or call == "all three")
             assert len(engine.launcher.launches) == launches + (counted_before and rows == "very many")
             assert set(watched.asked) <= {"reshape", "permute_dims", "finfo", "astype"}
             assert engine.launcher.copies == 0
@@ -506,7 +506,7 @@ def test_a_known_divisor_costs_no_launch(monkeypatch):
             for function in (cross_entropy, cross_entropy_value_and_grad, cross_entropy_grad):
                 engine = emulated.engine()
                 function(x, y, engine=engine, **options)
-                assert len(engine.launcher.launches) == 2
+                assert len(engine.launcher.launches) == (1 if function is cross_entropy_grad else 2)
 
 
 SPACED = {  # how logits of 3 × 5 × 8 × 9 lie, the axis of the classes, and what `inner` is

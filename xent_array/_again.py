@@ -34,11 +34,11 @@ class Kept(NamedTuple):
     engine: Any
     rooms: tuple[tuple[tuple[int, ...], Any], ...]  # shapes and dtypes
     launches: tuple[tuple[Run, Words, Slots], ...]
-    results: tuple[int, ...]
+    results: tuple[int | None, ...]
     reach: tuple[int, int] | None  # bytes from the pointer of `out` to its first byte and past its last; None: no out
     inputs: tuple[tuple[int, int, int], ...]  # that may not share memory with it: which array, and its reach
 
-    def again(self, arrays: list[Any], pointers: list[int]) -> tuple[Array, ...] | None:
+    def again(self, arrays: list[Any], pointers: list[int]) -> tuple[Array | None, ...] | None:
         """The results for other arrays; None, and nothing launched, where `out` shares memory with an input."""
         if self.reach is not None:
             first, last = pointers[-1] + self.reach[0], pointers[-1] + self.reach[1]
@@ -53,7 +53,7 @@ class Kept(NamedTuple):
                 pointers.append(launcher.look(room)[0])
             for run, words, slots in self.launches:
                 send(run, words, slots, pointers, arrays)
-        return tuple([arrays[k] for k in self.results])
+        return tuple([None if k is None else arrays[k] for k in self.results])
 
 
 class Call:
@@ -72,7 +72,7 @@ class Call:
         noting, self.tape = engine.noting()
         return noting
 
-    def keep(self, *results: Array) -> None:
+    def keep(self, *results: Array | None) -> None:
         """Keep the call, if all of it is known."""
         made = None if self.tape is None or self.tape.copies else self._made(self.tape, results)
         if made is None:
@@ -81,7 +81,7 @@ class Call:
             _kept.pop(oldest, None)
         _kept[self.key] = made
 
-    def _made(self, tape: Tape, results: tuple[Array, ...]) -> Kept | None:
+    def _made(self, tape: Tape, results: tuple[Array | None, ...]) -> Kept | None:
         given, out = self.arrays, self.arrays[-1]
         arrays, look = [*given, *tape.rooms], tape.look
         kind = type(given[0])
@@ -99,8 +99,12 @@ class Call:
         touched_by_some = {k for _, _, slots in launches for _, k in slots}
         if not touched_by_some.issuperset(known[pointer] for pointer in pointers[: len(given)] if pointer):
             return None
-        rooms, numbers = [(tuple(room.shape), room.dtype) for room in tape.rooms], []
+        rooms = [(tuple(room.shape), room.dtype) for room in tape.rooms]
+        numbers: list[int | None] = []
         for result in results:
+            if result is None:
+                numbers.append(None)
+                continue
             k = len(given) - 1 if result is out else known.get(look(result)[0]) if type(result) is kind else None
             if k is None or (k < len(given) and result is not out):
                 return None
@@ -127,7 +131,7 @@ def _reach(array: Array) -> tuple[int, int]:
 
 def ask(
     question: str, engine: str | Engine | None, options: tuple[Any, ...], arrays: list[Any]
-) -> tuple[tuple[Array, ...] | None, Call | None]:
+) -> tuple[tuple[Any, ...] | None, Call | None]:
     """The answer, from a call that is kept; or this call, to be noted on the whole way; None where it cannot be kept.
 
     `arrays` are the logits, of a kind in KINDS, everything else that may be an array, and last `out`; the last option

@@ -434,7 +434,7 @@ class Tape:
         return noted
 
 
-# The kinds of arrays that the engine was asked about, and how it looks at them: see _again.py.
+# The kinds of arrays that the engine takes, as far as they were met, and how it looks at them: see _again.py.
 KINDS: dict[type, Callable[[Array], tuple[int, Hashable]]] = {}
 
 
@@ -464,6 +464,7 @@ class Cuda:
             return f"takes GPUs of compute capability {OLDEST / 10} and above"
         if rows.classes >= 1 << 31:
             return f"takes fewer than 2^31 classes, and these are {rows.classes}"
+        KINDS.setdefault(type(rows.logits), self.launcher.look)
         return None
 
     def reads_labels_free(self, rows: Rows) -> bool:
@@ -498,14 +499,16 @@ class Cuda:
             return self._rows("GRAD", rows, self._mean(rows), stats=given, out=out)
 
     def loss(self, rows: Rows) -> Array:
-        KINDS.setdefault(type(rows.logits), self.launcher.look)
         with self.launcher.on(rows.logits):
             losses, partials = self._empty(rows, rows.shape), self._partials(rows)
             self._rows("LOSS", rows, _Mean(), losses=losses, partials=partials)
             return self._reduced(rows, losses, None, partials)
 
+    def grad_alone(self, rows: Rows, out: Array | None = None) -> Array:
+        with self.launcher.on(rows.logits):
+            return self._rows("LOSS_AND_GRAD", rows, self._mean(rows), out=out)
+
     def loss_and_grad(self, rows: Rows, out: Array | None = None) -> tuple[Array, Array]:
-        KINDS.setdefault(type(rows.logits), self.launcher.look)
         with self.launcher.on(rows.logits):
             losses, mean, partials = self._empty(rows, rows.shape), self._mean(rows), self._partials(rows)
             grad = self._rows("LOSS_AND_GRAD", rows, mean, losses=losses, out=out, partials=partials)
