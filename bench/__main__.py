@@ -20,13 +20,18 @@ def main(arguments: list[str] | None = None) -> int:
         from . import gpu
 
         return gpu.main(arguments[1:])
+    if arguments[:1] == ["host"]:
+        from . import host
 
-    from . import run, suite, timing  # which need more than the two jobs above
+        return host.main(arguments[1:])
+
+    from . import run, suite, timing  # which need more than the jobs above
 
     parser = argparse.ArgumentParser(
         prog="python -m bench",
         description="Check against the oracle, then time turn by turn. "
-        "`python -m bench report` draws what bench/results holds, `python -m bench gpu` is the job for a GPU machine.",
+        "`python -m bench report` draws what bench/results holds, `python -m bench gpu` is the job for a GPU machine, "
+        "`python -m bench host` times what a call on CuPy arrays costs the host.",
     )
     parser.add_argument("--backend", choices=("numpy", "cupy"), default="numpy", help="on CPU or on GPU arrays")
     parser.add_argument("--quick", action="store_true", help="small cases and few rounds: at most a minute")

@@ -124,9 +124,14 @@ def on_gpu(pool: bool) -> tuple[Where, int]:
     launched: list[str] = []
 
     class Noted(cuda.Cupy):
-        def launch(self, kernel: Any, *arguments: Any, **options: Any) -> None:
-            launched.append(kernel.name)
-            super().launch(kernel, *arguments, **options)
+        def ready(self, kernel: Any, *how: Any) -> cuda.Run:
+            run = super().ready(kernel, *how)
+
+            def noted(*argument: Any) -> None:
+                launched.append(kernel.name)
+                run(*argument)
+
+            return noted
 
     engine = cuda.Cuda(Noted())
     return Where(cupy, engine, launched, lambda array: array.get()), engine.launcher.chip(cupy.empty(1))

@@ -38,7 +38,7 @@ template <class T, int JOB, int VARIANT, bool CACHED> XE_DEVICE void xent_column
     xent_thread<T, JOB, VARIANT>(p, r, row, [&](int k) { return mine[k * step]; }, put);
 }
 
-#define XE_COLUMNS(name, T, JOB, VARIANT, CACHED)                                          \
-    extern "C" __global__ void __launch_bounds__(128, 4) name(XE_PARAMETERS(T)) {           \
-        xent_columns<T, JOB, VARIANT, CACHED>(Problem<T>{XE_ARGUMENTS});                    \
+#define XE_COLUMNS(name, T, JOB, VARIANT, CACHED)                                   \
+    extern "C" __global__ void __launch_bounds__(128, 4) name(const Problem<T> p) { \
+        xent_columns<T, JOB, VARIANT, CACHED>(open(p));                             \
     }

@@ -33,18 +33,7 @@ XE_DEVICE constexpr bool writes_grad(int job) { return job != STATS && job != LO
 // What `target` holds.
 enum Target { NONE, INT8, UINT8, INT16, UINT16, INT32, UINT32, INT64, UINT64, OF_LOGITS, OF_FLOAT32 };
 
-#define XE_PARAMETERS(T)                                                                                              \
-    const T *logits, i64 logits_outer, i64 logits_class, i64 logits_inner, T *grad, i64 grad_outer, i64 grad_class,   \
-        i64 grad_inner, const void *target, i64 kind, i64 target_outer, i64 target_class, i64 target_inner, i64 rows, \
-        i64 classes, i64 inner, i64 ignores, i64 ignore_index, Acc<T>::type scale, const Acc<T>::type *upstream,      \
-        i64 upstream_step, Acc<T>::type *loss, Acc<T>::type *max, Acc<T>::type *rest, Acc<T>::type *gap,              \
-        Acc<T>::type *mass, const Acc<T>::type *weight, const Acc<T>::type *sample_weight, Acc<T>::type keep,         \
-        Acc<T>::type each, Acc<T>::type z_loss, Acc<T>::type softcap, bool *correct
-#define XE_ARGUMENTS                                                                                                 \
-    logits, logits_outer, logits_class, logits_inner, grad, grad_outer, grad_class, grad_inner, target, kind,        \
-        target_outer, target_class, target_inner, rows, classes, inner, ignores, ignore_index, scale, upstream,      \
-        upstream_step, loss, max, rest, gap, mass, weight, sample_weight, keep, each, z_loss, softcap, correct
-
+// The one argument of every kernel over rows, by value: words of 8 bytes, which PROBLEM in cuda.py names in this order.
 template <class T> struct Problem {
     typedef typename Acc<T>::type A;
     const T* logits; i64 logits_outer, logits_class, logits_inner;
@@ -52,13 +41,20 @@ template <class T> struct Problem {
     const void* target; i64 kind, target_outer, target_class, target_inner;
     i64 rows, classes, inner;
     i64 ignores, ignore_index;                       // whether any label is ignored, and which
-    A scale; const A* upstream; i64 upstream_step;   // the gradient is multiplied by scale, or by upstream[r·step]
+    alignas(8) A scale; const A* upstream; i64 upstream_step;  // the gradient is multiplied by scale, or by upstream[r·step]
     A *loss, *max, *rest, *gap, *mass;               // one number per row
     const A *weight, *sample_weight;                 // null: all 1
-    A keep, each;                                    // of a target q, smoothing makes keep·q + each
-    A z_loss, softcap;
+    alignas(8) A keep; alignas(8) A each;            // of a target q, smoothing makes keep·q + each
+    alignas(8) A z_loss; alignas(8) A softcap;
     bool* correct;                                   // one per row, of labels; null: not wanted
+    u32* ticket;                                     // null, or what `open` sets to 0 for the launch after this one
 };
+
+// What a kernel over rows does first: sums.cu counts its blocks with a ticket, and this launch comes before it.
+template <class T> XE_DEVICE const Problem<T>& open(const Problem<T>& p) {
+    if (p.ticket && blockIdx.x == 0 && threadIdx.x == 0) *p.ticket = 0;
+    return p;
+}
 
 // Without a branch for each type: at most one of the loads is done. What UINT64 holds beyond INT64 is negative: no class.
 XE_DEVICE i64 label_at(const void* target, i64 at, i64 kind) {

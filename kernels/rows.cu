@@ -491,7 +491,7 @@ XE_DEVICE void xent_rows(const Problem<T>& p) {
         stats = {whole.max, whole.sum + (whole.top - 1), 2 * whole.half_gap, whole.mass};
 
         // Where p of the maximum is above 1/2, top - 1 has cancelled: its holder adds up the others of its piece.
-        const bool confident = stats.rest < 1 && stats.max > -infinity<A>() && needed;
+        const bool confident = needed && 1 > stats.rest && stats.max > -infinity<A>();
         if (LANES ? any_lane(confident) : confident) {
             A others = 0;
             if (confident && team.holder) {
@@ -556,6 +556,6 @@ XE_DEVICE void xent_rows(const Problem<T>& p) {
 #define XE_CLUSTER_4 XE_CLUSTER(4)
 #define XE_CLUSTER_8 XE_CLUSTER(8)
 #define XE_ROWS(name, T, JOB, VARIANT, K, LANES, CLUSTER, STREAM, EVEN, THREADS, BLOCKS)                        \
-    extern "C" __global__ void XE_CLUSTER_##CLUSTER __launch_bounds__(THREADS, BLOCKS) name(XE_PARAMETERS(T)) { \
-        xent_rows<T, JOB, VARIANT, K, LANES, CLUSTER, STREAM, EVEN>(Problem<T>{XE_ARGUMENTS});                  \
+    extern "C" __global__ void XE_CLUSTER_##CLUSTER __launch_bounds__(THREADS, BLOCKS) name(const Problem<T> p) { \
+        xent_rows<T, JOB, VARIANT, K, LANES, CLUSTER, STREAM, EVEN>(open(p));                                         \
     }

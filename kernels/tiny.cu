@@ -65,7 +65,7 @@ template <class T, int JOB, int VARIANT> XE_DEVICE void xent_tiny(const Problem<
     for (int e = count - to.tail + thread; e < count; e += threads) st_once(g + e, tile[place_of<T>(e)]);
 }
 
-#define XE_TINY(name, T, JOB, VARIANT)                                                                    \
-    extern "C" __global__ void __launch_bounds__(256, sizeof(T) == 8 ? 2 : 4) name(XE_PARAMETERS(T)) {    \
-        xent_tiny<T, JOB, VARIANT>(Problem<T>{XE_ARGUMENTS});                                            \
+#define XE_TINY(name, T, JOB, VARIANT)                                                                   \
+    extern "C" __global__ void __launch_bounds__(256, sizeof(T) == 8 ? 2 : 4) name(const Problem<T> p) { \
+        xent_tiny<T, JOB, VARIANT>(open(p));                                                             \
     }

@@ -57,6 +57,7 @@ class Backend:
                 raise ImportError(f"the emulation {available()}")
             self.engines = (emulated.engine(),)
         self.has_out = name != "jax"  # whose arrays cannot be written
+        self.looks_at_labels = name not in ("cupy", "emulated")  # unasked: on a GPU that would wait for it
         self._types = (type(self.xp.asarray(0.0)), np.generic if self.is_numpy else ())
 
     def supports(self, dtype):

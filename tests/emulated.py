@@ -17,7 +17,7 @@ class Emulator:
         self.mode, self.order, self.seed = os.environ.get("SIMT_MODE", mode), order, seed
         self.flush, self.patches = flush, patches
         self.compute = chip
-        self.launches = []
+        self.launches, self.rooms, self.copies = [], 0, 0
 
     def declines(self, rows):
         return None if rows.xp is np else f"takes CuPy arrays, and these are of {rows.xp.__name__}"
@@ -28,21 +28,34 @@ class Emulator:
     def on(self, array):
         return contextlib.nullcontext()
 
-    def empty(self, xp, shape, dtype):
+    def empty(self, shape, dtype):
+        self.rooms += 1
         return simt.empty(shape, dtype)
 
-    def launch(self, kernel, blocks, threads, arguments, shared=0, cluster=1):
-        text = kernel.text
-        for old, new in self.patches:
-            if old in text:
-                text = simt.patch(text, old, new)
-        self.launches.append(kernel.name)
-        tally.KERNELS.add(kernel.name)
-        tally.COUNTS["launches"] += 1
-        simt.compile(text, [kernel.name], self.mode).launch(
-            kernel.name, blocks, threads, arguments,
-            shared_bytes=shared, cluster=cluster, order=self.order, seed=self.seed, flush=self.flush,
-        )  # fmt: skip
+    def copy(self, array, to):
+        self.copies += 1
+        to[...] = array
+
+    def look(self, array):
+        pointer = simt.address(array)
+        return pointer, (array.shape, array.strides, array.dtype, array.flags.writeable, pointer % 16)
+
+    def ready(self, kernel, blocks, threads, shared=0, cluster=1):
+        def run(words, slots, arrays):
+            text = kernel.text
+            for old, new in self.patches:
+                if old in text:
+                    text = simt.patch(text, old, new)
+            self.launches.append(kernel.name)
+            tally.KERNELS.add(kernel.name)
+            tally.COUNTS["launches"] += 1
+            argument = simt.Struct(words.tobytes(), {at: arrays[k] for at, k in slots})
+            simt.compile(text, [kernel.name], self.mode).launch(
+                kernel.name, blocks, threads, [argument],
+                shared_bytes=shared, cluster=cluster, order=self.order, seed=self.seed, flush=self.flush,
+            )  # fmt: skip
+
+        return run
 
 
 def engine(**how):

@@ -407,3 +407,14 @@ def test_a_wrong_peer_is_called_wrong(results):
 
 def test_the_readme_is_what_the_report_writes(capsys):
     assert report.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_the_host_is_timed_where_there_is_no_gpu(monkeypatch, capsys):
+    pytest.importorskip("cupy")
+    from bench import host
+
+    monkeypatch.setattr(host, "TURNS", 2)
+    monkeypatch.setattr(host, "CALLS", 2)
+    assert host.main([]) == 0
+    launches = re.findall(r"(?m)again +[\d.]+ µs, first +[\d.]+ µs, (\d) launches$", capsys.readouterr().out)
+    assert launches == ["1", "3", "3", "2"]

@@ -31,12 +31,13 @@ def test_table_is_named_by_its_engines():
     assert {name: engine.name for name, engine in ENGINES.items()} == {name: name for name in ENGINES}
 
 
-def test_numpy_goes_to_the_cpu_engine_and_other_libraries_to_generic(backend, monkeypatch):
+def test_numpy_goes_to_the_cpu_engine_cupy_to_its_own_and_other_libraries_to_generic(backend, monkeypatch):
     calls = {name: [] for name in ENGINES}
     for name, engine in list(ENGINES.items()):
         monkeypatch.setitem(ENGINES, name, spy(engine, calls[name]))
     cross_entropy(backend.array(LOGITS), backend.array(LABELS))
-    assert [name for name in ENGINES if "stats" in calls[name]] == ["cpu" if backend.is_numpy else "generic"]
+    wanted = "cpu" if backend.is_numpy else "cuda" if backend.name == "cupy" else "generic"
+    assert [name for name in ENGINES if "stats" in calls[name]] == [wanted]
 
 
 def test_a_forced_engine_that_declines_says_why(backend):

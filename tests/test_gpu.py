@@ -3,13 +3,21 @@
 import numpy as np
 import pytest
 
-from xent_array import CrossEntropyLoss, cross_entropy, cross_entropy_grad, cross_entropy_value_and_grad, row_stats
+from xent_array import (
+    CrossEntropyLoss,
+    _again,
+    cross_entropy,
+    cross_entropy_grad,
+    cross_entropy_value_and_grad,
+    row_stats,
+)
 from xent_array._engines import cuda
 
 # (rows, classes, dtype): a row in a thread, in lanes, in a block, in a cluster, streamed; rows that many blocks sum
 SHAPES = [
     (1000, 10, "float32"),
     (cuda.SUM_ALONE + 99, 21, "float16"),
+    (cuda.COUNT_ALONE + 99, 5, "float32"),
     (500, 250, "float32"),
     (64, 5001, "float32"),
     (16, 50257, "float16"),
@@ -44,13 +52,17 @@ def same(one, two):
     assert one.get().tobytes() == two.get().tobytes()
 
 
+@pytest.mark.parametrize("calls", [1, 3], ids=["checked", "kept"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize(("rows", "classes", "dtype"), SHAPES)
-def test_a_graph_gives_what_a_call_gives(cupy, rows, classes, dtype, options):
+def test_a_graph_gives_what_a_call_gives(cupy, rows, classes, dtype, options, calls):
     """Captured once with out=, in memory of its own; replayed on other logits and labels in the same place."""
+    _again.KINDS.clear()
+    _again._kept.clear()
     x, y = problem(cupy, rows, classes, dtype)
     out = cupy.empty_like(x)
-    cross_entropy_value_and_grad(x, y, out=out, **options)  # compiles
+    for _ in range(calls):  # the first compiles; the third is the second again
+        cross_entropy_value_and_grad(x, y, out=out, **options)
     stream, pool = cupy.cuda.Stream(non_blocking=True), cupy.cuda.MemoryPool()
     cupy.cuda.Device().synchronize()
     with stream, cupy.cuda.using_allocator(pool.malloc):
@@ -87,7 +99,8 @@ def calls(x, y, out):
 def test_no_call_waits(cupy, spin, call, rows, classes, dtype):
     x, y = problem(cupy, rows, classes, dtype)
     function = calls(x, y, cupy.empty_like(x))[call]
-    function()  # compiles, and fills the pool of memory
+    for _ in range(3):  # compiles, fills the pool of memory, and is kept
+        function()
     stream = cupy.cuda.get_current_stream()
     stream.synchronize()
     spin()
@@ -101,16 +114,37 @@ def test_the_current_stream_is_the_one_that_is_used(cupy, spin, rows, classes, d
     """The logits come late, in the same stream: whoever reads them elsewhere reads them too early."""
     late, y = problem(cupy, rows, classes, dtype)
     wanted, wanted_grad = cross_entropy_value_and_grad(late, y)
-    x = cupy.zeros_like(late)
+    for _ in range(3):  # the last is kept
+        x = cupy.zeros_like(late)
+        cupy.cuda.Device().synchronize()
+        stream = cupy.cuda.Stream(non_blocking=True)
+        with stream:
+            spin()
+            x[...] = late
+            loss, grad = cross_entropy_value_and_grad(x, y)
+        stream.synchronize()
+        same(loss, wanted)
+        same(grad, wanted_grad)
+
+
+@pytest.mark.parametrize(("rows", "classes", "dtype"), SHAPES)
+def test_several_streams_at_once(cupy, spin, rows, classes, dtype):
+    """Many calls of one kind under way in streams that wait for one another in no order."""
+    problems = [problem(cupy, rows, classes, dtype, seed) for seed in range(4)]
+    wanted = [cross_entropy_value_and_grad(x, y) for x, y in problems]
     cupy.cuda.Device().synchronize()
-    stream = cupy.cuda.Stream(non_blocking=True)
-    with stream:
-        spin()
-        x[...] = late
-        loss, grad = cross_entropy_value_and_grad(x, y)
-    stream.synchronize()
-    same(loss, wanted)
-    same(grad, wanted_grad)
+    streams, found = [cupy.cuda.Stream(non_blocking=True) for _ in problems], []
+    for stream in streams:
+        with stream:
+            spin()
+    for _ in range(5):
+        for stream, (x, y), first in zip(streams, problems, wanted, strict=True):
+            with stream:
+                found.append((first, cross_entropy_value_and_grad(x, y)))
+    cupy.cuda.Device().synchronize()
+    for (loss, grad), (again, grad_again) in found:
+        same(again, loss)
+        same(grad_again, grad)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -132,10 +166,11 @@ def test_another_device_than_the_current_one(cupy):
         wanted = cross_entropy_value_and_grad(x, y)
         with cupy.cuda.Device(1):
             x, y = problem(cupy, *shape)
-        loss, grad = cross_entropy_value_and_grad(x, y)  # called from device 0
-        assert (loss.device.id, grad.device.id) == (1, 1)
-        same(loss, wanted[0])
-        same(grad, wanted[1])
+        for _ in range(3):  # called from device 0; the last is kept
+            loss, grad = cross_entropy_value_and_grad(x, y)
+            assert (loss.device.id, grad.device.id) == (1, 1)
+            same(loss, wanted[0])
+            same(grad, wanted[1])
 
 
 def test_bad_labels_leave_the_context_alive(cupy):

@@ -353,9 +353,9 @@ def test_ignore_index_at_the_ends_of_every_integer_dtype(backend, dtype):
             for engine in backend.engines:
                 given = {"ignore_index": ignore_index, "engine": engine}
                 x, t = backend.array(logits), backend.array(labels)
-                if ignore_index != label and label not in range(C) and backend.name != "emulated":
+                if ignore_index != label and label not in range(C):
                     with pytest.raises(IndexError, match=rf"target\[1\] is {label},"):
-                        cross_entropy(x, t, **given)
+                        cross_entropy(x, t, validate=None if backend.looks_at_labels else True, **given)
                 for validate in (None,) if ignore_index == label else (False,):
                     loss, grad = cross_entropy_value_and_grad(x, t, validate=validate, **given)
                     assert_loss(backend.numpy(loss), truth)

@@ -82,6 +82,7 @@ def test_version(capsys):
         ("-m bench.launches", "ml_dtypes"),
         ("-m bench", "tqdm"),
         ("-m bench report", "tqdm"),
+        ("-m bench host", "numpy"),
         ("bench/train_digits.py", "sklearn"),
     ],
 )

@@ -1,6 +1,7 @@
 """The emulation proves itself on kernels of its own: right ones pass in every order, each kind of mistake is caught."""
 
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -454,6 +455,25 @@ def test_arguments_must_be_of_the_kind_that_the_kernel_takes(args, message):
     assert library.parameters("scaled") == ["p8", "i4", "p8", "f8", "b1"]
     with pytest.raises(TypeError, match=message):
         library.launch("scaled", 1, 32, args)
+
+
+def test_a_struct_by_value_and_what_its_pointers_lead_to():
+    text = """
+struct Of { const float* x; double by; float* y; };
+extern "C" __global__ void multiplied(const Of of) { of.y[threadIdx.x] = of.x[threadIdx.x] * float(of.by); }
+"""
+    library = simt.compile(DEVICE + text, ["multiplied"], "check")
+    assert library.parameters("multiplied") == ["s24"]
+    x, y = np.arange(32, dtype=np.float32), simt.empty(32, np.float32)
+    data = struct.pack("=QdQ", simt.address(x), 3.0, simt.address(y))
+    library.launch("multiplied", 1, 32, [simt.Struct(data, {0: x, 2: y})])
+    assert (y == 3 * x).all()
+    with pytest.raises(TypeError, match="argument 0 is s16, not s24"):
+        library.launch("multiplied", 1, 32, [simt.Struct(data[:16], {0: x})])
+    with pytest.raises(simt.SimtError, match=r"bounds"):
+        library.launch("multiplied", 1, 32, [simt.Struct(data, {0: x, 2: y[:31]})])
+    with pytest.raises(simt.SimtError, match=r"bounds"):
+        library.launch("multiplied", 1, 32, [simt.Struct(data, {2: y})])
 
 
 def test_a_patch_must_fit():

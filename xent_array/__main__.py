@@ -22,6 +22,7 @@ import numpy as np
 
 from . import __version__, _engines, cross_entropy, cross_entropy_value_and_grad
 from ._engines import ENGINES, cpu, cuda
+from ._problem import problem_without_target
 from ._rows import Rows
 
 PACKAGES = ("numpy", "array-api-compat", "cupy-cuda12x", "cupy-cuda13x", "cupy", "numba", "torch", "jax")
@@ -96,7 +97,7 @@ def _libraries() -> list[tuple[str, Any, str | None]]:
 
 def _rows(xp: Any) -> Rows:
     """The worked example's logits as an engine takes them."""
-    return Rows(xp, xp.asarray(LOGITS, dtype=xp.float32)[:, :, None], xp.dtype(xp.float32))
+    return problem_without_target(xp.asarray(LOGITS, dtype=xp.float32), -1).rows
 
 
 def _on_host(array: Any) -> Any:

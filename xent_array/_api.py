@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, Unpack, overload
 
-from . import _engines
+from . import _again, _engines
 from ._engines import Engine
 from ._problem import (
     IGNORE_INDEX,
@@ -72,7 +72,7 @@ def softmax(x: Any, *, axis: int = -1) -> Any:
     array([[0.659, 0.242, 0.099],
            [0.073, 0.487, 0.44 ]])
     """
-    return _softmax(problem_without_target(x, axis), log=False)
+    return _softmax(x, axis, log=False)
 
 
 @overload
@@ -118,12 +118,22 @@ def log_softmax(x: Any, *, axis: int = -1) -> Any:
     >>> print(" ".join(f"{v:.3g}" for v in log_softmax(np.array([17, 0], dtype=np.float32))))
     -4.14e-08 -17
     """
-    return _softmax(problem_without_target(x, axis), log=True)
+    return _softmax(x, axis, log=True)
 
 
-def _softmax(problem: Problem, log: bool) -> Array:
+def _softmax(x: Any, axis: int, log: bool) -> Array:
+    call = None
+    if x.__class__ in _again.KINDS:
+        answer, call = _again.ask("softmax", None, (axis, log, None), [x, None])
+        if answer is not None:
+            return answer[0]
+    problem = problem_without_target(x, axis)
+    chosen = problem.engine if call is None else call.noted(problem.engine)
     with quiet(problem.rows.xp):
-        return problem.view.from_logits(problem.rows.xp, _engines.softmax(problem.engine, problem.rows, log))
+        found = problem.view.from_logits(problem.rows.xp, _engines.softmax(chosen, problem.rows, log))
+    if call is not None:
+        call.keep(found)
+    return found
 
 
 @overload
@@ -325,6 +335,13 @@ def cross_entropy(
         at_once = _engines.at_once(logits, target, reduction, None, wants_grad=False)
         if at_once is not None:
             return at_once[0]
+    call = None
+    if logits.__class__ in _again.KINDS:
+        options = (axis, reduction, ignore_index, label_smoothing, z_loss, softcap, validate)
+        given = [logits, target, weight, sample_weight, denominator, None]
+        answer, call = _again.ask("loss", engine, options, given)
+        if answer is not None:
+            return answer[0]
     problem = problem_of(
         logits,
         target,
@@ -340,8 +357,12 @@ def cross_entropy(
         validate=validate,
         engine=engine,
     )
+    chosen = problem.engine if call is None else call.noted(problem.engine)
     with quiet(problem.rows.xp):
-        return problem.loss(_engines.loss(problem.engine, problem.rows))
+        loss = problem.loss(_engines.loss(chosen, problem.rows))
+    if call is not None:
+        call.keep(loss)
+    return loss
 
 
 @overload
@@ -465,6 +486,13 @@ def cross_entropy_value_and_grad(
         at_once = _engines.at_once(logits, target, reduction, upstream, wants_grad=True, out=out)
         if at_once is not None:
             return at_once
+    call = None
+    if logits.__class__ in _again.KINDS:
+        options = (axis, reduction, ignore_index, label_smoothing, z_loss, softcap, bool(return_stats), validate)
+        given = [logits, target, weight, sample_weight, denominator, grad_output, out]
+        answer, call = _again.ask("loss and grad", engine, options, given)
+        if answer is not None:
+            return (*answer[:2], RowStats(*answer[2:])) if return_stats else answer
     problem = problem_of(
         logits,
         target,
@@ -483,12 +511,17 @@ def cross_entropy_value_and_grad(
         detach=True,
     )
     into = Output(problem, out)
+    chosen = problem.engine if call is None else call.noted(problem.engine)
     with quiet(problem.rows.xp):
         if return_stats:
-            loss, grad, stats = _engines.loss_grad_and_stats(problem.engine, problem.rows, into.view)
-            return problem.loss(loss), into.result(grad), problem.user_stats(stats)
-        loss, grad = _engines.loss_and_grad(problem.engine, problem.rows, into.view)
-        return problem.loss(loss), into.result(grad)
+            loss, grad, stats = _engines.loss_grad_and_stats(chosen, problem.rows, into.view)
+            found: tuple[Any, ...] = problem.loss(loss), into.result(grad), problem.user_stats(stats)
+        else:
+            loss, grad = _engines.loss_and_grad(chosen, problem.rows, into.view)
+            found = problem.loss(loss), into.result(grad)
+    if call is not None:
+        call.keep(*found[:2], *(found[2] if return_stats else ()))
+    return found
 
 
 @overload
@@ -562,6 +595,13 @@ def cross_entropy_grad(
     array([[ 0.33 , -0.379,  0.049],
            [-0.464,  0.243,  0.22 ]])
     """
+    call = None
+    if logits.__class__ in _again.KINDS and (stats is None or stats.__class__ is RowStats):
+        options = (axis, reduction, ignore_index, label_smoothing, z_loss, softcap, validate)
+        given = [logits, target, weight, sample_weight, denominator, grad_output, *(stats or ())[:4], out]
+        answer, call = _again.ask("grad", engine, options, given)
+        if answer is not None:
+            return answer[0]
     problem = problem_of(
         logits,
         target,
@@ -581,12 +621,16 @@ def cross_entropy_grad(
     )
     saved = None if stats is None else problem.stats(stats)
     into = Output(problem, out)
+    chosen = problem.engine if call is None else call.noted(problem.engine)
     with quiet(problem.rows.xp):
         if saved is None:
-            _, grad = _engines.loss_and_grad(problem.engine, problem.rows, into.view)
+            grad = _engines.grad_alone(chosen, problem.rows, into.view)
         else:
-            grad = problem.engine.grad(problem.rows, saved, into.view)
-        return into.result(grad)
+            grad = chosen.grad(problem.rows, saved, into.view)
+        grad = into.result(grad)
+    if call is not None:
+        call.keep(grad)
+    return grad
 
 
 def row_stats(
@@ -642,6 +686,12 @@ def row_stats(
     >>> print(f"{np.exp(stats.loss.mean()):.3f}, {stats.correct.mean():.0%}")
     7.527, 0%
     """
+    call = None
+    if logits.__class__ in _again.KINDS:
+        options = (axis, ignore_index, label_smoothing, z_loss, softcap, validate)
+        answer, call = _again.ask("stats", engine, options, [logits, target, weight, sample_weight, None])
+        if answer is not None:
+            return RowStats(*answer)
     problem = problem_of(
         logits,
         target,
@@ -655,9 +705,12 @@ def row_stats(
         validate=validate,
         engine=engine,
     )
+    chosen = problem.engine if call is None else call.noted(problem.engine)
     with quiet(problem.rows.xp):
-        stats = _engines.row_stats(problem.engine, problem.rows)
-        return problem.user_stats(stats)
+        stats = problem.user_stats(_engines.row_stats(chosen, problem.rows))
+    if call is not None:
+        call.keep(*stats)
+    return stats
 
 
 class CrossEntropyLoss:

@@ -18,8 +18,8 @@ defines  names for -D
 
 grid     int or tuple of up to three; block: int; cluster: blocks in a cluster (gridDim.x is a multiple of it)
 args     as to a CuPy RawKernel: arrays (anything `simt.address` takes) are pointers, None a null pointer, Python ints
-         are 8-byte integers, floats doubles, bools bools, NumPy scalars what they are. A kind or size that the
-         kernel's parameter does not have is a TypeError here (and would be garbage on a GPU).
+         are 8-byte integers, floats doubles, bools bools, NumPy scalars what they are; a `simt.Struct` is one by value.
+         A kind or size that the kernel's parameter does not have is a TypeError here (and would be garbage on a GPU).
 order    which of the runnable threads goes on: "fifo" (warp after warp, lane after lane), "lifo", "random", or
          "priority": warps have random priorities that change now and then, which lets some run far ahead of
          others. The last two follow from `seed`. Messages between blocks and bulk copies are delivered early in
@@ -56,6 +56,7 @@ import weakref
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -170,11 +171,10 @@ class Library:
         self._kernels = ctypes.CDLL(str(file))
 
     def parameters(self, entry: str) -> list[str]:
-        """The parameters of a kernel: p(ointer), i(nteger), f(loat) or b(ool), and the bytes."""
+        """The parameters of a kernel: p(ointer), i(nteger), f(loat), b(ool) or s(truct), and the bytes."""
         kinds = ctypes.create_string_buffer(1024)
         self._kernels[f"simt_kinds_{entry}"](kinds)
-        text = kinds.value.decode()
-        return [text[i : i + 2] for i in range(0, len(text), 2)]
+        return [f"{kind[0]}{int(kind[1:])}" for kind in re.findall(r"\w\d{4}", kinds.value.decode())]
 
     def launch(self, entry, grid, block, args, shared_bytes=0, cluster=1, order="fifo", seed=0, flush=False):
         """Run a kernel to its end; see the top of this file."""
@@ -196,7 +196,7 @@ class Library:
             raise TypeError(f"{entry} takes ({', '.join(wanted)}), not ({', '.join(given)}): {where}")
         if self.mode == "check":
             _mark_fresh()
-        regions = [region for _, _, region in held if region is not None]
+        regions = [region for _, _, of_value in held for region in of_value]
         pointers = (ctypes.c_void_p * max(1, len(held)))(*(ctypes.addressof(value) for _, value, _ in held))
         what = _Launch(
             ctypes.cast(self._kernels[f"simt_call_{entry}"], ctypes.c_void_p).value,
@@ -238,22 +238,36 @@ _CTYPES = {
 }  # fmt: skip
 
 
+class Struct(NamedTuple):
+    """A struct by value: its bytes, and the arrays that its pointers lead to, by a number for messages."""
+
+    data: bytes
+    arrays: dict[int, np.ndarray]
+
+
 def _argument(number: int, value):
-    """(kind, ctypes object that holds the value, region of memory or None) as CuPy would pass it."""
+    """(kind, ctypes object that holds the value, regions of memory) as CuPy would pass it."""
+    if isinstance(value, Struct):
+        regions = [region for at, array in value.arrays.items() if (region := _region(at, array)) is not None]
+        return f"s{len(value.data)}", ctypes.create_string_buffer(value.data, len(value.data)), regions
     if value is None:
-        return "p8", ctypes.c_void_p(0), None
+        return "p8", ctypes.c_void_p(0), []
     if isinstance(value, (bool, int, float, np.generic)):
         kind = np.asarray(value).dtype
         letter = {"u": "i"}.get(kind.kind, kind.kind) + str(kind.itemsize)
-        return letter, _CTYPES[letter](value if isinstance(value, (bool, int, float)) else value.item()), None
+        return letter, _CTYPES[letter](value if isinstance(value, (bool, int, float)) else value.item()), []
     array = value if isinstance(value, np.ndarray) else np.asarray(value)
-    pointer = address(array)
+    region = _region(number, array)
+    return "p8", ctypes.c_void_p(address(array)), [] if region is None else [region]
+
+
+def _region(number: int, array: np.ndarray) -> _Region | None:
+    """The memory of an array, for messages about the argument of that number."""
     if array.size == 0:
-        return "p8", ctypes.c_void_p(pointer), None
+        return None
     steps = [(n - 1) * step for n, step in zip(array.shape, array.strides, strict=True)]
     low, high = sum(min(0, step) for step in steps), sum(max(0, step) for step in steps)
-    region = _Region(pointer + low, high - low + array.itemsize, array.flags.writeable, number)
-    return "p8", ctypes.c_void_p(pointer), region
+    return _Region(address(array) + low, high - low + array.itemsize, array.flags.writeable, number)
 
 
 def address(array) -> int:

@@ -49,17 +49,24 @@ void bulk_commit();
 void bulk_wait(int groups, int line);
 
 // An entry called with the addresses of its arguments, as cuLaunchKernel has them, and the kinds of its parameters:
-// p(ointer), i(nteger), f(loat), b(ool), each followed by its size.
+// p(ointer), i(nteger), f(loat), b(ool), s(truct), each followed by its size in four digits.
 template <int... I> struct Ints {};
 template <class... A, int... I> XE_RAW void call(void (*f)(A...), void** a, Ints<I...>) {
     f(*static_cast<A*>(a[I])...);
 }
 template <class... A> void call(void (*f)(A...), void** a) { call(f, a, Ints<__integer_pack(sizeof...(A))...>()); }
-template <class T> struct Kind { static constexpr char letter = T(0.5f) != T(0) ? 'f' : 'i'; };
+template <class T, bool STRUCT = __is_class(T)> struct Kind {
+    static constexpr char letter = T(0.5f) != T(0) ? 'f' : 'i';
+};
+template <class T> struct Kind<T, true> { static constexpr char letter = 's'; };
 template <class T> struct Kind<T*> { static constexpr char letter = 'p'; };
 template <> struct Kind<bool> { static constexpr char letter = 'b'; };
 template <class... A> void kinds(void (*)(A...), char* to) {
-    ((*to++ = Kind<A>::letter, *to++ = static_cast<char>('0' + sizeof(A))), ...);
+    const auto put = [&](char letter, u64 size) {
+        *to++ = letter;
+        for (u64 ten = 1000; ten; ten /= 10) *to++ = static_cast<char>('0' + size / ten % 10);
+    };
+    (put(Kind<A>::letter, sizeof(A)), ...);
     *to = 0;
 }
 

@@ -12,10 +12,12 @@ It may also have these of its own; where it does not, the functions below compos
 
     loss(rows)                     the reduced loss, or one per row
     loss_and_grad(rows, out)       both, for the price of one read and one write
+    grad_alone(rows, out)          the gradient, where nobody wants the loss and no stats are there
     stats_and_loss(rows)           the stats, and the loss as `loss` gives it
     row_stats(rows)                the stats as users see them: `correct`, and a gap of NaN under a bad label
     loss_grad_and_stats(rows, out) all three, for the price of one read and one write; the stats as from `row_stats`
     softmax(rows, log)             softmax or log-softmax of every row
+    noting()                       (the same engine for one call, its tape): `_again.py` repeats what is on it
     at_once(logits, target, ...)   the answer to the plainest question, see the function below; None if it is not that
 
 Rows are canonical and checked: an engine never sees an axis or a user's mistake. A label that is no class has no
@@ -107,6 +109,11 @@ def loss_and_grad(engine: Engine, rows: Rows, out: Array | None) -> tuple[Array,
         return loss, grad
     stats = engine.stats(rows)
     return _rows.finish(rows, stats), engine.grad(rows, stats, out)
+
+
+def grad_alone(engine: Engine, rows: Rows, out: Array | None) -> Array:
+    own = getattr(engine, "grad_alone", None)
+    return own(rows, out) if own is not None else loss_and_grad(engine, rows, out)[1]
 
 
 def stats_and_loss(engine: Engine, rows: Rows) -> tuple[RowStats, Array]:

@@ -2,21 +2,25 @@
 
 `plan` turns the shape of a problem into launch numbers: pure Python, and the only source of both what a kernel is
 compiled with and how it is launched. `Cuda` turns `Rows` into arguments and at most three launches: the divisor of a
-mean (it stays on the device), the rows, the sum of their losses. Nothing here waits for the device. Beside them there
-are only copies of what the kernels do not read as it is, and one memset where more than SUM_ALONE rows are summed.
+mean (it stays on the device; two launches where more than COUNT_ALONE rows are counted), the rows, the sum of their
+losses. Nothing here waits for the device. Beside them there are only copies of what the kernels do not read as it is.
 
-Everything that touches CuPy goes through a `Launcher`, so that the tests can put an emulation in its place.
+Everything that touches CuPy goes through a `Launcher`, so that the tests can put an emulation in its place; and a
+`Tape`, which notes what a call has launched, for the next call of its kind (`_again.py`).
 """
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator
+import struct
+import sys
+from array import array as words_of
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cache, lru_cache
-from typing import Any, NamedTuple, Protocol
+from functools import cache, lru_cache, partial
+from typing import Any, NamedTuple, Protocol, get_type_hints
 
 import numpy as np
 
@@ -38,8 +42,14 @@ CACHE = 48 << 10  # bytes of shared memory that a block has on every chip withou
 # Rows in lanes of a warp: bytes of the row, vectors per thread, lanes. The fewest threads that hold a row do the least
 # that is not per logit.
 WARP_ROWS = ((64, 1, 4), (128, 2, 4), (256, 4, 4), (512, 8, 4), (1024, 8, 8), (2048, 8, 16), (4096, 8, 32))
-CLUSTERS = ((64 << 10, 2), (128 << 10, 4), (1 << 62, 8))  # bytes of a longer row, and how many blocks hold it for a gradient
-SUM_THREADS, SUM_BLOCKS, SUM_ALONE = 512, 128, 8192  # up to 8192 rows one block is as fast, and needs no ticket
+CLUSTERS = (
+    (64 << 10, 2),
+    (128 << 10, 4),
+    (1 << 62, 8),
+)  # bytes of a longer row, and how many blocks hold it for a gradient
+SUM_THREADS, SUM_BLOCKS = 1024, 64
+PARTIALS = (2 * SUM_BLOCKS + 1,)  # doubles: two for each block, after the ticket
+SUM_ALONE, COUNT_ALONE = 1 << 13, 1 << 16  # rows up to which one block is as fast; and no slower than a second launch
 
 
 # The plan
@@ -72,7 +82,17 @@ class Plan:
             return _kernels.kernel("tiny.cu", "XE_TINY", "T", ctype, job, self.variant)
         if self.family == "P":
             return _kernels.kernel("columns.cu", "XE_COLUMNS", "P", ctype, job, self.variant, self.shared > 0)
-        parameters = ctype, job, self.variant, self.vectors, self.lanes, self.cluster, self.stream, self.even, *self.bound
+        parameters = (
+            ctype,
+            job,
+            self.variant,
+            self.vectors,
+            self.lanes,
+            self.cluster,
+            self.stream,
+            self.even,
+            *self.bound,
+        )
         return _kernels.kernel("rows.cu", "XE_ROWS", self.family, *parameters)
 
     def words(self) -> str:
@@ -218,7 +238,9 @@ def _whole_warps(threads: int) -> int:
 
 
 # Bytes of a row that between them meet every plan: each limit that there is lies just at or above one of them.
-SIZES = sorted({int(base * step) // 16 * 16 for base in (1 << k for k in range(6, 22)) for step in (1, 1.25, 1.5, 1.75)})
+SIZES = sorted(
+    {int(base * step) // 16 * 16 for base in (1 << k for k in range(6, 22)) for step in (1, 1.25, 1.5, 1.75)}
+)
 LAYOUTS = ("flat", "rows", "columns")
 
 
@@ -260,16 +282,117 @@ def sums_kernel(dtype: str) -> Kernel:
 # The engine
 
 
+class Problem(NamedTuple):
+    """The argument of the kernels over rows: what problem.cuh has as a struct, field for field."""
+
+    logits: Array
+    logits_outer: int
+    logits_class: int
+    logits_inner: int
+    grad: Array | None
+    grad_outer: int
+    grad_class: int
+    grad_inner: int
+    target: Array | None
+    kind: int
+    target_outer: int
+    target_class: int
+    target_inner: int
+    rows: int
+    classes: int
+    inner: int
+    ignores: int
+    ignore_index: int
+    scale: int  # and what else is a number of the arithmetic's dtype: the bits of it
+    upstream: Array | None
+    upstream_step: int
+    loss: Array | None
+    max: Array | None
+    rest: Array | None
+    gap: Array | None
+    mass: Array | None
+    weight: Array | None
+    sample_weight: Array | None
+    keep: int
+    each: int
+    z_loss: int
+    softcap: int
+    correct: Array | None
+    ticket: Array | None
+
+
+class Sum(NamedTuple):
+    """The argument of sums.cu, likewise."""
+
+    target: Array | None
+    kind: int
+    target_outer: int
+    target_inner: int
+    rows: int
+    classes: int
+    inner: int
+    ignores: int
+    ignore_index: int
+    weight: Array | None
+    sample_weight: Array | None
+    losses: Array | None
+    counts: int
+    divisor: float
+    divisor_at: Array | None
+    upstream: float
+    upstream_at: Array | None
+    partials: Array | None
+    parts: int
+    ticket: Array | None
+    divisor_to: Array | None
+    scale_to: Array | None
+    loss_to: Array | None
+
+
+Words = Any  # array.array("Q"): an argument as a kernel gets it, 8 bytes for each field
+Slots = Sequence[tuple[int, int]]  # (which word is a pointer, to which array of a sequence)
+Run = Callable[[Words, Slots, Sequence[Array]], None]  # launches; the arrays are for who must know what may be touched
+
+
+@cache
+def _form(argument: Any) -> struct.Struct:
+    code = {int: "q", float: "d"}
+    return struct.Struct("=" + "".join(code.get(kind, "Q") for kind in get_type_hints(argument).values()))
+
+
+def _taken_apart(argument: Problem | Sum) -> tuple[Words, Slots, list[Array]]:
+    """The words of an argument, with 0 in place of its pointers; where those belong; and the arrays they point to."""
+    numbers = [value if isinstance(value, (int, float)) else 0 for value in argument]
+    places = [at for at, value in enumerate(argument) if value is not None and not isinstance(value, (int, float))]
+    kind: Any = type(argument)
+    words = words_of("Q", _form(kind).pack(*numbers))
+    return words, tuple((at, k) for k, at in enumerate(places)), [argument[at] for at in places]
+
+
+def _word(dtype: Any, value: float) -> int:
+    """The word whose first bytes are the number in that dtype."""
+    with np.errstate(all="ignore"):
+        return int.from_bytes(np.asarray(value).astype(dtype).tobytes().ljust(8, b"\0"), sys.byteorder, signed=True)
+
+
+def send(run: Run, words: Words, slots: Slots, pointers: Sequence[int], arrays: Sequence[Array]) -> None:
+    """One launch. The words are copied: another thread may launch the same."""
+    words = words[:]
+    for at, k in slots:
+        words[at] = pointers[k]
+    run(words, slots, arrays)
+
+
 class Launcher(Protocol):
     """What the engine needs of an array library and its device."""
 
     def declines(self, rows: Rows) -> str | None: ...
     def chip(self, array: Array) -> int: ...  # compute capability, times ten
     def on(self, array: Array) -> AbstractContextManager[Any]: ...  # makes the device of the array current
-    def empty(self, xp: Any, shape: tuple[int, ...], dtype: Any) -> Array: ...
-    def launch(
-        self, kernel: Kernel, blocks: int, threads: int, arguments: tuple[Any, ...], shared: int = 0, cluster: int = 1
-    ) -> None: ...
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Array: ...
+    def copy(self, array: Array, to: Array) -> None: ...
+    def look(self, array: Array) -> tuple[int, Hashable]: ...  # (its pointer, all else that a launch may depend on)
+    def ready(self, kernel: Kernel, blocks: int, threads: int, shared: int = 0, cluster: int = 1) -> Run: ...
 
 
 class Cupy:
@@ -287,25 +410,86 @@ class Cupy:
         device: AbstractContextManager[Any] = array.device
         return device
 
-    def empty(self, xp: Any, shape: tuple[int, ...], dtype: Any) -> Array:
-        return xp.empty(shape, dtype=dtype)
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        return _cupy().ndarray(shape, dtype)
 
-    def launch(
-        self, kernel: Kernel, blocks: int, threads: int, arguments: tuple[Any, ...], shared: int = 0, cluster: int = 1
-    ) -> None:  # the cluster is compiled into the kernel
-        import cupy
+    def copy(self, array: Array, to: Array) -> None:
+        to[...] = array
 
-        function = _kernels.compiled(kernel, cupy.cuda.runtime.getDevice())
+    def look(self, array: Array) -> tuple[int, Hashable]:
+        memory = array.data
+        pointer = memory.ptr
+        return pointer, (array.shape, array.strides, array.dtype, memory.device_id, pointer % 16)
+
+    def ready(self, kernel: Kernel, blocks: int, threads: int, shared: int = 0, cluster: int = 1) -> Run:
+        function = _kernels.compiled(kernel, _cupy().cuda.runtime.getDevice())  # the cluster is compiled into it
         if shared > 48 << 10 and function.max_dynamic_shared_size_bytes < shared:
             function.max_dynamic_shared_size_bytes = shared
-        function((blocks,), (threads,), arguments, shared_mem=shared)
+        grid, block = (blocks,), (threads,)
+
+        def run(words: Words, slots: Slots, arrays: Sequence[Array]) -> None:
+            # A NumPy array of size 1 is an argument by value: CUDA copies as many bytes as the kernel's struct has.
+            function(grid, block, (np.frombuffer(words, _void(8 * len(words))),), shared_mem=shared)
+
+        return run
+
+
+@cache
+def _cupy() -> Any:
+    import cupy
+
+    return cupy
+
+
+@cache
+def _void(size: int) -> np.dtype[Any]:
+    return np.dtype((np.void, size))
 
 
 @cache
 def _chip(device: int) -> int:
-    import cupy
+    return int(_cupy().cuda.Device(device).compute_capability)
 
-    return int(cupy.cuda.Device(device).compute_capability)
+
+class Noted(NamedTuple):
+    """A launch of a tape."""
+
+    run: Run
+    words: Words
+    slots: Slots
+    arrays: list[Array]
+
+
+class Tape:
+    """A launcher that notes what is asked of another one: room for arrays, launches, and whether there was more."""
+
+    def __init__(self, launcher: Launcher) -> None:
+        self._launcher = launcher
+        self.declines, self.chip, self.on, self.look = launcher.declines, launcher.chip, launcher.on, launcher.look
+        self.rooms: list[Array] = []
+        self.launches: list[Noted] = []
+        self.copies = False
+
+    def copy(self, array: Array, to: Array) -> None:
+        self.copies = True
+        self._launcher.copy(array, to)
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        self.rooms.append(self._launcher.empty(shape, dtype))
+        return self.rooms[-1]
+
+    def ready(self, kernel: Kernel, blocks: int, threads: int, shared: int = 0, cluster: int = 1) -> Run:
+        run = self._launcher.ready(kernel, blocks, threads, shared, cluster)
+
+        def noted(words: Words, slots: Slots, arrays: Sequence[Array]) -> None:
+            self.launches.append(Noted(run, words, slots, list(arrays)))
+            run(words, slots, arrays)
+
+        return noted
+
+
+# The kinds of arrays that the engine takes, as far as they were met, and how it looks at them: see _again.py.
+KINDS: dict[type, Callable[[Array], tuple[int, Hashable]]] = {}
 
 
 class _Mean(NamedTuple):
@@ -316,7 +500,6 @@ class _Mean(NamedTuple):
     scale: float = 1.0
     scale_at: Array | None = None
     scale_step: int = 0
-    partials: Array | None = None  # of a sum before, for the next
 
 
 class Cuda:
@@ -335,10 +518,16 @@ class Cuda:
             return f"takes GPUs of compute capability {OLDEST / 10} and above"
         if rows.classes >= 1 << 31:
             return f"takes fewer than 2^31 classes, and these are {rows.classes}"
+        KINDS.setdefault(type(rows.logits), self.launcher.look)
         return None
 
     def reads_labels_free(self, rows: Rows) -> bool:
         return False
+
+    def noting(self) -> tuple[Cuda, Tape]:
+        """The same engine, for one call; and the tape of what it does."""
+        tape = Tape(self.launcher)
+        return Cuda(tape), tape
 
     def stats(self, rows: Rows) -> RowStats:
         with self.launcher.on(rows.logits):
@@ -354,9 +543,9 @@ class Cuda:
 
     def stats_and_loss(self, rows: Rows) -> tuple[RowStats, Array]:
         with self.launcher.on(rows.logits):
-            losses, filled = self._empty(rows, rows.shape), self._stats(rows)
-            self._rows("STATS", rows, _Mean(), losses=losses, stats=filled)
-            return filled, self._reduced(rows, losses, None)
+            losses, filled, partials = self._empty(rows, rows.shape), self._stats(rows), self._partials(rows)
+            self._rows("STATS", rows, _Mean(), losses=losses, stats=filled, partials=partials)
+            return filled, self._reduced(rows, losses, None, partials)
 
     def grad(self, rows: Rows, stats: RowStats, out: Array | None = None) -> Array:
         with self.launcher.on(rows.logits):
@@ -365,22 +554,26 @@ class Cuda:
 
     def loss(self, rows: Rows) -> Array:
         with self.launcher.on(rows.logits):
-            losses = self._empty(rows, rows.shape)
-            self._rows("LOSS", rows, _Mean(), losses=losses)
-            return self._reduced(rows, losses, None)
+            losses, partials = self._empty(rows, rows.shape), self._partials(rows)
+            self._rows("LOSS", rows, _Mean(), losses=losses, partials=partials)
+            return self._reduced(rows, losses, None, partials)
+
+    def grad_alone(self, rows: Rows, out: Array | None = None) -> Array:
+        with self.launcher.on(rows.logits):
+            return self._rows("LOSS_AND_GRAD", rows, self._mean(rows), out=out)
 
     def loss_and_grad(self, rows: Rows, out: Array | None = None) -> tuple[Array, Array]:
         with self.launcher.on(rows.logits):
-            losses, mean = self._empty(rows, rows.shape), self._mean(rows)
-            grad = self._rows("LOSS_AND_GRAD", rows, mean, losses=losses, out=out)
-            return self._reduced(rows, losses, mean), grad
+            losses, mean, partials = self._empty(rows, rows.shape), self._mean(rows), self._partials(rows)
+            grad = self._rows("LOSS_AND_GRAD", rows, mean, losses=losses, out=out, partials=partials)
+            return self._reduced(rows, losses, mean, partials), grad
 
     def loss_grad_and_stats(self, rows: Rows, out: Array | None = None) -> tuple[Array, Array, RowStats]:
         with self.launcher.on(rows.logits):
-            losses, mean = self._empty(rows, rows.shape), self._mean(rows)
+            losses, mean, partials = self._empty(rows, rows.shape), self._mean(rows), self._partials(rows)
             filled = self._stats(rows, with_correct=True)
-            grad = self._rows("STATS_AND_GRAD", rows, mean, losses=losses, stats=filled, out=out)
-            return self._reduced(rows, losses, mean), grad, filled
+            grad = self._rows("STATS_AND_GRAD", rows, mean, losses=losses, stats=filled, out=out, partials=partials)
+            return self._reduced(rows, losses, mean, partials), grad, filled
 
     def softmax(self, rows: Rows, log: bool) -> Array:
         with self.launcher.on(rows.logits):
@@ -388,8 +581,13 @@ class Cuda:
 
     def _stats(self, rows: Rows, with_correct: bool = False) -> RowStats:
         """Room for them; for `correct` where it is wanted and there are labels."""
-        correct = self.launcher.empty(rows.xp, rows.shape, "bool") if with_correct and rows.has_labels else None
+        correct = self.launcher.empty(rows.shape, "bool") if with_correct and rows.has_labels else None
         return RowStats(*(self._empty(rows, rows.shape) for _ in range(4)))._replace(correct=correct)
+
+    def _partials(self, rows: Rows) -> Array | None:
+        """Room for the sums of blocks and their ticket, where the losses are more than one block adds."""
+        count = rows.shape[0] * rows.shape[1]
+        return self.launcher.empty(PARTIALS, "float64") if rows.reduction != "none" and count > SUM_ALONE else None
 
     def _rows(
         self,
@@ -400,6 +598,7 @@ class Cuda:
         losses: Array | None = None,
         stats: RowStats | None = None,
         out: Array | None = None,
+        partials: Array | None = None,
     ) -> Any:
         """One launch over the rows; returns the gradient, if the job makes one."""
         xp, dtype = rows.xp, rows.logits.dtype.name
@@ -416,27 +615,39 @@ class Cuda:
         if outer * inner:
             kind, target = _target(rows)
             chip = self.launcher.chip(logits)
-            variant, even = _variant(rows), _is_even(rows, logits, grad, target)
-            chosen, kernel = _chosen(job, outer * inner, classes, dtype, chip, layout, variant, even)
-            acc = np.float64 if dtype == "float64" else np.float32
+            inner, (of_logits, of_grad, of_target) = _steps(outer, inner, logits, grad, target)
+            placed = [
+                (a, step) for a, step in ((logits, of_logits), (grad, of_grad), (target, of_target)) if a is not None
+            ]
+            variant = _variant(rows, kind)
+            even = inner == 1 and _is_even(rows, variant, placed)
+            chosen, kernel = _chosen(job, rows.shape[0] * rows.shape[1], classes, dtype, chip, layout, variant, even)
+            smoothing, word = rows.label_smoothing, partial(_word, rows.acc)
             max_, rest, gap, mass, correct = (None,) * 5 if stats is None else stats
-            arguments = (
-                logits, *_steps(logits),
-                grad, *_steps(grad),
-                target, kind, *_steps(target),
-                outer * inner, classes, inner,
+            problem = Problem(
+                logits, *of_logits,
+                grad, *of_grad,
+                target, kind, *of_target,
+                rows.shape[0] * rows.shape[1], classes, inner,
                 *_ignored(rows),
-                acc(mean.scale), mean.scale_at, mean.scale_step,
+                word(mean.scale), mean.scale_at, mean.scale_step,
                 losses, max_, rest, gap, mass,
                 _dense(xp, rows.weight), _dense(xp, rows.sample_weight),
-                acc(1 - rows.label_smoothing), acc(rows.label_smoothing / classes), acc(rows.z_loss),
-                acc(rows.softcap or 0.0), correct,
+                word(1 - smoothing), word(smoothing / classes), word(rows.z_loss), word(rows.softcap or 0.0), correct,
+                partials,
             )  # fmt: skip
-            self.launcher.launch(kernel, chosen.blocks, chosen.threads, arguments, chosen.shared, chosen.cluster)
+            self._launch(problem, kernel, chosen.blocks, chosen.threads, chosen.shared, chosen.cluster)
         if out is not None and grad is not out:
-            out[...] = grad
+            self.launcher.copy(grad, out)
             return out
         return grad
+
+    def _launch(
+        self, argument: Problem | Sum, kernel: Kernel, blocks: int, threads: int, shared: int = 0, cluster: int = 1
+    ) -> None:
+        words, slots, arrays = _taken_apart(argument)
+        run = self.launcher.ready(kernel, blocks, threads, shared, cluster)
+        send(run, words, slots, [self.launcher.look(array)[0] for array in arrays], arrays)
 
     def _mean(self, rows: Rows) -> _Mean:
         """What divides the loss and multiplies the gradient; a launch where targets and weights must be asked."""
@@ -444,9 +655,9 @@ class Cuda:
         if rows.reduction == "mean":
             known = _known_divisor(rows)
             if known is None:
-                divisor, scale = self.launcher.empty(rows.xp, (), "float64"), self._empty(rows, ())
-                partials = self._sum(rows, counts=True, upstream=upstream, divisor_to=divisor, scale_to=scale)
-                return _Mean(divisor_at=divisor, scale_at=scale, partials=partials)
+                divisor, scale = self.launcher.empty((), "float64"), self._empty(rows, ())
+                self._count(rows, upstream=upstream, divisor_to=divisor, scale_to=scale)
+                return _Mean(divisor_at=divisor, scale_at=scale)
             if isinstance(known, float) and isinstance(upstream, float):
                 return _Mean(divisor=known, scale=upstream / known if known else float("nan"))
             mean, scale = _by(known), self._empty(rows, ())
@@ -456,7 +667,15 @@ class Cuda:
             return _Mean(scale=upstream)
         return _Mean(scale_at=_dense(rows.xp, upstream), scale_step=int(upstream.ndim == 2))
 
-    def _reduced(self, rows: Rows, losses: Array, mean: _Mean | None) -> Array:
+    def _count(self, rows: Rows, **wanted: Any) -> None:
+        """Counts before there is anything that could set a ticket to 0: many rows by two launches."""
+        if rows.shape[0] * rows.shape[1] > COUNT_ALONE:
+            partials = self.launcher.empty(PARTIALS, "float64")
+            self._sum(rows, counts=True, blocks=SUM_BLOCKS, partials=partials)
+            wanted |= {"partials": partials, "parts": SUM_BLOCKS}
+        self._sum(rows, counts=True, **wanted)
+
+    def _reduced(self, rows: Rows, losses: Array, mean: _Mean | None, partials: Array | None) -> Array:
         """The losses as the caller wants them; without a `mean` from before, rows are counted in the same launch."""
         if rows.reduction == "none":
             return losses
@@ -465,8 +684,8 @@ class Cuda:
             known = _known_divisor(rows) if rows.reduction == "mean" else 1.0
             counts, mean = known is None, _Mean() if known is None else _by(known)
         self._sum(
-            rows, losses=losses, counts=counts, divisor=mean.divisor, divisor_at=mean.divisor_at,
-            partials=mean.partials, loss_to=total,
+            rows, losses=losses, counts=counts, divisor=mean.divisor, divisor_at=mean.divisor_at, loss_to=total,
+            blocks=1 if partials is None else SUM_BLOCKS, partials=partials, ticket=partials,
         )  # fmt: skip
         return total
 
@@ -479,40 +698,41 @@ class Cuda:
         divisor: float = 1.0,
         divisor_at: Array | None = None,
         upstream: Array | float = 1.0,
+        blocks: int = 1,
         partials: Array | None = None,
+        parts: int = 0,
+        ticket: Array | None = None,
         divisor_to: Array | None = None,
         scale_to: Array | None = None,
         loss_to: Array | None = None,
-    ) -> Array | None:
-        """One launch of sums.cu; returns the room for partial sums, where it took any."""
+    ) -> None:
+        """One launch of sums.cu."""
         xp, (outer, inner) = rows.xp, rows.shape
         count = outer * inner if counts or losses is not None else 0
-        kind, target = _target(rows) if rows.has_labels else (0, None)
-        blocks = SUM_BLOCKS if count > SUM_ALONE else 1
-        if blocks > 1 and partials is None:
-            partials = xp.zeros((2 * blocks + 1,), dtype="float64")
+        kind, target = _target(rows) if counts and rows.has_labels else (0, None)
         given = isinstance(upstream, float)
-        arguments = (
-            target, kind, *_steps(target)[::2],
+        inner, [(by_outer, _, by_inner)] = _steps(outer, inner, target)
+        weight, sample_weight = (_dense(xp, rows.weight), _dense(xp, rows.sample_weight)) if counts else (None, None)
+        argument = Sum(
+            target, kind, by_outer, by_inner,
             count, rows.classes, max(1, inner),
             *_ignored(rows),
-            _dense(xp, rows.weight), _dense(xp, rows.sample_weight), losses, int(counts),
+            weight, sample_weight, losses, int(counts),
             divisor, divisor_at, upstream if given else 1.0, None if given else upstream,
-            partials, divisor_to, scale_to, loss_to,
+            partials, parts, ticket, divisor_to, scale_to, loss_to,
         )  # fmt: skip
-        self.launcher.launch(sums_kernel(rows.logits.dtype.name), blocks, SUM_THREADS, arguments)
-        return partials
+        self._launch(argument, sums_kernel(rows.logits.dtype.name), blocks, SUM_THREADS)
 
     def _gradient(self, rows: Rows, logits: Array) -> Array:
         """Room for the gradient, laid out like the logits so that what is read wide can be written wide."""
         outer, classes, inner = logits.shape
         if inner > 1 and logits.strides[1] == logits.dtype.itemsize:
-            made = self.launcher.empty(rows.xp, (outer, inner, classes), rows.grad_dtype)
+            made = self.launcher.empty((outer, inner, classes), rows.grad_dtype)
             return made.transpose(0, 2, 1)
-        return self.launcher.empty(rows.xp, (outer, classes, inner), rows.grad_dtype)
+        return self.launcher.empty((outer, classes, inner), rows.grad_dtype)
 
     def _empty(self, rows: Rows, shape: tuple[int, ...]) -> Array:
-        return self.launcher.empty(rows.xp, shape, rows.acc)
+        return self.launcher.empty(shape, rows.acc)
 
 
 def _known_divisor(rows: Rows) -> Array | float | None:
@@ -537,32 +757,31 @@ def _ignored(rows: Rows) -> tuple[int, int]:
     return 1, index if index < 1 << 63 else index - (1 << 64)
 
 
-def _variant(rows: Rows) -> str:
+def _variant(rows: Rows, kind: int) -> str:
     labels = rows.target is None or rows.has_labels
     if labels and not rows.label_smoothing:
         return "PLAIN" if rows.softcap is None else "CAPPED"
     if rows.softcap is not None:
         return "CAPPED_GENERAL"
-    if rows.weight is None and (labels or rows.target.dtype == rows.logits.dtype):
-        return "SMOOTH" if labels else "SOFT"
-    return "GENERAL"
+    if rows.weight is not None:
+        return "GENERAL"
+    return "SMOOTH" if labels else "SOFT" if kind == OF_LOGITS else "GENERAL"
 
 
-def _is_even(rows: Rows, logits: Array, grad: Array | None, target: Any) -> bool:
-    """Whether rows are evenly spaced, and what is written or read beside the logits is aligned as they are."""
-    if logits.shape[2] != 1:
-        return False
-    place, step = _address(logits), logits.strides[0]
-    itemsize = logits.dtype.itemsize
-    if grad is not None and ((_address(grad) - place) % 16 or (grad.strides[0] - step) % 16):
-        return False
-    if rows.target is not None and not rows.has_labels:
-        if target.strides[1] != target.dtype.itemsize:
+def _is_even(rows: Rows, variant: str, placed: list[tuple[Any, tuple[int, int, int]]]) -> bool:
+    """Whether what is read and written by 16 bytes beside the logits is aligned as they are, in rows evenly spaced."""
+    logits = rows.logits
+    (_, (step, _, _)), *others = placed
+    place, step = _address(placed[0][0]), step * logits.dtype.itemsize
+    for array, (by_row, by_class, _) in others:
+        if array is None or (array is rows.target and rows.has_labels):
+            continue
+        wide = array.dtype.itemsize // logits.dtype.itemsize  # of float32 beside 16-bit logits, twice as many bytes
+        if by_class != 1 and rows.classes > 1:
             return False
-        wide = target.dtype.itemsize // itemsize  # of float32 beside 16-bit logits, twice as many bytes
-        if (_address(target) - place * wide) % 16 or (target.strides[0] - step * wide) % 16:
+        if (_address(array) - place * wide) % 16 or (by_row * array.dtype.itemsize - step * wide) % 16:
             return False
-    if rows.weight is not None and _variant(rows) in ("GENERAL", "CAPPED_GENERAL"):  # the same for every row
+    if rows.weight is not None and variant in ("GENERAL", "CAPPED_GENERAL"):  # the same for every row
         return place % 16 == 0 and step % 16 == 0
     return True
 
@@ -577,11 +796,21 @@ def _target(rows: Rows) -> tuple[int, Any]:
     if name == rows.logits.dtype.name:
         return OF_LOGITS, rows.target
     target = rows.target if name == "float32" else rows.xp.astype(rows.target, rows.acc)
-    return OF_FLOAT32 if target.dtype.name == "float32" else OF_LOGITS, target
+    return OF_LOGITS if target.dtype.name == rows.logits.dtype.name else OF_FLOAT32, target
 
 
-def _steps(array: Any) -> tuple[int, int, int]:
-    """Elements from outer to outer, class to class, inner to inner; 0 of no array, and between labels' classes."""
+def _steps(outer: int, inner: int, *arrays: Array | None) -> tuple[int, list[tuple[int, int, int]]]:
+    """(inner, for each array the elements from outer to outer, class to class, inner to inner; 0 of what it has not).
+
+    Rows that are evenly spaced in every array are `outer` ones, and inner is 1: kernels then divide nothing.
+    """
+    steps = [_strides(array) for array in arrays]
+    if inner > 1 and (outer == 1 or all(by_outer == inner * by_inner for by_outer, _, by_inner in steps)):
+        return 1, [(by_inner, by_class, by_inner) for _, by_class, by_inner in steps]
+    return inner, steps
+
+
+def _strides(array: Array | None) -> tuple[int, int, int]:
     if array is None:
         return 0, 0, 0
     itemsize = array.dtype.itemsize
@@ -595,7 +824,7 @@ def _layout(array: Array) -> str | None:
     itemsize = int(array.dtype.itemsize)
     if any(step % itemsize for step in array.strides):
         return None
-    by_outer, by_class, by_inner = _steps(array)
+    by_outer, by_class, by_inner = _strides(array)
     if by_class == 1 or classes == 1:
         side_by_side = (inner == 1 or by_inner == classes) and (outer == 1 or by_outer == inner * classes)
         return "flat" if side_by_side else "rows"
