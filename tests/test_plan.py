@@ -76,20 +76,3 @@ def test_rows_of_a_vocabulary_are_read_once_where_there_are_clusters():
     for classes in (32_000, 50_257, 128_256, 151_936, 262_144):
         assert cuda.plan(4096, classes, "bfloat16", 90).family == "B"
     assert cuda.plan(4096, 1 << 20, "bfloat16", 90).stream
-
-
-@pytest.mark.parametrize(
-    "shape", ["4096x50257:bf16@sm90", "128x10:fp32", "32768x1000:float16@sm80", "8x1000000:fp64@sm75"]
-)
-def test_explain(shape):
-    text = cuda.explain(shape)
-    rows, _, rest = shape.partition("x")
-    assert f"{rows} rows of {rest.partition(':')[0]}" in text
-    assert "at least" in text
-    assert text.isascii()  # where the output goes has an encoding that may have no µ
-
-
-@pytest.mark.parametrize("shape", ["", "3x4", "3x0:fp32", "3x4:int8", "3x4:fp32@sm70", "x4:fp32"])
-def test_explain_says_what_it_takes(shape):
-    with pytest.raises(ValueError, match=r"is not like 4096x50257:bf16@sm90|the oldest chip is sm75"):
-        cuda.explain(shape)
