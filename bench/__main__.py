@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import re
 import shlex
 import sys
+from collections.abc import Callable
 from pathlib import Path
+
+JOBS = {  # modules with a `main` of their own
+    "report": "draws what bench/results holds",
+    "model": "predicts what a GPU would say, without one",
+    "gpu": "is the job for a GPU that is there for minutes",
+}
 
 
 def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["report"]:
-        from . import report
+    if arguments[:1] in ([job] for job in JOBS):
+        main_of: Callable[[list[str]], int] = importlib.import_module(f".{arguments[0]}", __package__).main
+        return main_of(arguments[1:])
 
-        return report.main(arguments[1:])
-    if arguments[:1] == ["gpu"]:
-        from . import gpu
-
-        return gpu.main(arguments[1:])
-
-    from . import run, suite, timing  # which need more than the two jobs above
+    from . import run, suite, timing  # which need more than some of these jobs
 
     parser = argparse.ArgumentParser(
         prog="python -m bench",
         description="Check against the oracle, then time turn by turn. "
-        "`python -m bench report` draws what bench/results holds, `python -m bench gpu` is the job for a GPU machine.",
+        + ", ".join(f"`python -m bench {job}` {does}" for job, does in JOBS.items())
+        + ".",
     )
     parser.add_argument("--backend", choices=("numpy", "cupy"), default="numpy", help="on CPU or on GPU arrays")
     parser.add_argument("--quick", action="store_true", help="small cases and few rounds: at most a minute")

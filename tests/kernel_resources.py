@@ -116,11 +116,15 @@ def counts(about: dict[str, str], rows: list[dict]) -> str:
     return f'{head}, "kernels": {{\n{lines}\n}}}}\n'
 
 
+def _key(row: dict) -> tuple[str, str, str]:
+    return row["file"], row["kernel"], row["chip"]
+
+
 def write(items: Iterable[Item], about: dict[str, str], known: list[dict]) -> int:
-    """Adds to the table what it does not know; how many it has then."""
-    wanted = {(item.file, item.kernel, item.chip): item for item in work()}
-    rows = [row for row in known if (row["file"], row["kernel"], row["chip"]) in wanted and set(nvrtc.NUMBERS) <= set(row)]
-    there = {(row["file"], row["kernel"], row["chip"]) for row in rows}
+    """Adds to the table what it does not know of these; how many it has then."""
+    every = {(item.file, item.kernel, item.chip) for item in work()}
+    rows = [row for row in known if _key(row) in every and set(nvrtc.NUMBERS) <= set(row)]
+    there = {_key(row) for row in rows}
     lacking = [item for item in items if (item.file, item.kernel, item.chip) not in there]
     for start in range(0, len(lacking) or 1, BATCH):
         rows += compiled(lacking[start : start + BATCH])
@@ -149,7 +153,7 @@ def main(arguments: list[str]) -> int:
         return 0
     rows = compiled(items)
     asked = {(item.file, item.kernel, item.chip) for item in items}
-    said = nvrtc.differences([row for row in committed if (row["file"], row["kernel"], row["chip"]) in asked], rows)
+    said = nvrtc.differences([row for row in committed if _key(row) in asked], rows)
     took = f"{len(rows)} kernels by NVRTC {nvrtc.version()} in {time.monotonic() - start:.0f} s"
     print("\n".join(said) or f"as in {TABLE.name}: {took}")
     if said and committed and known["nvrtc"] != nvrtc.version():

@@ -37,7 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"xent_array {__version__}")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     parser.add_argument(
-        "--explain", metavar="PROBLEM", help=f"how the CUDA engine would launch one, and how long that takes: {_model.LIKE}"
+        "--explain",
+        metavar="PROBLEM",
+        help=f"what the CUDA engine would launch, and how long that takes: {_model.LIKE}",
     )
     given = parser.parse_args(arguments)
     if given.explain is not None:

@@ -138,10 +138,11 @@ class _Instruction(NamedTuple):
 
 
 def counted(machine_code: str) -> dict[str, Any]:
-    """The instructions of a kernel, how many of them are MUFU (special functions), and its loops; NOP is no instruction.
+    """The instructions of a kernel, how many of them are MUFU (special functions), and its loops.
 
-    Every instruction of the text counts once: also what runs in rare cases only (behind a branch, in the functions that
-    are called for a division), and what is predicated off. Where nothing is a loop, that is about what a warp executes.
+    NOP is no instruction. Every one of the text counts once: also what runs in rare cases only (behind a branch, in the
+    functions that are called for a division), and what is predicated off. Where nothing is a loop, that is about what a
+    warp executes.
 
     A loop is what a branch back repeats, to an instruction that all ways into the loop lead through; that leaves out
     the rare code at the end of a text that branches back to where it came from. Of each there are, without the loops

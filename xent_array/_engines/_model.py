@@ -84,7 +84,7 @@ class Launch(NamedTuple):
     bytes: int  # that must move
     more: int  # of them, those of another array as large, or of none
     gradient: bool  # whether one is written
-    stream: bool  # whether the logits are read in pieces, and once more for a gradient
+    stream: bool  # whether what a thread has of the logits is read in pieces, and once more for a gradient
     vectors: int  # see Plan
     lanes: int
     threads: int
@@ -95,8 +95,9 @@ class Launch(NamedTuple):
     def of(cls, plan: cuda.Plan, job: str, more: int = 0) -> Launch:
         """Where `more` bytes must move beside what the plan knows of."""
         logits = plan.rows * plan.classes * cuda.DTYPES[plan.dtype][1]
+        stream = plan.stream or (plan.family == "P" and not plan.shared)
         return cls(
-            plan.rows, logits, plan.bytes(job) + more, more, job not in ("LOSS", "STATS"), plan.stream,
+            plan.rows, logits, plan.bytes(job) + more, more, job not in ("LOSS", "STATS"), stream,
             plan.vectors, plan.lanes, plan.threads, plan.blocks, plan.shared,
         )  # fmt: skip
 
@@ -150,7 +151,7 @@ def times(launch: Launch, code: Code, chip: Chip) -> Times:
     by_special = few * 32 * special * warps / (16 * chip.processors * chip.clock * 1e9)
     three = by_memory, by_instructions, by_special
     together = max(three) * sum((t / max(three)) ** SHARPNESS for t in three) ** (1 / SHARPNESS)
-    pieces = math.ceil(per_thread / (16 * launch.vectors)) if launch.stream else 1
+    pieces = math.ceil(per_thread / (16 * launch.vectors)) if launch.stream and launch.vectors else 1
     apart = blocks * launch.threads // 32 if launch.lanes and not launch.shared else blocks  # which never wait
     lesser = min(by_memory, max(by_instructions, by_special))
     return Times(*three, together + TURNS * lesser / (apart * pieces))
@@ -241,9 +242,10 @@ class Problem(NamedTuple):
         logits = _hollow((outer, self.classes, inner), {2: "u2"}.get(itemsize, f"f{itemsize}"))
         by_row = _hollow((outer, inner), "f4")
         arrays = {"weight": _hollow((self.classes,), "f4"), "sample_weight": by_row, "target": logits}
-        given = dict(OPTIONS[name] for name in self.options)
-        given = {name: arrays[name] if value is None else value for name, value in given.items()}
-        return Rows(np, logits, np.dtype("f8" if itemsize == 8 else "f4"), **{"target": by_row.view("i4"), **given})
+        given: dict[str, Any] = {"target": by_row.view("i4")}
+        for name, value in (OPTIONS[option] for option in self.options):
+            given[name] = arrays[name] if value is None else value
+        return Rows(np, logits, np.dtype("f8" if itemsize == 8 else "f4"), **given)
 
     def plan(self, job: str) -> cuda.Plan:
         """What the engine would launch."""
@@ -265,30 +267,28 @@ def explain(text: str) -> str:
     problem = Problem.parse(text)
     chip = card(problem.chip)
     size = problem.classes * cuda.DTYPES[problem.dtype][1]
-    lines = [f"{problem.rows} rows of {problem.classes} {problem.dtype} logits, {size:,} bytes each, on sm_{problem.chip}"]
-    said = None
+    lines = [
+        f"{problem.rows} rows of {problem.classes} {problem.dtype} logits, {size:,} bytes each, on sm_{problem.chip}"
+    ]
+    said, margin = None, " " * 17
     for job in ("LOSS_AND_GRAD", "STATS_AND_GRAD", "LOSS"):
         plan = problem.plan(job)
         if plan.words() != said:
             lines.append(said := plan.words())
-        launch = Launch.of(plan, job, problem.more)
-        least = launch.bytes / chip.bandwidth / 1e3
-        lines += [
-            f"  {job.lower().replace('_', ' '):14} {launch.bytes:,} bytes",
-            f"                 at least {least:.3g} microseconds at the {chip.bandwidth:.0f} GB/s of a copy on a {chip.name}",
-            f"                 {plan.kernel(job).name}",
-        ]
-        code = counts().get(plan.kernel(job).name)
+        launch, kernel = Launch.of(plan, job, problem.more), plan.kernel(job).name
+        least = f"{launch.bytes / chip.bandwidth / 1e3:.3g} microseconds at the {chip.bandwidth:.0f} GB/s of a copy"
+        lines.append(f"  {job.lower().replace('_', ' '):14} {launch.bytes:,} bytes")
+        lines += [f"{margin}at least {least} on a {chip.name}", f"{margin}{kernel}"]
+        code = counts().get(kernel)
         if code is None:
-            lines.append("                 (the instructions of this kernel have not been counted)")
+            lines.append(f"{margin}(the instructions of this kernel have not been counted)")
             continue
         took = times(launch, code, chip)
+        memory, instructions, special, whole = (1e6 * t for t in took)
+        reached = f"{share(launch, took, chip):.0%} of a {'copy' if launch.gradient else 'read'}"
         lines += [
-            "                 of memory {:.3g}, of instructions {:.3g}, of special functions {:.3g} microseconds".format(
-                *(t * 1e6 for t in took[:3])
-            ),
-            f"                 {took.decides} decides: about {(took.all + STARTED) * 1e6:.3g} microseconds, {share(launch, took, chip):.0%}"
-            f" of a {'copy' if launch.gradient else 'read'}",
+            f"{margin}of memory {memory:.3g}, of instructions {instructions:.3g}, of special functions {special:.3g}",
+            f"{margin}{took.decides} decides: about {whole + STARTED * 1e6:.3g} microseconds, {reached}",
         ]
     return "\n".join(lines)
 
