@@ -15,6 +15,7 @@ JOBS = {  # modules with a `main` of their own
     "report": "draws what bench/results holds",
     "model": "predicts what a GPU would say, without one",
     "gpu": "is the job for a GPU that is there for minutes",
+    "tune": "times there every plan that could take a problem",
 }
 
 
@@ -35,12 +36,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--backend", choices=("numpy", "cupy"), default="numpy", help="on CPU or on GPU arrays")
     parser.add_argument("--quick", action="store_true", help="small cases and few rounds: at most a minute")
     parser.add_argument("--cases", metavar="REGEX", default="", help="only the cases whose name this finds")
+    parser.add_argument("--ours", action="store_true", help="without the peers")
+    parser.add_argument(
+        "--ahead", action="store_true", help="run and check all cases, say so, and time them when a line is read"
+    )
+    parser.add_argument("--most", type=float, default=float("inf"), metavar="S", help="seconds of timing, in all")
     parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
     parser.add_argument("--threads", type=int, metavar="N", help="for every library; by default all cores there are")
     parser.add_argument(
         "--seconds", type=float, metavar="S", help="of an operation, after which 3 turns do (default 3)"
     )
     parser.add_argument("--rounds", type=int, metavar="N", help="of turns (default 7)")
+    parser.add_argument("--turn", type=float, metavar="S", help=f"seconds of a turn (default {timing.TURN})")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write one JSON line per row here")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the logits and the order of the turns")
     parser.add_argument("--commit", metavar="HASH", help="what is measured, where git cannot tell")
@@ -61,13 +68,16 @@ def main(arguments: list[str] | None = None) -> int:
             backend=given.backend,
             threads=given.threads or cores,
             rounds=given.rounds or (3 if given.quick else 7),
-            turn=timing.TURN / 5 if given.quick else timing.TURN,
+            turn=given.turn or (timing.TURN / 5 if given.quick else timing.TURN),
             seconds=3.0 if given.seconds is None else given.seconds,
             memory=not given.quick,
             out=given.out,
             seed=given.seed,
             commit=given.commit,
             command=f"python -m bench {shlex.join(arguments)}".strip(),
+            peers=not given.ours,
+            ahead=given.ahead,
+            most=given.most,
         ),
     )
 

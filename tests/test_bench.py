@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,9 +20,10 @@ from close import BAR
 from oracle import oracle
 
 pytest.importorskip("tqdm")  # for bench.run
+import xent_array
 from bench import __main__ as program
 from bench import peers, report, run, suite, timing
-from bench.suite import COPY, COPY_BY_ONE, GRAD, IN_PLACE, LOSS, OURS, OUT, Case
+from bench.suite import COPY, COPY_BY_ONE, EACH, EACH_OUT, GRAD, IN_PLACE, LOSS, OURS, OUT, Case
 from bench.timing import Call
 
 ROOT = Path(__file__).parents[1]
@@ -102,7 +104,7 @@ def _breaks(problem):
 
 def test_what_is_wrong_is_reported_and_not_timed(monkeypatch, capsys):
     planted = {COPY: peers.copy, OURS: _one_entry_off, "peer": _half_the_loss, "broken": _breaks, "NumPy": peers.numpy}
-    monkeypatch.setattr(peers, "libraries", lambda backend, xp: (planted, {"gone": "no module named gone"}))
+    monkeypatch.setattr(peers, "libraries", lambda backend, xp, only: (planted, {"gone": "no module named gone"}))
     monkeypatch.setattr(run, "limit_threads", lambda threads: None)
     assert run.run([SMALL], SETTINGS) == 1
     printed = capsys.readouterr().out
@@ -113,8 +115,54 @@ def test_what_is_wrong_is_reported_and_not_timed(monkeypatch, capsys):
     assert re.search(r"^ *loss +NumPy +[\d.]+", printed, re.MULTILINE)
 
 
+def test_cases_are_checked_ahead_and_timed_when_a_line_comes(monkeypatch, capsys, tmp_path):
+    """In between no problem is kept; what was wrong is not timed, and is an exit code though time has run out."""
+    made, asked = [], []
+
+    def maker(problem):
+        made.append(problem)
+        return peers.numpy(problem)
+
+    def line():
+        asked.append(len(made))
+
+    monkeypatch.setattr(peers, "libraries", lambda backend, xp, only: ({OURS: maker, "peer": _half_the_loss}, {}))
+    monkeypatch.setattr(run, "limit_threads", lambda threads: None)
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(readline=line))
+    cases = [SMALL, Case("test", (8, 5))]
+    out = tmp_path / "rows.jsonl"
+    assert run.run(cases, SETTINGS._replace(ahead=True, out=out)) == 0
+    assert asked == [2]
+    assert len(made) == 4
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {row["case"] for row in rows} == {case.name for case in cases}
+    assert all((row["seconds"] is None) == (row["library"] == "peer") for row in rows)
+    assert all("loss is off" in row["failed"] for row in rows if row["library"] == "peer")
+    assert capsys.readouterr().out.count(f"{run.READY}\n") == 1
+    monkeypatch.setattr(peers, "libraries", lambda backend, xp, only: ({OURS: _half_the_loss}, {}))
+    assert run.run(cases, SETTINGS._replace(ahead=True, most=-1.0)) == 1
+    assert capsys.readouterr().out.count("not timed, for want of time") == 2
+
+
+def test_a_peaked_case_has_large_labels_and_the_same_truth():
+    flat, peaked = (run.make(SMALL._replace(peaked=peaked), 0, 1, np) for peaked in (False, True))
+    rows = np.arange(6), flat[0].target
+    assert (peaked[0].target == flat[0].target).all()
+    np.testing.assert_allclose(peaked[0].logits[rows], flat[0].logits[rows] + 10)
+    assert float(peaked[1].loss) < 0.1 < float(flat[1].loss)
+    assert SMALL._replace(peaked=True).name == f"{SMALL.name} peaked"
+
+
+def test_losses_of_each_row_are_held_against_the_mean():
+    problem, truth, tiles = run.make(Case("test", (8, 5)), 0, 1, np)
+    losses, grad = xent_array.cross_entropy_value_and_grad(problem.logits, problem.target, reduction="none")
+    run.check(problem.of_all(losses, grad), truth, tiles, strictly=True)
+    with pytest.raises(AssertionError, match="grad"):
+        run.check(problem.of_all(losses, 2 * grad), truth, tiles, strictly=True)
+
+
 def test_only_a_wrong_result_of_ours_is_an_exit_code(monkeypatch, capsys):
-    monkeypatch.setattr(peers, "libraries", lambda backend, xp: ({OURS: peers.ours, "peer": _half_the_loss}, {}))
+    monkeypatch.setattr(peers, "libraries", lambda backend, xp, only: ({OURS: peers.ours, "peer": _half_the_loss}, {}))
     monkeypatch.setattr(run, "limit_threads", lambda threads: None)
     assert run.run([SMALL], SETTINGS) == 0
     assert "loss is off" in capsys.readouterr().out
@@ -151,12 +199,6 @@ def test_summary_is_median_minimum_and_quartiles():
     assert timing.summary([4.0, 1.0, 3.0, 2.0, 5.0]) == {"seconds": 3.0, "min": 1.0, "q1": 2.0, "q3": 4.0}
 
 
-@pytest.fixture
-def still(monkeypatch):
-    monkeypatch.setattr(timing, "wait_until_quiet", lambda: None)
-
-
-@pytest.mark.usefixtures("still")
 def test_turns_are_shuffled_prepared_settled_and_timed():
     log, taken = [], Counter()
 
@@ -176,18 +218,25 @@ def test_turns_are_shuffled_prepared_settled_and_timed():
         "c": Call(fails),
     }
     times, failed = timing.interleave(
-        calls, clock, rounds=3, seconds=0, turn=0, seed=0, clear=lambda: log.append("clear")
+        calls,
+        clock,
+        rounds=3,
+        seconds=0,
+        turn=0,
+        seed=0,
+        quiet=lambda: log.append("quiet"),
+        clear=lambda: log.append("clear"),
     )
     assert times == {"a": [[2.0], [4.0], [6.0]], "b": [[2.0], [4.0], [6.0]]}  # every other run settles
     assert isinstance(failed["c"], MemoryError)
-    turns = [set(turn) - {"refresh"} for cleared, turn in itertools.groupby(log, "clear".__ne__) if cleared]
+    turns = [set(turn) - {"refresh", "quiet"} for cleared, turn in itertools.groupby(log, "clear".__ne__) if cleared]
     assert [len(turn) for turn in turns] == [1] * 8  # the second of c was its last
+    assert log.count("quiet") == log.count("clear") == 8
     rounds = [sorted("".join(turn) for turn in part) for part in (turns[:3], turns[3:6])]
     assert rounds == [["a", "b", "c"]] * 2
     assert all(log[i - 1] == "refresh" for i, what in enumerate(log) if what == "b")
 
 
-@pytest.mark.usefixtures("still")
 def test_short_runs_fill_the_turn():
     calls = {"short": Call(lambda: time.sleep(1e-3)), "long": Call(lambda: time.sleep(0.02))}
     times, _ = timing.interleave(calls, timing.host_clock, rounds=1, seconds=1, turn=0.015, seed=0)
@@ -196,7 +245,6 @@ def test_short_runs_fill_the_turn():
     assert len(times["long"][0]) == 1
 
 
-@pytest.mark.usefixtures("still")
 def test_what_takes_long_gets_fewer_turns():
     calls = {"short": Call(lambda: None), "long": Call(lambda: time.sleep(0.01))}
     times, _ = timing.interleave(calls, timing.host_clock, rounds=5, seconds=0.05, turn=1e-4, seed=0)
@@ -226,7 +274,6 @@ def test_a_turn_does_not_wait_forever():
     thread.join()
 
 
-@pytest.mark.usefixtures("still")
 def test_the_copy_is_the_faster_of_two(monkeypatch):
     def copies(one, all_threads):
         return lambda problem: {
@@ -300,16 +347,9 @@ def test_every_goal_can_be_reached_by_the_cases(backend):
         (case.name, library, operation): {"seconds": float(case.size), "of_copy": 1.0, "of_read": 1.0}
         for case in cases
         for library in (OURS, COPY, *peers.PEERS[backend])
-        for operation in (LOSS, GRAD, OUT, COPY)
+        for operation in (LOSS, GRAD, OUT, EACH, EACH_OUT, COPY)
     }
     assert all(goal.value(full) == 1 for goal in suite.GOALS[backend])
-
-
-def test_the_pieces_of_the_gpu_run_are_all_of_it_once():
-    patterns = [piece[piece.index("--cases") + 1] for piece in suite.gpu_pieces()]
-    for case in suite.cases("cupy", quick=False):
-        assert sum(bool(re.search(pattern, case.name)) for pattern in patterns) == 1, case.name
-    assert len({piece[piece.index("--out") + 1] for piece in suite.gpu_pieces()}) == len(patterns)
 
 
 def test_arguments_are_checked(capsys):

@@ -20,9 +20,8 @@ problems = st.fixed_dictionaries(
 )
 
 
-@given(problems)
-def test_every_logit_of_every_row_has_a_thread(problem):
-    p = cuda.plan(**problem)
+def assert_it_covers(p):
+    """Every logit of every row has a thread."""
     size = cuda.DTYPES[p.dtype][1]
     assert (p.blocks // p.cluster) * p.rows_per_block >= p.rows > (p.blocks // p.cluster - 1) * p.rows_per_block
     if p.family in "WB":
@@ -31,9 +30,8 @@ def test_every_logit_of_every_row_has_a_thread(problem):
         assert threads >= 16 // size - 1  # and every element of head and tail a thread of its own
 
 
-@given(problems)
-def test_the_launch_is_one_that_the_chip_takes(problem):
-    p = cuda.plan(**problem)
+def assert_it_fits(p):
+    """The chip takes the launch."""
     assert p.threads % 32 == 0
     assert 32 <= p.threads <= p.bound[0] <= 1024
     assert p.bound[0] * p.bound[1] <= (1024 if p.chip == 75 else 2048)
@@ -41,6 +39,16 @@ def test_the_launch_is_one_that_the_chip_takes(problem):
     assert p.cluster == 1 or (p.chip >= 90 and p.cluster in (2, 4, 8) and p.family in "BO")
     assert p.shared <= 48 << 10
     assert (p.shared > 0) <= (p.family in "TP")
+
+
+@given(problems)
+def test_every_logit_of_every_row_has_a_thread(problem):
+    assert_it_covers(cuda.plan(**problem))
+
+
+@given(problems)
+def test_the_launch_is_one_that_the_chip_takes(problem):
+    assert_it_fits(cuda.plan(**problem))
 
 
 @given(problems, st.integers(1, 1 << 40))
