@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--backend", choices=("numpy", "cupy"), default="numpy", help="on CPU or on GPU arrays")
     parser.add_argument("--quick", action="store_true", help="small cases and few rounds: at most a minute")
     parser.add_argument("--cases", metavar="REGEX", default="", help="only the cases whose name this finds")
-    parser.add_argument("--ours", action="store_true", help="without the peers")
+    parser.add_argument("--engines", action="store_true", help="only what GPU and CPU are compared by, without peers")
     parser.add_argument(
         "--ahead", action="store_true", help="run and check all cases, say so, and time them when a line is read"
     )
@@ -53,7 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--commit", metavar="HASH", help="what is measured, where git cannot tell")
     given = parser.parse_args(arguments)
 
-    cases = [case for case in suite.cases(given.backend, given.quick) if re.search(given.cases, case.name)]
+    every = suite.ENGINES if given.engines else suite.cases(given.backend, given.quick)
+    cases = [case for case in every if re.search(given.cases, case.name)]
     if not cases:
         parser.error(f"no case matches {given.cases!r}; --list names them")
     if given.list:
@@ -75,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
             seed=given.seed,
             commit=given.commit,
             command=f"python -m bench {shlex.join(arguments)}".strip(),
-            peers=not given.ours,
+            peers=not given.engines,
             ahead=given.ahead,
             most=given.most,
         ),

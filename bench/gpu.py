@@ -89,7 +89,7 @@ def _timed(name: str, cases: str, seconds: int, about: str) -> Piece:
 
 
 def _engines() -> Piece:
-    command = ("python", "-m", "bench", "--ours", "--cases", "^(rows|classes) ", "--rounds", "3", "--most", "15")
+    command = ("python", "-m", "bench", "--engines", "--rounds", "3", "--most", "15")
     command += ("--out", str(RESULTS / "gpu-host.jsonl"))
     return Piece("time the host's engine", command, "the CPU beside the GPU, on the same problems", 20)
 

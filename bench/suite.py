@@ -116,8 +116,12 @@ GPU_OTHER = [
     *(Case("long", shape, operations=_FEW) for shape in ((64, 262144), (16, 1 << 22))),
 ]
 
-# GPU against CPU: this library's two engines on the same problems, over N at fixed C and over C at fixed bytes
-ENGINES = [case._replace(operations=(GRAD, ACROSS)) for case in (*ROWS, *CLASSES)]
+# GPU against CPU: this library's two engines on the same problems of one machine, over N at fixed C and over C at fixed
+# bytes. No part of the CPU's run, whose rows are of another machine.
+
+ENGINES_ROWS = [Case("engines", (n, 1000), operations=(GRAD, ACROSS)) for n in (64, 512, 4096, 32768)]
+ENGINES_CLASSES = [Case("engines", (2**24 // c, c), operations=(GRAD, ACROSS)) for c in (16, 256, 4096, 65536)]
+ENGINES = [*ENGINES_ROWS, *ENGINES_CLASSES]
 
 # What the tables of README.md show: loss and gradient, and the loss alone
 
@@ -125,7 +129,10 @@ SHOWN = {
     "numpy": [*SIZES, *(case for case in DTYPES if case.shape == LARGE[1]), *SOFT, AXIS[0], *WITH_OPTION],
     "cupy": [*GPU_CELLS, *GPU_OTHER],
 }
-SHOWN_LOSS = {"numpy": SIZES[:6], "cupy": GPU_CELLS}
+SHOWN_LOSS = {
+    "numpy": SIZES[:6],
+    "cupy": [case for case in GPU_CELLS if case.classes in (256, 1024, 4096, 16384, 65536, 262144)],
+}
 
 
 def cases(backend: str, quick: bool) -> list[Case]:

@@ -23,7 +23,7 @@ pytest.importorskip("tqdm")  # for bench.run
 import xent_array
 from bench import __main__ as program
 from bench import peers, report, run, suite, timing
-from bench.suite import COPY, COPY_BY_ONE, EACH, EACH_OUT, GRAD, IN_PLACE, LOSS, OURS, OUT, Case
+from bench.suite import ACROSS, COPY, COPY_BY_ONE, EACH, EACH_OUT, GRAD, IN_PLACE, LOSS, OURS, OUT, Case
 from bench.timing import Call
 
 ROOT = Path(__file__).parents[1]
@@ -44,6 +44,14 @@ def quick(tmp_path_factory):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout, [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_the_committed_rows_have_every_field():
+    for file in sorted((ROOT / "bench" / "results").glob("*.jsonl")):
+        rows = list(map(json.loads, file.read_text().splitlines()))
+        assert {frozenset(row) for row in rows} == {frozenset(FIELDS)}, file.name
+        names = {case.name for backend in suite.GOALS for case in suite.cases(backend, quick=False)}
+        assert {row["case"] for row in rows} <= names | {case.name for case in suite.ENGINES}, file.name
 
 
 @pytest.mark.full
@@ -443,6 +451,62 @@ def test_a_wrong_peer_is_called_wrong(results):
     assert line.endswith("| wrong |")
     (line,) = re.findall(r"^\| NumPy \|.*$", readme, re.MULTILINE)
     assert line.count(", wrong in some case") == 1
+
+
+def _row(case, library, operation, seconds, backend="cupy", **more):
+    machine = {"cpu": "a CPU", "cores": 16, "load": None, "gpu": "a GPU" if backend == "cupy" else None}
+    return {
+        "case": case.name, "library": library, "operation": operation, "backend": backend, "group": case.group,
+        "dtype": case.dtype, "seconds": seconds, "failed": None, "of_copy": 0.875, "gb_per_s": 1 / seconds,
+        "loss_units": None, "grad_units": None, "memory": None, "machine": machine, "threads": 16, "versions": {},
+        "commit": "abc", "dirty": False, "command": "a harness", "date": "2026-01-01", **more,
+    }  # fmt: skip
+
+
+def _reported(tmp_path, rows):
+    folder = tmp_path / "results"
+    folder.mkdir(exist_ok=True)
+    (folder / "gpu.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "README.md").write_text(f"{report.BEGIN}\n{report.END}\n")
+    assert _report(tmp_path) == 0
+    return (tmp_path / "README.md").read_text(), {path.name for path in folder.glob("*.svg")}
+
+
+def test_a_gpu_s_table_holds_a_peer_against_what_does_the_same(tmp_path):
+    """QuACK gives the loss of each row, PyTorch the mean; the share of a copy is of the first."""
+    case = suite.GPU_CELLS[3]
+    rows = [
+        _row(case, OURS, GRAD, 2e-3), _row(case, OURS, OUT, 3e-3), _row(case, OURS, EACH_OUT, 1e-3),
+        _row(case, "torch", GRAD, 5e-3), _row(case, "QuACK", EACH_OUT, 1.5e-3), _row(case, COPY, COPY, 1e-3),
+        _row(case, OURS, EACH, 1e-3), _row(case, "torch", LOSS, 5e-3), _row(case, "QuACK", EACH, 0.5e-3),
+    ]  # fmt: skip
+    with_loss = [row | {"case": suite.GPU_CELLS[4].name} for row in rows]
+    text, plots = _reported(tmp_path, rows + with_loss)
+    assert "| 32768 × 2048 | 2 | 3 | 1 | 88% | 2.50× | 1.50× |" in text
+    assert "| 32768 × 4096, loss only |  |  | 1 | 88% |  | 0.50× |" in text
+    assert "**GPU**, a GPU; ; commit abc; 2026-01-01; by a harness:" in text
+    assert "Largest error" not in text, "of what nobody judged"
+    assert plots == {"gpu-float32.svg"}
+    assert "**GPU against CPU**, the same problem on this library's two engines: not run yet on one machine." in text
+
+
+def test_gpu_and_cpu_are_compared_on_one_machine_only(tmp_path):
+    few, many = suite.ENGINES_ROWS[:2]
+    rows = [
+        _row(few, OURS, GRAD, 1e-3, "numpy"), _row(few, OURS, GRAD, 4e-3), _row(few, COPY, ACROSS, 4e-3),
+        _row(many, OURS, GRAD, 8e-3, "numpy"), _row(many, OURS, GRAD, 2e-3), _row(many, COPY, ACROSS, 2e-3),
+    ]  # fmt: skip
+    text, plots = _reported(tmp_path, rows)
+    assert "| 64 × 1000 | 1 | 4 | 0.2× | 4 | 0.1× |\n| 512 × 1000 | 8 | 2 | 4.0× | 2 | 2.0× |" in text
+    assert plots == {"engines-rows.svg"}
+    assert "**CPU**: no results yet." in text
+    assert "**GPU**: no results yet." in text
+    for row in rows:
+        if row["backend"] == "numpy":
+            row["machine"]["cores"] = 2
+    text, plots = _reported(tmp_path, rows)
+    assert "not run yet on one machine" in text
+    assert plots == set()
 
 
 def test_the_readme_is_what_the_report_writes(capsys):
