@@ -178,7 +178,16 @@ print(time.monotonic(), flush=True)
 time.sleep(0.2)
 print(time.monotonic(), flush=True)
 """
-BUSY = "import time\nfor _ in range(300): print(time.monotonic(), flush=True); time.sleep(0.01)"
+BUSY = """
+import time
+at = begun = time.monotonic()
+longest = at, at
+while at < begun + 3:
+    time.sleep(0.01)
+    before, at = at, time.monotonic()
+    longest = max(longest, (before, at), key=lambda gap: gap[1] - gap[0])
+print(*longest, sep=chr(10))
+"""
 
 
 def test_what_is_timed_begins_early_and_is_alone_when_it_is_timed(tmp_path, monkeypatch):
@@ -192,13 +201,21 @@ def test_what_is_timed_begins_early_and_is_alone_when_it_is_timed(tmp_path, monk
     (checked,) = said["check"]
     began, told, ended = said["first"]
     assert began < checked < told
-    assert said["busy"][-1] > ended
-    assert not [at for at in said["busy"] if told + 0.1 < at < ended - 0.05]
+    stood, went_on = said["busy"]
+    assert stood < told + 0.05
+    assert went_on > ended
 
 
 def test_the_plans_to_tune_keep_the_rules_of_a_plan():
     seen = set()
-    for text in ("4096x1000:bf16", "4096x64:fp32", "512x50257:bf16", "512x50257:fp32@sm80", "64x131072:fp32"):
+    for text in (
+        "4096x1000:bf16",
+        "4096x64:fp32",
+        "4096x100:bf16",
+        "512x50257:bf16",
+        "512x50257:fp32@sm80",
+        "64x131072:fp32",
+    ):
         problem = Problem.parse(text)
         for job in tune.JOBS:
             first, *others = tune.plans_for(problem, job)

@@ -190,6 +190,21 @@ SHORT = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "floa
 LIKE = "4096x50257:bf16@sm90+softcap or 16x21x512x512:fp32@axis1"
 
 
+class Hollow(NamedTuple):
+    """What an engine asks of a dense array before it reads it."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        return tuple(math.prod(self.shape[k + 1 :]) * self.dtype.itemsize for k in range(self.ndim))
+
+
 class Problem(NamedTuple):
     """Logits of a shape whose classes lie along an axis, and the options that are given with them."""
 
@@ -235,17 +250,17 @@ class Problem(NamedTuple):
         return self.rows * self.classes * cuda.DTYPES[self.dtype][1] if "soft" in self.options else 0
 
     def described(self) -> Rows:
-        """The problem as an engine takes it, in arrays without memory."""
+        """The problem as an engine takes it, in arrays that have no elements to look at."""
         axis = self.axis % len(self.shape)
         outer, inner = math.prod(self.shape[:axis]), math.prod(self.shape[axis + 1 :])
         itemsize = cuda.DTYPES[self.dtype][1]
-        logits = _hollow((outer, self.classes, inner), {2: "u2"}.get(itemsize, f"f{itemsize}"))
-        by_row = _hollow((outer, inner), "f4")
-        arrays = {"weight": _hollow((self.classes,), "f4"), "sample_weight": by_row, "target": logits}
-        given: dict[str, Any] = {"target": by_row.view("i4")}
+        logits = Hollow((outer, self.classes, inner), np.dtype(f"V{itemsize}"))
+        by_row = Hollow((outer, inner), np.dtype(np.float32))
+        arrays = {"weight": Hollow((self.classes,), by_row.dtype), "sample_weight": by_row, "target": logits}
+        given: dict[str, Any] = {"target": Hollow(by_row.shape, np.dtype(np.int64))}
         for name, value in (OPTIONS[option] for option in self.options):
             given[name] = arrays[name] if value is None else value
-        return Rows(np, logits, np.dtype("f8" if itemsize == 8 else "f4"), **given)
+        return Rows(np, logits, np.dtype(f"f{max(4, itemsize)}"), **given)
 
     def plan(self, job: str) -> cuda.Plan:
         """What the engine would launch."""
@@ -253,13 +268,6 @@ class Problem(NamedTuple):
         layout = cuda._layout(rows.logits) or "flat"  # None: it would copy them
         variant = cuda._variant(rows)
         return cuda.plan(self.rows, self.classes, self.dtype, self.chip, layout=layout, variant=variant)
-
-
-def _hollow(shape: tuple[int, ...], dtype: str) -> np.ndarray[Any, Any]:
-    """An array of any shape over the memory of one element, with the strides of a dense one; nobody may read it."""
-    one = np.zeros(1, dtype)
-    steps = [math.prod(shape[k + 1 :]) * one.itemsize for k in range(len(shape))]
-    return np.lib.stride_tricks.as_strided(one, shape, steps, writeable=False)
 
 
 def explain(text: str) -> str:
