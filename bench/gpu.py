@@ -1,18 +1,19 @@
-"""Everything there is to do on a machine with an NVIDIA GPU: tests, sanitizers, benchmarks; one command, one file.
+"""Everything there is to do on a machine with an NVIDIA GPU that is there for minutes: one command, one file.
 
-    python -m bench gpu                     all pieces, one after another; one JSON line each, as soon as it ends
-    python -m bench gpu --dry-run           what they are; needs no GPU and no CuPy
-    python -m bench gpu --only sanitizer    the pieces whose name this finds
+    python -m bench gpu --minutes 5              what is worth most and fits, one JSON line each, as soon as it ends
+    python -m bench gpu --minutes 5 --dry-run    what that is, in seconds; needs no GPU and no CuPy
+    python -m bench gpu --only sanitizer         the pieces whose name this finds
 
-A piece is a process of its own that is ended after eight minutes; whatever happens to it, the next one starts. Install
-first: pip install -e ".[cuda13,full]" and, for the sanitizers, compute-sanitizer of the CUDA toolkit on the PATH.
+Pieces that only check run side by side. Those that are timed run alone, one after another; while the others check,
+each already runs all that it will time once, so that nothing is compiled while it is timed. A piece is a process of
+its own that is ended when its time is over; whatever happens to it, the others go on. Install first:
+pip install -e ".[cuda13,full,bench]" liger-kernel quack-kernels, and for the sanitizers compute-sanitizer of CUDA.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import json
 import os
 import platform
@@ -23,82 +24,95 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
-LIMIT = 480  # seconds
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-PARTS = 6  # of the launches, for each tool
+LAUNCHERS = 8  # processes that share the launches, beside the tests
+TESTERS = 12
+PARTS = 30  # of the launches, of which a sanitizer takes one at a time
+BEGIN = 5  # seconds before the first piece and between them
 LINES = 40  # of output that are kept
 RESULTS = Path("bench", "results")
 
 
 class Piece(NamedTuple):
-    """One process: what it does, and how it is started from the top of the checkout."""
+    """One process: what it does, how it is started from the top of the checkout, and the seconds that it needs."""
 
     name: str
     command: tuple[str, ...]
     about: str
-    limit: int = LIMIT
+    seconds: float
+    ahead: bool = False  # whether it says that it is ready, and waits to be told
 
 
-def pieces(chip: int = 90) -> list[Piece]:
-    """All of them: first what tells most. The chip only says how many launches there are."""
-    return [*_tests(), *_sanitizers(chip), *_benchmarks()]
+Stage = list[Piece]  # which run side by side
 
 
-def _tests() -> list[Piece]:
-    """The test suite: file by file what runs on the GPU, then everything else."""
-    pytest = ("python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "--full")
-    files = sorted(ROOT.glob("tests/test_*.py"))
-    needs = re.compile(r"(?m)^def test_\w+\([^)]*\b(backend|cupy|launch)\b")
-    on_gpu = [file for file in files if needs.search(file.read_text(encoding="utf-8"))]
-    first = ("test_wrappers.py", "test_gpu.py")
-    on_gpu.sort(key=lambda file: (file.name not in first, first.index(file.name) if file.name in first else 0))
-    found = [Piece("installed", ("python", "-m", "xent_array"), "what is there, and the worked example on each engine")]
-    for file in on_gpu:
-        command = (*pytest, f"tests/{file.name}", "--require", "cupy", "-k", "cupy or test_gpu")
-        found.append(Piece(f"tests on the GPU: {file.stem}", command, "its tests on CuPy arrays"))
-    for file in files:
-        if file.name == "test_gpu.py":
-            continue
-        command = (*pytest, f"tests/{file.name}", "-k", "not cupy and not test_gpu")
-        found.append(Piece(f"tests beside the GPU: {file.stem}", command, "its other tests"))
-    found.append(Piece("tests beside the GPU: docs", (*pytest, "README.md", "xent_array"), "the examples"))
-    return found
+def stages() -> list[Stage]:
+    """All of them, what is worth most first."""
+    return [
+        [*_launches(), _tests()],
+        *(
+            [_timed(f"cells-{dtype}", f"^cells .* {dtype} ", 45, "against every peer")]
+            for dtype in ("float32", "bfloat16")
+        ),
+        [_timed("others", "^(?!cells)", 60, "peaked logits, options, dtypes, layouts, the host's time")],
+        [_engines()],
+        *([_sanitizer(tool, part) for tool in TOOLS] for part in range(1, 3)),
+        [Piece("tune", ("python", "-m", "bench", "tune"), "every plan that could take a problem", 150)],
+        *([_sanitizer(tool, part) for tool in TOOLS] for part in range(3, PARTS + 1)),
+    ]
 
 
-def _sanitizers(chip: int) -> list[Piece]:
-    found = []
-    for tool in TOOLS:
-        for part in (f"{i}/{PARTS}" for i in range(1, PARTS + 1)):
-            command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1")
-            command += ("python", "-m", "bench.launches", "--no-pool", "--part", part)
-            found.append(Piece(f"sanitizer {tool} {part}", command, _launches(part, chip)))
-    return found
+def _tests() -> Piece:
+    command = ("python", "-m", "pytest", "-q", "--full", "--require", "cupy", "-k", "cupy or test_gpu")
+    command += ("-n", str(TESTERS), "-p", "no:cacheprovider", "-p", "no:benchmark", "tests")
+    return Piece("tests", command, "on CuPy arrays, and what only a GPU can show", 90)
 
 
-def _launches(part: str, chip: int) -> str:
-    """How many launch configurations a part has, where the oracle's needs are installed."""
-    if importlib.util.find_spec("ml_dtypes") is None:
-        return "launch configurations"
-    from . import launches
-
-    problems = launches.part_of(launches.problems(chip), part)
-    kernels = set().union(*(problem.kernels() for problem in problems))
-    return f"{len(problems)} launch configurations, {len(kernels)} kernels"
+def _launches() -> Iterator[Piece]:
+    for i in range(1, LAUNCHERS + 1):
+        command = ("python", "-m", "bench.launches", "--part", f"{i}/{LAUNCHERS}")
+        yield Piece(
+            f"launches {i}/{LAUNCHERS}", command, "every launch that the plan can choose, against the oracle", 90
+        )
 
 
-def _benchmarks() -> list[Piece]:
-    """What the suite names, each with a file of its own."""
-    from . import suite
+def _timed(name: str, cases: str, seconds: int, about: str) -> Piece:
+    command = ("python", "-m", "bench", "--backend", "cupy", "--cases", cases, "--ahead", "--most", str(seconds - 10))
+    command += ("--rounds", "3", "--turn", "0.006", "--out", str(RESULTS / f"gpu-{name}.jsonl"))
+    return Piece(f"time {name}", command, about, seconds, ahead=True)
 
-    found = []
-    for arguments in suite.gpu_pieces():
-        about = arguments[arguments.index("--cases") + 1] if "--cases" in arguments else " ".join(arguments)
-        found.append(Piece(f"benchmark {len(found) + 1}", ("python", "-m", "bench", *arguments), about))
-    return found
+
+def _engines() -> Piece:
+    command = ("python", "-m", "bench", "--engines", "--rounds", "3", "--most", "15")
+    command += ("--out", str(RESULTS / "gpu-host.jsonl"))
+    return Piece("time the host's engine", command, "the CPU beside the GPU, on the same problems", 20)
+
+
+def _sanitizer(tool: str, part: int) -> Piece:
+    command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1")
+    command += ("python", "-m", "bench.launches", "--no-pool", "--part", f"{part}/{PARTS}")
+    return Piece(f"sanitizer {tool} {part}/{PARTS}", command, f"under {tool}", 30)
+
+
+def needs(stage: Stage) -> float:
+    """Seconds of a stage: its pieces run side by side."""
+    return max(piece.seconds for piece in stage)
+
+
+def that_fit(all_: list[Stage], minutes: float) -> list[Stage]:
+    """In their order, each that still fits."""
+    chosen, left = [], minutes * 60 - BEGIN
+    for stage in all_:
+        if needs(stage) <= left:
+            chosen.append(stage)
+            left -= needs(stage)
+    return chosen
 
 
 def missing() -> str | None:
@@ -106,7 +120,7 @@ def missing() -> str | None:
     try:
         import cupy
     except ImportError as error:
-        return f'CuPy cannot be imported ({error}); pip install -e ".[cuda13,full]" brings it'
+        return f'CuPy cannot be imported ({error}); pip install -e ".[cuda13,full,bench]" brings it'
     return None if cupy.is_available() else "CuPy finds no CUDA device, or no driver"
 
 
@@ -140,38 +154,78 @@ def _said(*command: str) -> str | None:
     return lines[-1] if lines and done.returncode == 0 else None
 
 
-def run(piece: Piece) -> dict[str, Any]:
-    """Run a piece to its end, or to the end of its time; what it said and how it ended."""
-    command = [sys.executable if word == "python" else word for word in piece.command]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.getenv("PYTHONPATH")])])}
-    start = time.monotonic()
-    rc: int | None
-    with tempfile.TemporaryFile("w+", errors="replace") as output:
+class Process:
+    """A piece that has been started."""
+
+    def __init__(self, piece: Piece) -> None:
+        self.piece = piece
+        self.output = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  (`end` closes it)
+        self.process: subprocess.Popen[str] | None = None
+        command = [sys.executable if word == "python" else word for word in piece.command]
+        paths = os.pathsep.join([str(ROOT), *filter(None, [os.getenv("PYTHONPATH")])])
+        self.start = time.monotonic()
         try:
-            process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-            )
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, env={**os.environ, "PYTHONPATH": paths, "PYTHONUNBUFFERED": "1"}, text=True,
+                stdin=subprocess.PIPE, stdout=self.output, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
         except OSError as error:
-            rc = None
-            output.write(str(error))
-        else:
+            self.output.write(str(error))
+
+    def pause(self) -> None:
+        """Whatever it still does, until it is told to go on: somebody else is timed."""
+        self._signal(signal.SIGSTOP)
+
+    def tell(self) -> None:
+        """It may begin to time, now that nothing else runs; its seconds count from here."""
+        self._signal(signal.SIGCONT)
+        self.start = time.monotonic()
+        if self.process is not None and self.process.stdin is not None:
+            with contextlib.suppress(OSError):  # it may have ended
+                self.process.stdin.write("go\n")
+                self.process.stdin.flush()
+
+    def _signal(self, number: int) -> None:
+        """To it, and all that it started."""
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, number)
+
+    def end(self) -> dict[str, Any]:
+        """Wait for its end, or for the end of its time; what it said and how it ended."""
+        rc: int | None = None
+        if self.process is not None:
             try:
-                rc = process.wait(piece.limit)
+                rc = self.process.wait(max(0.0, self.start + self.piece.seconds - time.monotonic()))
             except subprocess.TimeoutExpired:
-                rc = None
-                output.write("\n(timed out)\n")
+                self.output.write("\n(timed out)\n")
             finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)  # with all that it started
-                process.wait()
-        output.seek(0)
-        said = output.read().splitlines()[-LINES:]
-    seconds = round(time.monotonic() - start, 1)
-    ended = "passed" if rc == 0 else "timed out" if rc is None and seconds >= piece.limit else "failed"
-    return {
-        "piece": piece.name, "command": " ".join(piece.command), "ended": ended, "rc": rc, "seconds": seconds,
-        "limit": piece.limit, "output": said,
-    }  # fmt: skip
+                self._signal(signal.SIGKILL)
+                self.process.communicate()
+        seconds = round(time.monotonic() - self.start, 1)
+        self.output.seek(0)
+        said = self.output.read().splitlines()[-LINES:]
+        self.output.close()
+        ended = "passed" if rc == 0 else "timed out" if self.process is not None and rc is None else "failed"
+        return {
+            "piece": self.piece.name, "command": " ".join(self.piece.command), "ended": ended, "rc": rc,
+            "seconds": seconds, "limit": self.piece.seconds, "output": said,
+        }  # fmt: skip
+
+
+def run(chosen: list[Stage]) -> Iterator[dict[str, Any]]:
+    """Each piece's record, as it ends."""
+    ahead = {piece: Process(piece) for stage in chosen for piece in stage if piece.ahead}
+    for stage in chosen:
+        started = [ahead.pop(piece) if piece.ahead else Process(piece) for piece in stage]
+        timed = [process for process in started if process.piece.ahead]
+        for process in ahead.values() if timed else ():
+            process.pause()
+        for process in timed:
+            process.tell()
+        with ThreadPoolExecutor(len(started)) as pool:
+            for done in as_completed([pool.submit(process.end) for process in started]):
+                yield done.result()
 
 
 def main(arguments: list[str]) -> int:
@@ -181,38 +235,42 @@ def main(arguments: list[str]) -> int:
         description=__doc__ or "",  # which -OO strips
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--minutes", type=float, default=60, metavar="M", help="that the GPU is there (default 60)")
     parser.add_argument("--dry-run", action="store_true", help="print the pieces and stop")
     parser.add_argument("--only", metavar="REGEX", default="", help="the pieces whose name this finds")
-    parser.add_argument(
-        "--out", type=Path, metavar="FILE", help=f"JSON lines are added to it ({RESULTS}/gpu-TIME.jsonl)"
-    )
-    parser.add_argument(
-        "--chip", type=int, default=90, help="compute capability times ten, for the counts of a dry run"
-    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help=f"JSON lines are added to it ({RESULTS}/gpu-TIME.log)")
     given = parser.parse_args(arguments)
-    chosen = [piece for piece in pieces(given.chip) if re.search(given.only, piece.name)]
+    named = [[piece for piece in stage if re.search(given.only, piece.name)] for stage in stages()]
+    chosen = that_fit([stage for stage in named if stage], given.minutes)
     if not chosen:
-        parser.error(f"no piece matches {given.only!r}; --dry-run names them")
+        parser.error(f"no piece matches {given.only!r} and fits {given.minutes:g} minutes; --dry-run names them")
     if given.dry_run:
-        for piece in chosen:
-            print(f"{piece.name}  ({piece.about}; at most {piece.limit} s)\n    {' '.join(piece.command)}")
-        print(f"{len(chosen)} pieces, at most {sum(piece.limit for piece in chosen) / 3600:.1f} hours")
+        print("\n".join(plan_of(chosen)))
         return 0
     if (reason := missing()) is not None:
         print(f"python -m bench gpu is for a machine with a GPU: {reason}; --dry-run lists the pieces", file=sys.stderr)
         return 1
-    out = given.out or ROOT / RESULTS / f"gpu-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
+    out = given.out or ROOT / RESULTS / f"gpu-{time.strftime('%Y%m%d-%H%M%S')}.log"
     out.parent.mkdir(parents=True, exist_ok=True)
-    about = machine()
-    failed = 0
-    for number, piece in enumerate(chosen, 1):
-        record = run(piece)
+    about, failed, count = machine(), 0, sum(map(len, chosen))
+    for number, record in enumerate(run(chosen), 1):
         with out.open("a", encoding="utf-8") as file:
             file.write(json.dumps({**record, "machine": about}) + "\n")
         failed += record["ended"] != "passed"
-        print(f"[{number}/{len(chosen)}] {record['ended']:9} {record['seconds']:6.1f} s  {piece.name}", flush=True)
-    print(f"{len(chosen) - failed} of {len(chosen)} pieces passed; see {out}")
+        print(f"[{number}/{count}] {record['ended']:9} {record['seconds']:6.1f} s  {record['piece']}", flush=True)
+    print(f"{count - failed} of {count} pieces passed; see {out}")
     return int(failed > 0)
+
+
+def plan_of(chosen: list[Stage]) -> list[str]:
+    """What would run, when, and for how long."""
+    lines, at = [], float(BEGIN)
+    for stage in chosen:
+        for piece in stage:
+            when = f"{at:5.0f} s  {piece.seconds:4.0f} s"
+            lines.append(f"{when}  {piece.name}  ({piece.about})\n               {' '.join(piece.command)}")
+        at += needs(stage)
+    return [*lines, f"{sum(map(len, chosen))} pieces, {at:.0f} seconds"]
 
 
 if __name__ == "__main__":

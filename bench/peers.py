@@ -21,7 +21,21 @@ import xent_array
 from xent_array._engines import ENGINES
 from xent_array._problem import problem_without_target
 
-from .suite import COPY, COPY_BY_ONE, GRAD, IN_PLACE, LOSS, OURS, OUT, READ, Case
+from .suite import (
+    ACROSS,
+    COMPILED,
+    COPY,
+    COPY_BY_ONE,
+    EACH,
+    EACH_OUT,
+    GRAD,
+    IN_PLACE,
+    LOSS,
+    OURS,
+    OUT,
+    READ,
+    Case,
+)  # fmt: skip
 from .timing import Call, reader
 
 Array = Any
@@ -59,6 +73,12 @@ class Problem:
     def refresh(self) -> None:
         self.xp.copyto(self.spare, self.logits)
 
+    def of_all(self, losses: Array, grad: Array | None = None) -> Any:
+        """What the mean's would be, of losses for each row and the gradient of their sum, of CuPy or PyTorch."""
+        wide = losses.double() if hasattr(losses, "double") else losses.astype(np.float64)
+        loss = wide.mean() if losses.dtype == wide.dtype else host(wide.mean()).astype(np.float32)
+        return loss if grad is None else (loss, grad / self.rows)  # exact, where there are 2^k rows
+
 
 def ours(problem: Problem, engine: str | None = None) -> Calls:
     """The default engine, in all forms, or another by its name."""
@@ -72,6 +92,10 @@ def ours(problem: Problem, engine: str | None = None) -> Calls:
         out = problem.spare
         calls[OUT] = Call(lambda: both(x, y, out=out, **keywords))
         calls[IN_PLACE] = Call(lambda: both(out, y, out=out, **keywords), prepare=problem.refresh)
+        if problem.xp is not np:
+            each = {**keywords, "reduction": "none"}
+            calls[EACH] = Call(lambda: loss(x, y, **each), finish=problem.of_all)
+            calls[EACH_OUT] = Call(lambda: both(x, y, out=out, **each), finish=lambda pair: problem.of_all(*pair))
     return calls
 
 
@@ -79,7 +103,12 @@ def copy(problem: Problem) -> Calls:
     """The yardstick: the logits into an array that is there, by one and by all threads; on a GPU also a read."""
     x, out = problem.logits, problem.spare
     if problem.xp is not np:
-        return {COPY: Call(lambda: problem.xp.copyto(out, x)), READ: Call(reader(x))}
+        calls = {COPY: Call(lambda: out.data.copy_from_device_async(x.data, x.nbytes)), READ: Call(reader(x))}
+        if ACROSS in problem.case.operations:
+            there = out.view(np.uint8)
+            here = there.get()
+            calls[ACROSS] = Call(lambda: (there.set(here), there.get(out=here)))
+        return calls
     source, sink = x.reshape(-1).view(np.uint8), out.reshape(-1).view(np.uint8)
     by_one = Call(lambda: np.copyto(sink, source))
     if problem.threads == 1:
@@ -119,6 +148,10 @@ def torch(problem: Problem, compiled: bool = False) -> Calls:
         return loss if z_loss is None else loss + z_loss * (torch.logsumexp(x, 1) ** 2).mean()
 
     plain = cross_entropy if not problem.options else mean
+    if compiled:
+        if problem.case.classes not in COMPILED or problem.options or not problem.has_labels:
+            raise Unsupported("is timed for a few shapes without options only")
+        torch._dynamo.config.recompile_limit = 64  # beyond which it would run uncompiled
     function = torch.compile(plain, dynamic=False) if compiled else plain
 
     def loss() -> Array:
@@ -151,6 +184,20 @@ def liger(problem: Problem) -> Calls:
         return loss, torch.autograd.grad(loss, leaf)[0]  # .backward() would copy a gradient that others hold too
 
     return {GRAD: Call(both, prepare=problem.refresh)}
+
+
+def quack(problem: Problem) -> Calls:
+    """The kernel of QuACK in CuTe: losses of each row, and the gradient of their sum in a new array."""
+    from quack.cross_entropy import cross_entropy_fwd
+
+    _without_options(problem)
+    if len(problem.case.shape) != 2 or not problem.has_labels or problem.case.dtype == "float64":
+        raise Unsupported("takes labels, two dimensions and up to 32 bits only")
+    x, y = tensor(problem.logits), tensor(problem.target)
+    return {
+        EACH: Call(lambda: cross_entropy_fwd(x, y), finish=problem.of_all),
+        EACH_OUT: Call(lambda: cross_entropy_fwd(x, y, return_dx=True), finish=lambda pair: problem.of_all(*pair)),
+    }
 
 
 def jax(problem: Problem) -> Calls:
@@ -249,6 +296,8 @@ def _without_options(problem: Problem) -> None:
 
 
 def _not_too_slow(problem: Problem) -> None:
+    if problem.xp is not np and problem.case.nbytes > 256 << 20:
+        raise Unsupported("takes ten times as long, and is timed up to 256 MiB of logits only")
     if problem.xp is np and problem.case.dtype == "float16" and problem.case.nbytes > 32 << 20:
         raise Unsupported("takes seconds to convert to float16, and is timed up to 32 MiB of such logits only")
 
@@ -310,6 +359,7 @@ PEERS: dict[str, dict[str, tuple[str, Maker]]] = {  # by backend: the name, the 
         "torch": ("torch", torch),
         "torch.compile": ("torch", partial(torch, compiled=True)),
         "Liger": ("liger_kernel.transformers.functional", liger),
+        "QuACK": ("quack.cross_entropy", quack),
         "cupyx": ("cupyx.scipy.special", partial(log_softmax, module="cupyx.scipy.special")),
     },
 }

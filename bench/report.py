@@ -7,13 +7,13 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import peers, suite
 from .run import ROOT
-from .suite import COLD, COPY, GRAD, IN_PLACE, LOSS, OURS, OUT, WARM, Case
+from .suite import ACROSS, COLD, COPY, EACH, EACH_OUT, GRAD, IN_PLACE, LOSS, OURS, OUT, WARM, Case
 
 Row = dict[str, Any]
 Rows = dict[tuple[str, str, str, str], Row]  # by backend, case, library, operation
@@ -27,7 +27,10 @@ COLOURS = {
     **dict.fromkeys(("JAX", "torch.compile"), "#009e73"),
     **dict.fromkeys(("scikit-learn", "Liger"), "#cc79a7"),
     **dict.fromkeys(("SciPy", "cupyx"), "#56b4e9"),
-    "NumPy": "#7a6a00",
+    **dict.fromkeys(("NumPy", "QuACK"), "#7a6a00"),
+    "CPU": "#0072b2",
+    "GPU": "#d55e00",
+    "GPU, and the way": "#777777",
 }
 NUMPY = f"{OURS} (engine='numpy')"
 
@@ -79,14 +82,15 @@ def text(rows: Rows, plots: dict[str, Any], given: argparse.Namespace) -> str:
     """What stands between the markers."""
     parts = []
     for backend, title in (("numpy", "CPU"), ("cupy", "GPU")):
-        here = {key: row for key, row in rows.items() if key[0] == backend}
+        here = {key: row for key, row in rows.items() if key[0] == backend and row["group"] != suite.ENGINES[0].group}
         if not here:
             parts.append(f"**{title}**: no results yet.")
             continue
         parts += [f"**{title}**, {_origin(here.values())}", *_tables(here, backend)]
+    parts.append(_engines(rows))
     folder = given.results.relative_to(given.readme.parent) if given.results.is_absolute() else given.results
     for name in plots:
-        parts.append(f"![{TITLES[name]}]({folder.as_posix()}/{name}.svg)")
+        parts.append(f"![{PLOTS[name].title}]({folder.as_posix()}/{name}.svg)")
     return "\n\n".join(parts)
 
 
@@ -97,10 +101,10 @@ def _origin(rows: Iterable[Row]) -> str:
         return "; ".join(dict.fromkeys(map(of, rows)))
 
     rows = [row for row in rows if row["library"] != COPY]
-    machine = each(lambda r: f"{r['machine']['gpu'] or r['machine']['cpu']}, {r['threads']} threads")
+    machine = each(lambda r: r["machine"]["gpu"] or f"{r['machine']['cpu']}, {r['threads']} threads")
     versions = each(lambda r: ", ".join(f"{name} {version}" for name, version in r["versions"].items()))
     commits = each(lambda r: (r["commit"] or "unknown")[:10] + (" with changes" if r["dirty"] else ""))
-    commands = each(lambda r: f"`{r['command']}`")
+    commands = each(lambda r: f"`{r['command']}`" if r["command"].startswith("python ") else f"by {r['command']}")
     return f"{machine}; {versions}; commit {commits}; {each(lambda r: r['date'][:10])}; {commands}:"
 
 
@@ -117,24 +121,91 @@ def _speed(rows: Rows, backend: str) -> str:
         row = rows.get((backend, case.name, library, operation))
         return row if row is not None and row["seconds"] is not None else None
 
+    on_gpu = backend == "cupy"
+
+    def ratio(case: Case, peer: str, operation: str, each: str) -> str:
+        """Of what the peer does: the mean of the losses, or the loss of each row."""
+        for what in (operation, each):
+            row, ours = rows.get((backend, case.name, peer, what)), timed(case, OURS, what)
+            if row is not None:
+                return "" if ours is None else _times(row, ours, 2 if on_gpu else 1)
+        return ""
+
     peers = [name for name in (NUMPY, *PEERS[backend]) if any(key[2] == name for key in rows)]
     lines = []
-    for operation, cases in ((GRAD, suite.SHOWN[backend]), (LOSS, suite.SHOWN_LOSS[backend])):
+    for operation, each, cases in (
+        (GRAD, EACH_OUT, suite.SHOWN[backend]),
+        (LOSS, EACH, suite.SHOWN_LOSS[backend]),
+    ):
         for case in cases:
-            ours, into, copy = (timed(case, *of) for of in ((OURS, operation), (OURS, OUT), (COPY, COPY)))
-            if ours is None:
+            ours, into, by_row, copy = (
+                timed(case, *of) for of in ((OURS, operation), (OURS, OUT), (OURS, each), (COPY, COPY))
+            )
+            if ours is None and by_row is None:
                 continue
             into = into if operation == GRAD else None
-            outside_caches = into is not None and copy is not None and case.nbytes > 32 << 20
-            by_copy = f"{into['seconds'] / copy['seconds']:.1f}×" if outside_caches else ""
-            ratios = [_times(rows.get((backend, case.name, peer, operation)), ours) for peer in peers]
+            if on_gpu:
+                share = by_row and by_row["of_copy"] and f"{by_row['of_copy']:.0%}"
+                more = [_ms(by_row), share or ""]
+            else:
+                outside_caches = into is not None and copy is not None and case.nbytes > 32 << 20
+                more = [f"{into['seconds'] / copy['seconds']:.1f}×" if outside_caches else ""]
+            ratios = [ratio(case, peer, operation, each) for peer in peers]
             size = _size(case) + (", loss only" if operation == LOSS else "")
-            lines.append([size, _ms(ours), _ms(into), by_copy, *ratios])
+            lines.append([size, _ms(ours), _ms(into), *more, *ratios])
     if not lines:
         return ""
     names = ["ours, NumPy body" if peer == NUMPY else peer for peer in peers]
-    head = ["rows × classes", "ours, ms", "into `out=`, ms", "`out=` / copy", *names]
-    return f"Loss and gradient in milliseconds; for each peer, its time divided by ours:\n\n{_table(head, lines)}"
+    middle = ['`"none"`, ms', "of a copy"] if on_gpu else ["`out=` / copy"]
+    head = ["rows × classes", "ours, ms", "into `out=`, ms", *middle, *names]
+    what = "Loss and gradient in milliseconds; for each peer, its time divided by ours"
+    if on_gpu:
+        what += (
+            '. `"none"` is `reduction="none"` with a gradient into `out=`, one launch instead of three; the share of a'
+            " copy is of that, and against it stands QuACK, which gives the loss of each row too"
+        )
+    return f"{what}:\n\n{_table(head, lines)}"
+
+
+class Pair(NamedTuple):
+    """The same problem on this library's two engines, on one machine, and what it costs to move the arrays across."""
+
+    case: Case
+    host: Row
+    gpu: Row
+    across: Row | None
+
+
+def _pairs(rows: Rows, cases: Iterable[Case] = suite.ENGINES) -> list[Pair]:
+    found = []
+    for case in cases:
+        host, gpu, across = (
+            row if row is not None and row["seconds"] is not None else None
+            for row in (
+                rows.get(("numpy", case.name, OURS, GRAD)),
+                rows.get(("cupy", case.name, OURS, GRAD)),
+                rows.get(("cupy", case.name, COPY, ACROSS)),
+            )
+        )
+        if host and gpu and all(host["machine"][what] == gpu["machine"][what] for what in ("cpu", "cores")):
+            found.append(Pair(case, host, gpu, across))
+    return found
+
+
+def _engines(rows: Rows) -> str:
+    """GPU against CPU."""
+    pairs = _pairs(rows)
+    if not pairs:
+        return "**GPU against CPU**, the same problem on this library's two engines: not run yet on one machine."
+    lines = []
+    for case, host, gpu, across in pairs:
+        here, there = host["seconds"], gpu["seconds"]
+        with_the_way = f"{here / (there + across['seconds']):.1f}×" if across else ""
+        lines.append([_size(case), _ms(host), _ms(gpu), f"{here / there:.1f}×", _ms(across), with_the_way])
+    head = ["rows × classes", "CPU, ms", "GPU, ms", "CPU / GPU", "to the GPU and back, ms", "CPU / (GPU and the way)"]
+    origin = _origin(row for pair in pairs for row in (pair.host, pair.gpu))
+    what = "Loss and gradient by this library's two engines, and the cost of moving logits there and a gradient back"
+    return f"**GPU against CPU**, {origin}\n\n{what}:\n\n{_table(head, lines)}"
 
 
 def _first(rows: Rows) -> str:
@@ -175,7 +246,8 @@ def _accuracy(rows: Rows, backend: str) -> str:
                 for name in ("loss_units", "grad_units")
             ]
             wrong = ", wrong in some case" if any(_wrong(row) for row in found) else ""
-            cells.append(" / ".join("–" if of is None else _two_digits(of) for of in units) + wrong if found else "")
+            judged = found and (wrong or units != [None, None])
+            cells.append(" / ".join("–" if of is None else _two_digits(of) for of in units) + wrong if judged else "")
         if any(cells):
             lines.append([library, *cells])
     if not lines:
@@ -193,6 +265,7 @@ def _size(case: Case) -> str:
     dtype = "" if case.dtype == "float32" else f", {case.dtype}"
     axis = "" if case.axis == -1 else f", axis={case.axis}"
     more = ", soft targets" if case.target == "soft" else f", `{case.option}`" if case.option else ""
+    more += ", peaked" * case.peaked + ", as the caller sees it" * case.host
     return " × ".join(map(str, case.shape)) + dtype + more + axis
 
 
@@ -204,12 +277,10 @@ def _two_digits(value: float) -> str:
     return f"{value:.2g}" if value < 100 else f"{value:,.0f}"
 
 
-def _times(peer: Row | None, ours: Row) -> str:
-    if peer is None:
-        return ""
+def _times(peer: Row, ours: Row, digits: int) -> str:
     if peer["seconds"] is None:
         return "wrong" if _wrong(peer) else "failed"
-    return f"{peer['seconds'] / ours['seconds']:.1f}×"
+    return f"{peer['seconds'] / ours['seconds']:.{digits}f}×"
 
 
 def _wrong(row: Row) -> bool:
@@ -218,38 +289,71 @@ def _wrong(row: Row) -> bool:
 
 # The plots: first what is drawn, as plain data, then how
 
-TITLES = {
-    "classes": "Loss and gradient on the CPU: time per logit against the number of classes",
-    "gpu": "Loss and gradient, GPU against CPU: bytes per second against the number of classes",
+
+class Plot(NamedTuple):
+    """What is said in one."""
+
+    title: str
+    x: str
+    y: str
+
+
+PLOTS = {
+    "classes": Plot(
+        "Loss and gradient on the CPU: time per logit against the number of classes",
+        "classes, at a constant number of logits",
+        "ns per logit",
+    ),
+    **{
+        f"gpu-{dtype}": Plot(
+            f"Loss and gradient on a GPU, {dtype}: bytes per second against the number of classes",
+            "classes, in 32768 rows (at the end in 16384 and 8192)",
+            "GB/s of the bytes that must move",
+        )
+        for dtype in ("float32", "bfloat16")
+    },
+    "engines-rows": Plot("Loss and gradient by this library, of rows of 1000 classes", "rows", "ms"),
+    "engines-classes": Plot("Loss and gradient by this library, of 16,777,216 logits", "classes", "ms"),
 }
 Series = list[tuple[str, Any, Any]]
 
 
 def drawn(rows: Rows) -> dict[str, Series]:
     """For each plot its series (label, x, y); empty where there are no results."""
-    classes: Series = []
-    for library in (OURS, *PEERS["numpy"], COPY):
-        operation = COPY if library == COPY else GRAD
-        points = _along(
-            suite.CLASSES, rows, "numpy", library, operation, lambda row, case: row["seconds"] * 1e9 / case.size
-        )
-        classes += [(library, *points)] if points else []
-    speed: Series = []
-    for backend, title, cases in (("cupy", "GPU", suite.GPU_CLASSES), ("numpy", "CPU", suite.CLASSES)):
-        for library, operation in ((OURS, GRAD), (COPY, COPY)):
-            float32 = [case for case in cases if case.dtype == "float32"]
-            points = _along(float32, rows, backend, library, operation, lambda row, _: row["gb_per_s"])
-            speed += [(f"{title} {library}", *points)] if points else []
-    both = {label.partition(" ")[0] for label, *_ in speed} == {"GPU", "CPU"}
-    return {"classes": classes, "gpu": speed if both else []}
+    on_cpu = dict.fromkeys((OURS, *PEERS["numpy"]), GRAD) | {COPY: COPY}
+    on_gpu = {OURS: EACH_OUT} | dict.fromkeys(PEERS["cupy"], GRAD) | {"QuACK": EACH_OUT, COPY: COPY}
+    found = {
+        "classes": _lines(rows, "numpy", suite.CLASSES, on_cpu, lambda row, case: row["seconds"] * 1e9 / case.size)
+    }
+    for dtype in ("float32", "bfloat16"):
+        cells = [case for case in suite.GPU_CELLS if case.dtype == dtype]
+        found[f"gpu-{dtype}"] = _lines(rows, "cupy", cells, on_gpu, lambda row, _: row["gb_per_s"])
+    for name, cases, axis in (("rows", suite.ENGINES_ROWS, 0), ("classes", suite.ENGINES_CLASSES, 1)):
+        pairs = _pairs(rows, cases)
+        sizes = [pair.case.shape[axis] for pair in pairs]
+        lines: Series = [
+            ("CPU", sizes, [pair.host["seconds"] * 1e3 for pair in pairs]),
+            ("GPU", sizes, [pair.gpu["seconds"] * 1e3 for pair in pairs]),
+        ]
+        if all(pair.across for pair in pairs):
+            lines.append(
+                ("GPU, and the way", sizes, [(p.gpu["seconds"] + (p.across or {})["seconds"]) * 1e3 for p in pairs])
+            )
+        found[f"engines-{name}"] = lines if pairs else []
+    return found
 
 
-def _along(
-    cases: Iterable[Case], rows: Rows, backend: str, library: str, operation: str, y: Callable[[Row, Case], float]
-) -> tuple[list[int], list[float]] | None:
-    found = [(case, rows.get((backend, case.name, library, operation))) for case in cases]
-    points = [(case.classes, y(row, case)) for case, row in found if row is not None and row["seconds"] is not None]
-    return ([x for x, _ in points], [value for _, value in points]) if points else None
+def _lines(
+    rows: Rows, backend: str, cases: Iterable[Case], of: Mapping[str, str], y: Callable[[Row, Case], float]
+) -> Series:
+    """By the number of classes; `of` names libraries, and what each does."""
+    series: Series = []
+    for library, operation in of.items():
+        found = [(case, rows.get((backend, case.name, library, operation))) for case in cases]
+        points = [(case.classes, y(row, case)) for case, row in found if row is not None and row["seconds"] is not None]
+        if points:
+            series.append((library, [x for x, _ in points], [value for _, value in points]))
+    return series
 
 
 def digest(series: Series) -> str:
@@ -266,7 +370,7 @@ def draw(name: str, series: Series) -> Any:
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#e6e6e6", linewidth=0.8)
-    axes.set_title(TITLES[name], loc="left", fontsize=11)
+    axes.set_title(PLOTS[name].title, loc="left", fontsize=11)
     _draw_lines(axes, name, series)
     return figure
 
@@ -274,17 +378,16 @@ def draw(name: str, series: Series) -> Any:
 def _draw_lines(axes: Any, name: str, series: Series) -> None:
     from matplotlib.ticker import LogLocator
 
-    axes.set(xscale="log", yscale="log", xlabel="classes, at a constant number of logits")
-    axes.set_ylabel("ns per logit" if name == "classes" else "GB/s of the bytes that must move")
+    axes.set(xscale="log", yscale="log", xlabel=PLOTS[name].x, ylabel=PLOTS[name].y)
     ends = []
     for label, x, y in series:
-        library = label.removeprefix("GPU ").removeprefix("CPU ")
-        ours, is_copy = library == OURS, library == COPY
-        style = {"color": COLOURS[library], "linewidth": 3 if ours else 1.5, "zorder": 3 if ours else 2}
+        ours, is_copy = label == OURS, label == COPY
+        style = {"color": COLOURS[label], "linewidth": 3 if ours else 1.5, "zorder": 3 if ours else 2}
         axes.plot(x, y, "--" if is_copy else "-", marker=None if is_copy else "o", markersize=6 if ours else 4, **style)
-        said = label if not is_copy else label.replace(COPY, "copy of the logits")
-        ends.append((y[-1], said, style["color"], "bold" if ours else "normal"))
-    axes.set_xticks([2**k for k in (1, 4, 7, 10, 13, 16, 18)])
+        ends.append((y[-1], "copy of the logits" if is_copy else label, style["color"], "bold" if ours else "normal"))
+    least, most = min(min(x) for _, x, _ in series), max(max(x) for _, x, _ in series)
+    ticks = [2**k for k in (1, 4, 7, 10, 13, 16, 18)]
+    axes.set_xticks([tick for tick in ticks if least <= tick <= most] if name != "engines-rows" else series[0][1])
     axes.minorticks_off()
     low, high = axes.get_ylim()
     axes.set_ylim(low, high * 1.2)
@@ -297,7 +400,7 @@ def _draw_lines(axes: Any, name: str, series: Series) -> None:
         last = max(value, last * step)
         axes.annotate(
             said,
-            (series[0][1][-1], last),
+            (most, last),
             (10, 0),
             textcoords="offset points",
             va="center",

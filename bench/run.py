@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,8 +28,23 @@ import xent_array
 
 from . import peers, suite
 from .peers import Problem, Unsupported, host
-from .suite import COLD, COPY, COPY_BY_ONE, GRAD, IN_PLACE, LOSS, OURS, OUT, READ, WARM, Case
-from .timing import Call, Clock, DeviceClock, host_clock, interleave, summary, waiting_clock
+from .suite import (
+    ACROSS,
+    COLD,
+    COPY,
+    COPY_BY_ONE,
+    EACH,
+    EACH_OUT,
+    GRAD,
+    IN_PLACE,
+    LOSS,
+    OURS,
+    OUT,
+    READ,
+    WARM,
+    Case,
+)  # fmt: skip
+from .timing import Call, Clock, DeviceClock, host_clock, interleave, summary, wait_until_quiet, waiting_clock
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -40,11 +55,12 @@ from oracle import Truth, oracle  # noqa: E402
 Array = Any
 Row = dict[str, Any]
 
+READY = "ready"  # said where all is begun, before anything is timed
 CHECKED = 1 << 19  # logits that the oracle judges, at most where one index of the first axis holds fewer
 POOLED = 2 << 30  # bytes of logits on a GPU beyond which the libraries may not keep their pools side by side
 LOOSE = 0.03  # of the largest gradient, and of the loss: a peer beyond that computes something else
-PACKAGES = ("numpy", "numba", "ml_dtypes", "torch", "triton", "liger-kernel", "jax", "scikit-learn", "scipy",
-            "cupy-cuda12x", "cupy-cuda13x", "cupy")  # fmt: skip
+PACKAGES = ("numpy", "numba", "ml_dtypes", "torch", "triton", "liger-kernel", "quack-kernels", "jax",
+            "scikit-learn", "scipy", "cupy-cuda12x", "cupy-cuda13x", "cupy")  # fmt: skip
 
 
 class Settings(NamedTuple):
@@ -58,13 +74,18 @@ class Settings(NamedTuple):
     seed: int
     commit: str | None
     command: str
+    peers: bool = True
+    ahead: bool = (
+        False  # whether every case is run and checked before the first is timed, and that then waits to be told
+    )
+    most: float = float("inf")  # seconds, after which no case is begun to be timed
 
 
 def run(cases: list[Case], settings: Settings) -> int:
     """Everything; 1 if a result of this library is wrong, else 0."""
     limit_threads(settings.threads)
     xp = importlib.import_module(settings.backend)
-    makers, absent = peers.libraries(settings.backend, xp)
+    makers, absent = peers.libraries(settings.backend, xp, only=None if settings.peers else "")
     about = _about(settings, xp)
     say = functools.partial(tqdm.write, file=sys.stdout)
     say(_header(about))
@@ -74,10 +95,20 @@ def run(cases: list[Case], settings: Settings) -> int:
         settings.out.parent.mkdir(parents=True, exist_ok=True)
         settings.out.write_text("")
     rows: list[Row] = []
+    begun = {}
+    if settings.ahead:
+        begun = {case: begin(case, makers, settings, xp)._replace(calls={}) for case in cases}
+        say(READY)
+        sys.stdout.flush()
+        sys.stdin.readline()
+    start = time.monotonic()
     with tqdm(cases, unit="case", dynamic_ncols=True) as progress:
         for case in progress:
+            if time.monotonic() - start > settings.most:
+                say(f"not timed, for want of time: {case.name}")
+                continue
             progress.set_postfix_str(case.name)
-            found, notes = measure(case, makers, settings, xp)
+            found, notes = measure(case, makers, settings, xp, begun.get(case))
             found = [row | about for row in found]
             say("\n" + "\n".join([*table(case, found), *notes]))
             rows += found
@@ -85,7 +116,8 @@ def run(cases: list[Case], settings: Settings) -> int:
                 with settings.out.open("a") as file:
                     file.writelines(json.dumps(row, separators=(",", ":")) + "\n" for row in found)
     say("\n" + "\n".join(goals(rows, settings.backend)))
-    return int(any(row["failed"] and row["library"].startswith(OURS) for row in rows))
+    failed = [row for of in (rows, *(begun[case].rows.values() for case in begun)) for row in of if row["failed"]]
+    return int(any(row["library"].startswith(OURS) for row in failed))
 
 
 def limit_threads(threads: int) -> None:
@@ -98,12 +130,35 @@ def limit_threads(threads: int) -> None:
 # One case
 
 
-def measure(case: Case, makers: dict[str, peers.Maker], settings: Settings, xp: Any) -> tuple[list[Row], list[str]]:
-    """A row for each library and operation, and remarks on those that have none."""
-    if case == suite.FIRST:
-        return first_calls(case, settings), []
+class Begun(NamedTuple):
+    """A case whose every operation has been run once and checked."""
+
+    rows: dict[tuple[str, str], Row]  # by library and operation
+    notes: list[str]
+    calls: dict[tuple[str, str], Call]
+
+
+def begin(case: Case, makers: dict[str, peers.Maker], settings: Settings, xp: Any) -> Begun:
+    """Makes a problem, and runs and checks everything that anybody does on it."""
     problem, truth, tiles = make(case, settings.seed, settings.threads, xp)
-    calls, rows, notes = {}, {}, []
+    begun = Begun({}, [], {})
+    for (library, operation), call in _calls(problem, makers, begun.notes):
+        row = begun.rows[library, operation] = _empty_row(case, library, operation, settings)
+        try:
+            result = _first(call, row, xp)
+            if library != COPY:
+                row |= check(result, truth, tiles, strictly=library.startswith(OURS))
+            begun.calls[library, operation] = call
+        except Exception as error:
+            row["failed"] = _short(error)
+            _release(xp)
+    return begun
+
+
+def _calls(
+    problem: Problem, makers: dict[str, peers.Maker], notes: list[str]
+) -> Iterator[tuple[tuple[str, str], Call]]:
+    """By library and operation; why there is none goes into the notes."""
     for library, maker in makers.items():
         try:
             made = maker(problem)
@@ -112,19 +167,29 @@ def measure(case: Case, makers: dict[str, peers.Maker], settings: Settings, xp: 
             continue
         except Exception as error:  # a peer that breaks must not end the run
             notes.append(f"  {library} FAILED: {_short(error)}")
-            made = {}
+            continue
         for operation, call in made.items():
-            if operation in suite.EVERY and operation not in case.operations:
-                continue
-            row = rows[library, operation] = _empty_row(case, library, operation, settings)
-            try:
-                result = _first(call, row, xp)
-                if library != COPY:
-                    row |= check(result, truth, tiles, strictly=library.startswith(OURS))
-                calls[library, operation] = call
-            except Exception as error:
-                row["failed"] = _short(error)
-                _release(xp)
+            if operation not in suite.EVERY or operation in problem.case.operations:
+                yield (library, operation), call
+
+
+def measure(
+    case: Case, makers: dict[str, peers.Maker], settings: Settings, xp: Any, begun: Begun | None = None
+) -> tuple[list[Row], list[str]]:
+    """A row for each library and operation, and remarks on those that have none; `begun` if it was before."""
+    if case == suite.FIRST:
+        return first_calls(case, settings), []
+    if begun is None:
+        rows, notes, calls = begin(case, makers, settings, xp)
+    else:
+        rows, notes, _ = begun
+        again = make(case, settings.seed, settings.threads, xp, judged=False)[0]
+        calls = {key: call for key, call in _calls(again, makers, []) if not rows[key]["failed"]}
+        del again
+        for call in calls.values():  # as a new object each may have something to look up
+            if call.prepare is not None:
+                call.prepare()
+            call.run()
     turns, failed = interleave(
         calls,
         _clock(case, xp),
@@ -132,6 +197,7 @@ def measure(case: Case, makers: dict[str, peers.Maker], settings: Settings, xp: 
         seconds=settings.seconds,
         turn=settings.turn,
         seed=settings.seed,
+        quiet=wait_until_quiet if xp is np else None,
         clear=functools.partial(_release, xp) if xp is not np and case.nbytes > POOLED else None,
     )
     times = {key: list(itertools.chain(*taken)) for key, taken in turns.items()}
@@ -156,13 +222,15 @@ def measure(case: Case, makers: dict[str, peers.Maker], settings: Settings, xp: 
         for (library, operation), row in rows.items():
             if library != COPY and not row["failed"]:
                 row["memory"] = peak_memory(case, library, operation, settings)
-    del problem, calls
+    del calls
     _release(xp)
     return list(rows.values()), notes
 
 
-def make(case: Case, seed: int, threads: int, xp: Any) -> tuple[Problem, Truth, list[slice]]:
-    """A problem, the truth on one tile of it, and where to look for that tile.
+def make(
+    case: Case, seed: int, threads: int, xp: Any, judged: bool = True
+) -> tuple[Problem, Truth | None, list[slice]]:
+    """A problem, the truth on one tile of it (where it will be judged), and where to look for that tile.
 
     The first axis repeats one tile. So the mean over all is that over the tile, and the oracle, which is slow, needs to
     see no more than that.
@@ -175,6 +243,9 @@ def make(case: Case, seed: int, threads: int, xp: Any) -> tuple[Problem, Truth, 
     logits = rng.standard_normal(shape, np.float32).astype(dtype)
     if case.target == "labels":
         target = rng.integers(case.classes, size=shape[:axis] + shape[axis + 1 :])
+        if case.peaked:
+            at = np.expand_dims(target, axis)
+            np.put_along_axis(logits, at, np.take_along_axis(logits, at, axis) + np.asarray(10, logits.dtype), axis)
     else:
         e = np.exp(rng.standard_normal(shape))
         target = (e / e.sum(axis, keepdims=True)).astype(dtype)
@@ -182,7 +253,7 @@ def make(case: Case, seed: int, threads: int, xp: Any) -> tuple[Problem, Truth, 
     for name, count in (("weight", case.classes), ("sample_weight", target.shape)):
         if name in options:
             options[name] = rng.uniform(0.5, 2, count).astype(np.float32)
-    truth = oracle(logits, target, axis=axis, grad_output=tile / outer, **options)
+    truth = oracle(logits, target, axis=axis, grad_output=tile / outer, **options) if judged else None
 
     def tiled(part: Array) -> Array:
         return xp.tile(xp.asarray(part), (outer // tile,) + (1,) * (part.ndim - 1))
@@ -194,8 +265,9 @@ def make(case: Case, seed: int, threads: int, xp: Any) -> tuple[Problem, Truth, 
     return problem, truth, [slice(start, start + tile) for start in starts]
 
 
-def check(result: Any, truth: Truth, tiles: list[slice], strictly: bool) -> Row:
+def check(result: Any, truth: Truth | None, tiles: list[slice], strictly: bool) -> Row:
     """The largest errors in units of rounding. Raises where ours misses the project's bar, or a peer is far off."""
+    assert truth is not None
     loss, grad = result if isinstance(result, tuple) else (result, None)
     pairs = [(host(loss), truth.loss, truth.unit_loss, assert_loss, "loss_units")]
     if grad is not None:
@@ -415,7 +487,7 @@ def table(case: Case, rows: list[Row]) -> list[str]:
         f"{'/ ours':>7} {'units of error':>15} {'peak memory':>12}"
     )
     lines = [case.name, head]
-    order = [COPY, READ, LOSS, GRAD, OUT, IN_PLACE, COLD, WARM]
+    order = [COPY, READ, ACROSS, LOSS, EACH, GRAD, OUT, EACH_OUT, IN_PLACE, COLD, WARM]
     for row in sorted(rows, key=lambda row: (order.index(row["operation"]), row["seconds"] or 0)):
         name = f"  {row['operation']:<20} {row['library']:<31} "
         if row["failed"]:

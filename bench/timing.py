@@ -52,21 +52,21 @@ def waiting_clock(run: Callable[[], Any]) -> float:
 class DeviceClock:
     """Time on the GPU by events, one run at a time, with the L2 cache full of something else.
 
-    CuPy and PyTorch both launch on the legacy default stream, so one pair of events is right for both. Reading the
-    other buffer also keeps the device busy while the host is ahead launching the run.
+    CuPy and PyTorch both launch on the legacy default stream, so one pair of events is right for both. Setting another
+    buffer keeps the device busy for a quarter of a millisecond at least, while the host is ahead launching the run.
     """
 
-    OTHER = 512 << 20  # bytes; the largest L2 cache is below 128 MiB
+    OTHER = 1 << 30  # bytes; the largest L2 cache is below 128 MiB
 
     def __init__(self) -> None:
         import cupy
 
         self.cuda = cupy.cuda
-        self.read = reader(cupy.zeros(self.OTHER, dtype=cupy.uint8))
+        self.other = cupy.empty(self.OTHER, dtype=cupy.uint8)
 
     def __call__(self, run: Callable[[], Any]) -> float:
         start, stop = self.cuda.Event(), self.cuda.Event()
-        self.read()
+        self.other.data.memset_async(0, self.OTHER)
         start.record()
         run()
         stop.record()
@@ -137,13 +137,14 @@ def interleave(
     seconds: float,
     turn: float,
     seed: int,
+    quiet: Callable[[], None] | None = None,
     clear: Callable[[], None] | None = None,
 ) -> tuple[dict[Key, list[list[float]]], dict[Key, Exception]]:
     """The times of every call, turn by turn, and the calls that raised.
 
     A round gives each call one turn, in shuffled order; a call that has had FEWEST turns and all its seconds gets no
-    more. `clear` is called before each turn: for problems so large that what one library keeps leaves no room for the
-    next.
+    more. Before each turn `quiet` waits for the threads of the library before; `clear` is for problems so large that
+    what one library keeps leaves no room for the next.
     """
     times: dict[Key, list[list[float]]] = {key: [] for key in calls}
     spent = dict.fromkeys(calls, 0.0)
@@ -154,9 +155,9 @@ def interleave(
         chance.shuffle(order)
         for key in order:
             try:
-                wait_until_quiet()
-                if clear is not None:
-                    clear()
+                for before in (clear, quiet):
+                    if before is not None:
+                        before()
                 start = time.perf_counter()
                 timed(calls[key], clock, turn * SETTLE)
                 times[key].append(timed(calls[key], clock, turn))

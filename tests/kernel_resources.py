@@ -1,7 +1,11 @@
-"""What every kernel takes of every chip: registers, spills, shared memory, 128-bit accesses, by NVRTC's own account.
+"""What every kernel takes of every chip: registers, spills, memory, instructions, as NVRTC says and its code shows.
 
     python tests/kernel_resources.py            compare with kernel_resources.json; exits 1 where they differ
     python tests/kernel_resources.py --write    make kernel_resources.json again; of the same code, what it lacks
+
+--chip 90 and --only REGEX (of the names of kernels) take a part. What is written is written every hundred kernels, so
+that it may be broken off and taken up again. --write also makes kernels/counts.json, of the kernels of sm_90 what
+`python -m xent_array --explain` needs, which ships with the package.
 
 Needs what simt.nvrtc needs, a quarter of an hour of two cores, and no GPU. The figures depend on the version of NVRTC,
 which the table names, and on the code of kernels/, whose digest it holds.
@@ -9,7 +13,9 @@ which the table names, and on the code of kernels/, whose digest it holds.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
+import json
 import re
 import sys
 import time
@@ -23,8 +29,10 @@ from simt import nvrtc
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the checkout, whatever is installed
 
 TABLE = Path(__file__).with_suffix(".json")
-PLAIN_CHIPS = (75, 80, 86, 89, 90, 100, 120)
-OTHER_CHIPS = (80, 90)  # for kernels with options
+PLAIN_CHIPS = (75, 80, 90, 100, 120)  # 86 and 89 are given what 80 is, or 90 without clusters
+OTHER_CHIPS = (90,)  # for kernels with options
+SHIPPED = "sm_90"
+BATCH = 100
 
 
 class Item(NamedTuple):
@@ -42,7 +50,7 @@ class Item(NamedTuple):
 
 
 def work() -> Iterator[Item]:
-    """Everything that the library compiles: without options on every chip, with options on two."""
+    """Everything that the library compiles: without options on several chips, with options on one."""
     from xent_array._engines import cuda
 
     for variant in cuda.VARIANTS:
@@ -92,25 +100,61 @@ def compiled(items: Iterable[Item]) -> list[dict]:
     return nvrtc.table((item.file, item.text, item.chip) for item in items)
 
 
-def main(arguments: list[str]) -> int:
-    start = time.monotonic()
-    items, about, committed = list(work()), {"nvrtc": nvrtc.version(), "digest": digest()}, []
-    if TABLE.exists():
-        known, committed = nvrtc.read(TABLE)
-    if arguments == ["--write"]:  # what is known of the same code by the same compiler is kept
-        wanted = {(item.file, item.kernel, item.chip): item for item in items}
-        kept = [row for row in committed if known == about and (row["file"], row["kernel"], row["chip"]) in wanted]
-        for row in kept:
-            del wanted[row["file"], row["kernel"], row["chip"]]
-        rows = kept + compiled(wanted.values())
+def counts_file() -> Path:
+    from xent_array import _kernels
+
+    return _kernels.folder() / "counts.json"
+
+
+def counts(about: dict[str, str], rows: list[dict]) -> str:
+    """What counts.json says, where the table has these rows: a line for each kernel."""
+    from xent_array._engines._model import Code
+
+    here = {row["kernel"]: list(Code.of(row)) for row in rows if row["chip"] == SHIPPED}
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(row)}" for name, row in sorted(here.items()))
+    head = json.dumps({**about, "chip": SHIPPED, "numbers": Code._fields})[:-1]
+    return f'{head}, "kernels": {{\n{lines}\n}}}}\n'
+
+
+def _key(row: dict) -> tuple[str, str, str]:
+    return row["file"], row["kernel"], row["chip"]
+
+
+def write(items: Iterable[Item], about: dict[str, str], known: list[dict]) -> int:
+    """Adds to the table what it does not know of these; how many it has then."""
+    every = {(item.file, item.kernel, item.chip) for item in work()}
+    rows = [row for row in known if _key(row) in every and set(nvrtc.NUMBERS) <= set(row)]
+    there = {_key(row) for row in rows}
+    lacking = [item for item in items if (item.file, item.kernel, item.chip) not in there]
+    for start in range(0, len(lacking) or 1, BATCH):
+        rows += compiled(lacking[start : start + BATCH])
         nvrtc.write(TABLE, about, rows)
-    else:
-        rows = compiled(items)
-    took = f"{len(rows)} kernels by NVRTC {nvrtc.version()} in {time.monotonic() - start:.0f} s"
-    if arguments == ["--write"]:
-        print(f"{TABLE.name}: {took}")
+        counts_file().write_text(counts(about, rows))
+    return len(rows)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--write", action="store_true", help="make the table again")
+    parser.add_argument("--chip", type=int, metavar="NN", help="only kernels for this one")
+    parser.add_argument("--only", metavar="REGEX", default="", help="only kernels whose name this finds")
+    given = parser.parse_args(arguments)
+    start = time.monotonic()
+    items = [
+        item
+        for item in work()
+        if re.search(given.only, item.kernel) and given.chip in (None, int(item.chip.removeprefix("sm_")))
+    ]
+    about = {"nvrtc": nvrtc.version(), "digest": digest()}
+    known, committed = nvrtc.read(TABLE) if TABLE.exists() else ({}, [])
+    if given.write:  # what is known of the same code by the same compiler is kept
+        count = write(items, about, committed if known == about else [])
+        print(f"{TABLE.name}: {count} kernels by NVRTC {nvrtc.version()}, in {time.monotonic() - start:.0f} s")
         return 0
-    said = nvrtc.differences(committed, rows)
+    rows = compiled(items)
+    asked = {(item.file, item.kernel, item.chip) for item in items}
+    said = nvrtc.differences([row for row in committed if _key(row) in asked], rows)
+    took = f"{len(rows)} kernels by NVRTC {nvrtc.version()} in {time.monotonic() - start:.0f} s"
     print("\n".join(said) or f"as in {TABLE.name}: {took}")
     if said and committed and known["nvrtc"] != nvrtc.version():
         print(f"(the table is by NVRTC {known['nvrtc']}, this is {nvrtc.version()})")

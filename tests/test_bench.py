@@ -12,6 +12,7 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,9 +20,10 @@ from close import BAR
 from oracle import oracle
 
 pytest.importorskip("tqdm")  # for bench.run
+import xent_array
 from bench import __main__ as program
 from bench import peers, report, run, suite, timing
-from bench.suite import COPY, COPY_BY_ONE, GRAD, IN_PLACE, LOSS, OURS, OUT, Case
+from bench.suite import ACROSS, COPY, COPY_BY_ONE, EACH, EACH_OUT, GRAD, IN_PLACE, LOSS, OURS, OUT, Case
 from bench.timing import Call
 
 ROOT = Path(__file__).parents[1]
@@ -42,6 +44,14 @@ def quick(tmp_path_factory):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout, [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_the_committed_rows_have_every_field():
+    for file in sorted((ROOT / "bench" / "results").glob("*.jsonl")):
+        rows = list(map(json.loads, file.read_text().splitlines()))
+        assert {frozenset(row) for row in rows} == {frozenset(FIELDS)}, file.name
+        names = {case.name for backend in suite.GOALS for case in suite.cases(backend, quick=False)}
+        assert {row["case"] for row in rows} <= names | {case.name for case in suite.ENGINES}, file.name
 
 
 @pytest.mark.full
@@ -102,7 +112,7 @@ def _breaks(problem):
 
 def test_what_is_wrong_is_reported_and_not_timed(monkeypatch, capsys):
     planted = {COPY: peers.copy, OURS: _one_entry_off, "peer": _half_the_loss, "broken": _breaks, "NumPy": peers.numpy}
-    monkeypatch.setattr(peers, "libraries", lambda backend, xp: (planted, {"gone": "no module named gone"}))
+    monkeypatch.setattr(peers, "libraries", lambda backend, xp, only: (planted, {"gone": "no module named gone"}))
     monkeypatch.setattr(run, "limit_threads", lambda threads: None)
     assert run.run([SMALL], SETTINGS) == 1
     printed = capsys.readouterr().out
@@ -113,8 +123,54 @@ def test_what_is_wrong_is_reported_and_not_timed(monkeypatch, capsys):
     assert re.search(r"^ *loss +NumPy +[\d.]+", printed, re.MULTILINE)
 
 
+def test_cases_are_checked_ahead_and_timed_when_a_line_comes(monkeypatch, capsys, tmp_path):
+    """In between no problem is kept; what was wrong is not timed, and is an exit code though time has run out."""
+    made, asked = [], []
+
+    def maker(problem):
+        made.append(problem)
+        return peers.numpy(problem)
+
+    def line():
+        asked.append(len(made))
+
+    monkeypatch.setattr(peers, "libraries", lambda backend, xp, only: ({OURS: maker, "peer": _half_the_loss}, {}))
+    monkeypatch.setattr(run, "limit_threads", lambda threads: None)
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(readline=line))
+    cases = [SMALL, Case("test", (8, 5))]
+    out = tmp_path / "rows.jsonl"
+    assert run.run(cases, SETTINGS._replace(ahead=True, out=out)) == 0
+    assert asked == [2]
+    assert len(made) == 4
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert {row["case"] for row in rows} == {case.name for case in cases}
+    assert all((row["seconds"] is None) == (row["library"] == "peer") for row in rows)
+    assert all("loss is off" in row["failed"] for row in rows if row["library"] == "peer")
+    assert capsys.readouterr().out.count(f"{run.READY}\n") == 1
+    monkeypatch.setattr(peers, "libraries", lambda backend, xp, only: ({OURS: _half_the_loss}, {}))
+    assert run.run(cases, SETTINGS._replace(ahead=True, most=-1.0)) == 1
+    assert capsys.readouterr().out.count("not timed, for want of time") == 2
+
+
+def test_a_peaked_case_has_large_labels_and_the_same_truth():
+    flat, peaked = (run.make(SMALL._replace(peaked=peaked), 0, 1, np) for peaked in (False, True))
+    rows = np.arange(6), flat[0].target
+    assert (peaked[0].target == flat[0].target).all()
+    np.testing.assert_allclose(peaked[0].logits[rows], flat[0].logits[rows] + 10)
+    assert float(peaked[1].loss) < 0.1 < float(flat[1].loss)
+    assert SMALL._replace(peaked=True).name == f"{SMALL.name} peaked"
+
+
+def test_losses_of_each_row_are_held_against_the_mean():
+    problem, truth, tiles = run.make(Case("test", (8, 5)), 0, 1, np)
+    losses, grad = xent_array.cross_entropy_value_and_grad(problem.logits, problem.target, reduction="none")
+    run.check(problem.of_all(losses, grad), truth, tiles, strictly=True)
+    with pytest.raises(AssertionError, match="grad"):
+        run.check(problem.of_all(losses, 2 * grad), truth, tiles, strictly=True)
+
+
 def test_only_a_wrong_result_of_ours_is_an_exit_code(monkeypatch, capsys):
-    monkeypatch.setattr(peers, "libraries", lambda backend, xp: ({OURS: peers.ours, "peer": _half_the_loss}, {}))
+    monkeypatch.setattr(peers, "libraries", lambda backend, xp, only: ({OURS: peers.ours, "peer": _half_the_loss}, {}))
     monkeypatch.setattr(run, "limit_threads", lambda threads: None)
     assert run.run([SMALL], SETTINGS) == 0
     assert "loss is off" in capsys.readouterr().out
@@ -151,12 +207,6 @@ def test_summary_is_median_minimum_and_quartiles():
     assert timing.summary([4.0, 1.0, 3.0, 2.0, 5.0]) == {"seconds": 3.0, "min": 1.0, "q1": 2.0, "q3": 4.0}
 
 
-@pytest.fixture
-def still(monkeypatch):
-    monkeypatch.setattr(timing, "wait_until_quiet", lambda: None)
-
-
-@pytest.mark.usefixtures("still")
 def test_turns_are_shuffled_prepared_settled_and_timed():
     log, taken = [], Counter()
 
@@ -176,18 +226,25 @@ def test_turns_are_shuffled_prepared_settled_and_timed():
         "c": Call(fails),
     }
     times, failed = timing.interleave(
-        calls, clock, rounds=3, seconds=0, turn=0, seed=0, clear=lambda: log.append("clear")
+        calls,
+        clock,
+        rounds=3,
+        seconds=0,
+        turn=0,
+        seed=0,
+        quiet=lambda: log.append("quiet"),
+        clear=lambda: log.append("clear"),
     )
     assert times == {"a": [[2.0], [4.0], [6.0]], "b": [[2.0], [4.0], [6.0]]}  # every other run settles
     assert isinstance(failed["c"], MemoryError)
-    turns = [set(turn) - {"refresh"} for cleared, turn in itertools.groupby(log, "clear".__ne__) if cleared]
+    turns = [set(turn) - {"refresh", "quiet"} for cleared, turn in itertools.groupby(log, "clear".__ne__) if cleared]
     assert [len(turn) for turn in turns] == [1] * 8  # the second of c was its last
+    assert log.count("quiet") == log.count("clear") == 8
     rounds = [sorted("".join(turn) for turn in part) for part in (turns[:3], turns[3:6])]
     assert rounds == [["a", "b", "c"]] * 2
     assert all(log[i - 1] == "refresh" for i, what in enumerate(log) if what == "b")
 
 
-@pytest.mark.usefixtures("still")
 def test_short_runs_fill_the_turn():
     calls = {"short": Call(lambda: time.sleep(1e-3)), "long": Call(lambda: time.sleep(0.02))}
     times, _ = timing.interleave(calls, timing.host_clock, rounds=1, seconds=1, turn=0.015, seed=0)
@@ -196,7 +253,6 @@ def test_short_runs_fill_the_turn():
     assert len(times["long"][0]) == 1
 
 
-@pytest.mark.usefixtures("still")
 def test_what_takes_long_gets_fewer_turns():
     calls = {"short": Call(lambda: None), "long": Call(lambda: time.sleep(0.01))}
     times, _ = timing.interleave(calls, timing.host_clock, rounds=5, seconds=0.05, turn=1e-4, seed=0)
@@ -226,7 +282,6 @@ def test_a_turn_does_not_wait_forever():
     thread.join()
 
 
-@pytest.mark.usefixtures("still")
 def test_the_copy_is_the_faster_of_two(monkeypatch):
     def copies(one, all_threads):
         return lambda problem: {
@@ -300,16 +355,9 @@ def test_every_goal_can_be_reached_by_the_cases(backend):
         (case.name, library, operation): {"seconds": float(case.size), "of_copy": 1.0, "of_read": 1.0}
         for case in cases
         for library in (OURS, COPY, *peers.PEERS[backend])
-        for operation in (LOSS, GRAD, OUT, COPY)
+        for operation in (LOSS, GRAD, OUT, EACH, EACH_OUT, COPY)
     }
     assert all(goal.value(full) == 1 for goal in suite.GOALS[backend])
-
-
-def test_the_pieces_of_the_gpu_run_are_all_of_it_once():
-    patterns = [piece[piece.index("--cases") + 1] for piece in suite.gpu_pieces()]
-    for case in suite.cases("cupy", quick=False):
-        assert sum(bool(re.search(pattern, case.name)) for pattern in patterns) == 1, case.name
-    assert len({piece[piece.index("--out") + 1] for piece in suite.gpu_pieces()}) == len(patterns)
 
 
 def test_arguments_are_checked(capsys):
@@ -403,6 +451,62 @@ def test_a_wrong_peer_is_called_wrong(results):
     assert line.endswith("| wrong |")
     (line,) = re.findall(r"^\| NumPy \|.*$", readme, re.MULTILINE)
     assert line.count(", wrong in some case") == 1
+
+
+def _row(case, library, operation, seconds, backend="cupy", **more):
+    machine = {"cpu": "a CPU", "cores": 16, "load": None, "gpu": "a GPU" if backend == "cupy" else None}
+    return {
+        "case": case.name, "library": library, "operation": operation, "backend": backend, "group": case.group,
+        "dtype": case.dtype, "seconds": seconds, "failed": None, "of_copy": 0.875, "gb_per_s": 1 / seconds,
+        "loss_units": None, "grad_units": None, "memory": None, "machine": machine, "threads": 16, "versions": {},
+        "commit": "abc", "dirty": False, "command": "a harness", "date": "2026-01-01", **more,
+    }  # fmt: skip
+
+
+def _reported(tmp_path, rows):
+    folder = tmp_path / "results"
+    folder.mkdir(exist_ok=True)
+    (folder / "gpu.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "README.md").write_text(f"{report.BEGIN}\n{report.END}\n")
+    assert _report(tmp_path) == 0
+    return (tmp_path / "README.md").read_text(), {path.name for path in folder.glob("*.svg")}
+
+
+def test_a_gpu_s_table_holds_a_peer_against_what_does_the_same(tmp_path):
+    """QuACK gives the loss of each row, PyTorch the mean; the share of a copy is of the first."""
+    case = suite.GPU_CELLS[3]
+    rows = [
+        _row(case, OURS, GRAD, 2e-3), _row(case, OURS, OUT, 3e-3), _row(case, OURS, EACH_OUT, 1e-3),
+        _row(case, "torch", GRAD, 5e-3), _row(case, "QuACK", EACH_OUT, 1.5e-3), _row(case, COPY, COPY, 1e-3),
+        _row(case, OURS, EACH, 1e-3), _row(case, "torch", LOSS, 5e-3), _row(case, "QuACK", EACH, 0.5e-3),
+    ]  # fmt: skip
+    with_loss = [row | {"case": suite.GPU_CELLS[4].name} for row in rows]
+    text, plots = _reported(tmp_path, rows + with_loss)
+    assert "| 32768 × 2048 | 2 | 3 | 1 | 88% | 2.50× | 1.50× |" in text
+    assert "| 32768 × 4096, loss only |  |  | 1 | 88% |  | 0.50× |" in text
+    assert "**GPU**, a GPU; ; commit abc; 2026-01-01; by a harness:" in text
+    assert "Largest error" not in text, "of what nobody judged"
+    assert plots == {"gpu-float32.svg"}
+    assert "**GPU against CPU**, the same problem on this library's two engines: not run yet on one machine." in text
+
+
+def test_gpu_and_cpu_are_compared_on_one_machine_only(tmp_path):
+    few, many = suite.ENGINES_ROWS[:2]
+    rows = [
+        _row(few, OURS, GRAD, 1e-3, "numpy"), _row(few, OURS, GRAD, 4e-3), _row(few, COPY, ACROSS, 4e-3),
+        _row(many, OURS, GRAD, 8e-3, "numpy"), _row(many, OURS, GRAD, 2e-3), _row(many, COPY, ACROSS, 2e-3),
+    ]  # fmt: skip
+    text, plots = _reported(tmp_path, rows)
+    assert "| 64 × 1000 | 1 | 4 | 0.2× | 4 | 0.1× |\n| 512 × 1000 | 8 | 2 | 4.0× | 2 | 2.0× |" in text
+    assert plots == {"engines-rows.svg"}
+    assert "**CPU**: no results yet." in text
+    assert "**GPU**: no results yet." in text
+    for row in rows:
+        if row["backend"] == "numpy":
+            row["machine"]["cores"] = 2
+    text, plots = _reported(tmp_path, rows)
+    assert "not run yet on one machine" in text
+    assert plots == set()
 
 
 def test_the_readme_is_what_the_report_writes(capsys):

@@ -115,6 +115,67 @@ extern "C" __global__ void __launch_bounds__(1024, 2) spills(const double* x, do
     assert spills.stack > 100
 
 
+CODE = """
+.text.k:
+        /*0000*/                   S2R R0, SR_TID.X ;
+.L_x_0:
+        /*0010*/                   LDG.E.EF.128 R4, desc[UR4][R2.64] ;
+        /*0020*/                   MUFU.EX2 R5, R4 ;
+.L_x_1:
+        /*0030*/                   LDS.U16 R6, [R7] ;
+        /*0040*/                   LDS.U16 R6, [R7+0x80] ;
+        /*0050*/                   STS [R7], R6 ;
+        /*0060*/               @P0 BRA `(.L_x_1) ;
+        /*0070*/                   BRA.DIV UR4, `(.L_x_3) ;
+.L_x_2:
+        /*0080*/                   STG.E.64 desc[UR4][R2.64], R4 ;
+        /*0090*/               @P1 BRA `(.L_x_0) ;
+        /*00a0*/               @P2 EXIT ;
+.L_x_4:
+        /*00b0*/                   SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R0], R1 ;
+        /*00c0*/              @!P0 BRA `(.L_x_4) ;
+        /*00d0*/                   EXIT ;
+.L_x_3:
+        /*00e0*/                   MUFU.RCP R5, R4 ;
+        /*00f0*/                   BRA `(.L_x_2) ;
+.L_x_5:
+        /*0100*/                   BRA `(.L_x_5);
+        /*0110*/                   NOP;
+"""
+
+
+def test_instructions_are_counted_and_those_of_loops_apart():
+    """A loop in a loop, rare code that branches back, a wait for a barrier, the end that is never reached, padding."""
+    assert nvrtc.counted(CODE) == {
+        "instructions": 17,
+        "mufu": 2,
+        "loops": [[7, 2, 16, 16], [4, 0, 4, 0], [2, 0, 0, 0]],
+    }
+
+
+def test_what_a_kernel_does_is_counted():
+    text = """
+extern "C" __global__ void flat(const float* x, float* y) {
+    #pragma unroll
+    for (int j = 0; j < 7; ++j) y[j * 32 + threadIdx.x] = exp2_fast(x[j * 32 + threadIdx.x]);
+}
+extern "C" __global__ void loops(const float* x, float* y, int n) {
+    float sum = 0;
+    #pragma unroll 1
+    for (int k = threadIdx.x; k < n; k += 64) sum += exp2_fast(x[k]) + exp2_fast(x[k + 32]);
+    y[threadIdx.x] = sum;
+}
+extern "C" __global__ void divides(const float* x, float* y) { y[threadIdx.x] = x[threadIdx.x] / y[threadIdx.x]; }
+"""
+    divides, flat, loops = nvrtc.resources(DEVICE + text, "sm_90")
+    assert (flat.mufu, flat.loops) == (7, [])
+    ((instructions, mufu, moved, widest),) = loops.loops
+    assert (mufu, moved, widest) == (2, 8, 4)
+    assert 8 <= instructions < loops.instructions
+    assert loops.mufu == 2
+    assert divides.instructions > 60, "the function that divides subnormal numbers is part of the text"
+
+
 def test_the_table_tells_what_changed(tmp_path):
     rows = nvrtc.table([("one", kernels(WRAPPERS[:1]), "sm_80"), ("two", kernels(WRAPPERS[1:2]), "sm_90")])
     assert [(row["file"], row["kernel"], row["loads128"]) for row in rows] == [("one", "k0", 1), ("two", "k0", 1)]

@@ -14,7 +14,7 @@ import tally
 from simt import nvrtc
 
 from xent_array import _kernels
-from xent_array._engines import cuda
+from xent_array._engines import _model, cuda
 
 ABOUT, ROWS = nvrtc.read(kernel_resources.TABLE)
 ITEMS = list(kernel_resources.work())
@@ -31,15 +31,54 @@ def test_the_table_has_every_kernel_and_is_of_this_code():
     assert {(row["file"], row["kernel"], row["chip"]) for row in ROWS} == {(i.file, i.kernel, i.chip) for i in ITEMS}
     assert len(ROWS) == len(ITEMS)
     assert ABOUT["digest"] == kernel_resources.digest(), "python tests/kernel_resources.py --write"
+    assert all(set(nvrtc.NUMBERS) <= set(row) for row in ROWS), "python tests/kernel_resources.py --write"
+
+
+def test_what_ships_is_what_the_table_says_of_one_chip():
+    shipped = kernel_resources.counts_file().read_text()
+    assert shipped == kernel_resources.counts(ABOUT, ROWS)
+    assert set(_model.counts()) == {item.kernel for item in ITEMS if item.chip == kernel_resources.SHIPPED}
+
+
+def test_a_part_of_the_table_is_made_and_the_rest_kept(tmp_path, monkeypatch):
+    """As it is taken up again after it was broken off; and what the code of another day said is not kept."""
+    asked = []
+
+    def compiled(items):
+        items = list(items)
+        asked.extend(items)
+        of = dict.fromkeys(nvrtc.NUMBERS, 1)
+        return [{"file": i.file, "kernel": i.kernel, "chip": i.chip, **of} for i in items]
+
+    monkeypatch.setattr(kernel_resources, "TABLE", tmp_path / "table.json")
+    monkeypatch.setattr(kernel_resources, "counts_file", lambda: tmp_path / "counts.json")
+    monkeypatch.setattr(kernel_resources, "compiled", compiled)
+    monkeypatch.setattr(nvrtc, "version", lambda: "13.5")
+    monkeypatch.setattr(kernel_resources, "work", lambda: iter(ITEMS[::9]))
+    here = [i for i in ITEMS[::9] if i.chip == "sm_90" and "loss" in i.kernel]
+    assert len(here) > 4
+    assert kernel_resources.main(["--write", "--chip", "90", "--only", "loss"]) == 0
+    assert asked == here
+    asked.clear()
+    assert kernel_resources.main(["--write"]) == 0
+    assert sorted(asked + here) == sorted(ITEMS[::9])
+    assert len(nvrtc.read(tmp_path / "table.json")[1]) == len(ITEMS[::9])
+    assert set(json.loads((tmp_path / "counts.json").read_text())["kernels"]) == {
+        i.kernel for i in ITEMS[::9] if i.chip == "sm_90"
+    }
+    monkeypatch.setattr(kernel_resources, "digest", lambda: "another")
+    asked.clear()
+    kernel_resources.main(["--write", "--chip", "90"])
+    assert {row["chip"] for row in nvrtc.read(tmp_path / "table.json")[1]} == {"sm_90"}
 
 
 def test_the_matrix_is_whole():
-    """Every family × dtype × job without options on seven chips; with options, on two, but for logarithms."""
+    """Every family × dtype × job without options on five chips; with options, on one, but for logarithms."""
     families, dtypes = "TPWBO", ("f16", "bf16", "float", "double")
     have = {(i.family, i.dtype, i.job, i.variant, i.chip) for i in ITEMS if i.family != "D"}
     chips = [f"sm_{chip}" for chip in kernel_resources.PLAIN_CHIPS]
     wanted = set(itertools.product(families, dtypes, cuda.JOBS, ["PLAIN"], chips))
-    wanted |= set(itertools.product(families, dtypes, cuda.JOBS[:-1], ["GENERAL", "CAPPED"], ["sm_80", "sm_90"]))
+    wanted |= set(itertools.product(families, dtypes, cuda.JOBS[:-1], cuda.VARIANTS[1:], ["sm_90"]))
     assert have == wanted
     assert {(i.dtype, i.chip) for i in ITEMS if i.family == "D"} == set(itertools.product(["float", "double"], chips))
 

@@ -79,6 +79,8 @@ def test_version(capsys):
     [
         ("-m xent_array", "numpy"),
         ("-m bench gpu", "numpy"),
+        ("-m bench model", "numpy"),
+        ("-m bench tune", "numpy"),
         ("-m bench.launches", "ml_dtypes"),
         ("-m bench", "tqdm"),
         ("-m bench report", "tqdm"),

@@ -1,6 +1,6 @@
 """What is installed here, which engine takes what, and the worked example and a short timing on each.
 
-Usage: python -m xent_array [--json | --explain ROWSxC:DTYPE[@smNN] | --version]
+Usage: python -m xent_array [--json | --explain SHAPE:DTYPE[@axisN][@smNN][+OPTION] | --version]
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from . import __version__, _engines, cross_entropy, cross_entropy_value_and_grad
-from ._engines import ENGINES, cpu, cuda
+from ._engines import ENGINES, _model, cpu
 from ._problem import problem_without_target
 from ._rows import Rows
 
@@ -37,11 +37,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m xent_array", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--version", action="version", version=f"xent_array {__version__}")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
-    parser.add_argument("--explain", metavar="ROWSxC:DTYPE[@smNN]", help="how the CUDA engine would launch a problem")
+    parser.add_argument(
+        "--explain",
+        metavar="PROBLEM",
+        help=f"what the CUDA engine would launch, and how long that takes: {_model.LIKE}",
+    )
     given = parser.parse_args(arguments)
     if given.explain is not None:
         try:
-            print(cuda.explain(given.explain))
+            print(_model.explain(given.explain))
         except ValueError as error:
             parser.error(str(error))
         return 0

@@ -23,11 +23,15 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """Of one kernel on one chip. Spills and stack in bytes, shared: static bytes, loads and stores of 128 bits."""
+    """Of one kernel on one chip. Spills and stack in bytes, shared: static bytes, loads and stores of 128 bits.
+
+    once: of the loads those that tell the caches to let go first. instructions, mufu, loops: see `counted`.
+    """
 
     kernel: str
     chip: str
@@ -38,6 +42,10 @@ class Resources:
     shared: int
     loads128: int
     stores128: int
+    once: int
+    instructions: int
+    mufu: int
+    loops: list[list[int]]
 
 
 NUMBERS = [field.name for field in fields(Resources)][2:]
@@ -97,6 +105,8 @@ def resources(source: str, chip: str, file: str = "kernel.cu", options: tuple[st
                 shared=number(r"(\d+) bytes smem"),
                 loads128=len(re.findall(r"\bLDG\.E[.\w]*\.128\b", machine_code[kernel])),
                 stores128=len(re.findall(r"\bSTG\.E[.\w]*\.128\b", machine_code[kernel])),
+                once=len(re.findall(r"\bLDG\.E\.EF[.\w]*\.128\b", machine_code[kernel])),
+                **counted(machine_code[kernel]),
             )
         )
     return sorted(found, key=lambda row: row.kernel)
@@ -107,9 +117,100 @@ def disassembly(code: bytes) -> dict[str, str]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(code)
         file.flush()
-        text = subprocess.run([str(_nvdisasm()), "-c", file.name], capture_output=True, text=True, check=True).stdout
+        command = [str(_nvdisasm()), "-c", "-ndf", file.name]  # -ndf: without looking at the flow of data, for time
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     parts = re.split(r"(?m)^\s*\.section\s+\.text\.(\w+)", text)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+_LINE = re.compile(r"(?m)^(\.L\w+):|/\*[0-9a-f]{4,}\*/\s+(@\S+\s+)?([\w.]+)\s*([^;]*);")
+_BYTES = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}  # by a part of the opcode; else 4
+
+
+class _Instruction(NamedTuple):
+    opcode: str
+    always: bool  # or only where a predicate says so
+    names: str | None  # the label that it names
+
+    @property
+    def operation(self) -> str:
+        return self.opcode.partition(".")[0]
+
+
+def counted(machine_code: str) -> dict[str, Any]:
+    """The instructions of a kernel, how many of them are MUFU (special functions), and its loops.
+
+    NOP is no instruction. Every one of the text counts once: also what runs in rare cases only (behind a branch, in the
+    functions that are called for a division), and what is predicated off. Where nothing is a loop, that is about what a
+    warp executes.
+
+    A loop is what a branch back repeats, to an instruction that all ways into the loop lead through; that leaves out
+    the rare code at the end of a text that branches back to where it came from. Of each there are, without the loops
+    inside it, [instructions, mufu, bytes, widest]: the bytes that a thread loads in one trip (of global or of shared
+    memory, whichever is more), or stores where it loads nothing; and its widest access to global memory. A loop that
+    waits for a barrier moves none.
+    """
+    code, labels = _parsed(machine_code)
+    bodies = _loops(code, labels)
+    loops = []
+    for body in bodies:
+        own = [code[at] for at in sorted(body.difference(*(other for other in bodies if other < body)))]
+        moved, widest = dict.fromkeys(("LDG", "LDS", "STG", "STS"), 0), 0
+        for instruction in own:
+            if instruction.operation in moved:
+                width = next((_BYTES[part] for part in instruction.opcode.split(".") if part in _BYTES), 4)
+                moved[instruction.operation] += width
+                widest = max(widest, width if instruction.operation.endswith("G") else 0)
+        loads = max(moved["LDG"], moved["LDS"])
+        loops.append([*_size(own), loads or max(moved["STG"], moved["STS"]), widest])
+    instructions, mufu = _size(code)
+    return {"instructions": instructions, "mufu": mufu, "loops": loops}
+
+
+def _parsed(machine_code: str) -> tuple[list[_Instruction], dict[str, int]]:
+    """(instructions, the number of the one that follows each label)."""
+    code: list[_Instruction] = []
+    labels = {}
+    for found in _LINE.finditer(machine_code):
+        if found[1] is not None:
+            labels[found[1]] = len(code)
+            continue
+        named = re.search(r"`\((\.L\w+)\)", found[4])
+        always = found[2] is None and re.match(r"!?U?P\d", found[4]) is None
+        code.append(_Instruction(found[3], always, named and named[1]))
+    return code, labels
+
+
+def _loops(code: list[_Instruction], labels: dict[str, int]) -> list[set[int]]:
+    """The instructions of every loop, in the order of their first ones."""
+    before: list[list[int]] = [[] for _ in code]  # from where control comes
+    back = []
+    for at, instruction in enumerate(code):
+        goes = labels.get(instruction.names or "", len(code)) if instruction.operation == "BRA" else len(code)
+        if goes < len(code):
+            before[goes].append(at)
+            if goes < at:
+                back.append((at, goes))
+        leaves = instruction.operation in ("EXIT", "RET") or instruction.opcode in ("BRA", "BRA.U")
+        if at + 1 < len(code) and not (leaves and instruction.always):
+            before[at + 1].append(at)
+    bodies: dict[int, set[int]] = {}
+    for latch, head in back:
+        body, ways = {head}, [latch]
+        while ways:
+            at = ways.pop()
+            if at not in body:
+                body.add(at)
+                ways += before[at]
+        if 0 not in body:  # which is not of the loop: some way into it does not lead through `head`
+            bodies[head] = bodies.get(head, set()) | body
+    return [body for _, body in sorted(bodies.items())]
+
+
+def _size(code: Iterable[_Instruction]) -> tuple[int, int]:
+    """(instructions, how many are MUFU)."""
+    operations = [instruction.operation for instruction in code]
+    return len(operations) - operations.count("NOP"), operations.count("MUFU")
 
 
 def table(work: Iterable[tuple[str, str, str]], jobs: int = 2) -> list[dict]:

@@ -12,7 +12,6 @@ Everything that touches CuPy goes through a `Launcher`, so that the tests can pu
 from __future__ import annotations
 
 import itertools
-import re
 import struct
 import sys
 from array import array as words_of
@@ -117,38 +116,6 @@ class Plan:
         numbers = {"STATS": 4, "GRAD": 3, "STATS_AND_GRAD": 5}.get(job, 1)
         arrays = 1 if job in ("STATS", "LOSS") else 2
         return self.rows * (arrays * self.classes * itemsize + 8 + numbers * accumulator + ("STATS" in job))
-
-
-CHIPS = {  # GB/s by data sheet, of the card that most have
-    75: ("T4", 320), 80: ("A100 80GB", 2039), 86: ("A10", 600), 89: ("L40S", 864),
-    90: ("H200", 4800), 100: ("B200", 8000), 120: ("RTX 5090", 1792),
-}  # fmt: skip
-
-
-def explain(shape: str) -> str:
-    """The plan for ROWSxC:DTYPE[@smNN], in words: what is launched, what it moves, and how long that takes at least."""
-    found = re.fullmatch(r"(\d+)x(\d+):(\w+?)(?:@sm_?(\d+))?", shape)
-    dtype = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "fp64": "float64"}
-    name = found and dtype.get(found[3], found[3])
-    if not found or name not in DTYPES or int(found[2]) == 0:
-        raise ValueError(f"{shape!r} is not like 4096x50257:bf16@sm90, with a dtype of {', '.join((*dtype, *DTYPES))}")
-    rows, classes, chip = int(found[1]), int(found[2]), int(found[4] or 90)
-    if chip < OLDEST:
-        raise ValueError(f"the oldest chip is sm{OLDEST}; got sm{chip}")
-    card, bandwidth = CHIPS[max(known for known in CHIPS if known <= chip)]
-    chosen = plan(rows, classes, name, chip)
-    lines = [
-        f"{rows} rows of {classes} {name} logits, {classes * DTYPES[name][1]:,} bytes each, on sm_{chip}",
-        chosen.words(),
-    ]
-    for job in ("LOSS_AND_GRAD", "STATS_AND_GRAD", "LOSS"):
-        moved = chosen.bytes(job)
-        lines += [
-            f"  {job.lower().replace('_', ' '):14} {moved:,} bytes",
-            f"                 at least {moved / bandwidth / 1e3:.3g} microseconds at the {bandwidth} GB/s of a {card}",
-            f"                 {chosen.kernel(job).name}",
-        ]
-    return "\n".join(lines)
 
 
 @lru_cache(maxsize=1024)
