@@ -138,6 +138,8 @@ def times(launch: Launch, code: Code, chip: Chip) -> Times:
     instructions, special = EXECUTED * code.instructions, float(code.mufu)
     for body, mufu, moved, widest in code.loops:
         over_the_row = moved > 0 and not (wide and 0 < widest < 16)  # else over its ragged ends, or for a barrier
+        if launch.vectors and moved < 16 * launch.vectors:  # ... or over what a thread holds, in a row in which p > 1/2
+            over_the_row = False
         again = max(1.0, per_thread / moved) - 1 if over_the_row else 0
         instructions, special = instructions + again * body, special + again * mufu
     if launch.gradient and launch.vectors and not launch.stream:
