@@ -1096,7 +1096,13 @@ BUGS = {
     "D: the sums of blocks, but one": ("sums.cu", "i64 b = threadIdx.x;", "i64 b = threadIdx.x + 1;", "D", "PLAIN"),
     "D: rows on their way twice": ("sums.cu", "start += AHEAD * step", "start += step", "D one block", "PLAIN"),
     "D: the last but one block sums": ("sums.cu", "== gridDim.x - 1", "== gridDim.x - 2", "D", "PLAIN"),
-    "D: a row past the last": ("sums.cu", "if (r >= p.rows) continue;", "if (r > p.rows) continue;", "D", "PLAIN"),
+    "D: a row past the last": (
+        "sums.cu",
+        "if (r >= p.rows) continue;",
+        "if (r > p.rows) continue;",
+        "D one block",
+        "PLAIN",
+    ),
     "D: bad labels count": (
         "sums.cu",
         "if (label[u] < 0 || label[u] >= p.classes) continue;",
