@@ -116,13 +116,15 @@ class Times(NamedTuple):
 
 
 # What was found on an H200.
-LOSS, GRAD, GRAD_ONCE = 1.02, 0.985, 1.03  # times of the memory's: by what is written, and how it was loaded
+LOSS, GRAD, GRAD_ONCE = 1.01, 1.005, 1.03  # times of the memory's: by what is written, and how it was loaded
+READ = 0.993  # of a copy's bytes in a second, a kernel that only reads has
 EXECUTED = 0.8  # of a kernel's text: the rest is for labels of other dtypes, rows that start otherwise, divisions
 FULL = 22  # warps of a processor: so many issue 1 - 1/e of what it could
 SKIPPED = 0.3  # of the instructions: what stores a vector that is not there
-TURNS = 0.25  # of the lesser time that comes on top, where one block at a time loads, then calculates
 SHARPNESS = 7  # how suddenly one time takes over from another
-SECTOR = 32  # bytes: what comes along with the label's logit, which is read by itself
+TURNS = 0.25  # of the lesser time on top, where a processor has one block, which loads, then calculates
+POWER = 1.3  # of the number of blocks, by which that is divided
+SECTOR = 32  # bytes that come with the label's logit, read by itself, where the caches have let go of its row
 STARTED = 4.5e-6  # seconds beside these, of a launch; and of each that waits for one before it
 
 
@@ -147,7 +149,7 @@ def times(launch: Launch, code: Code, chip: Chip) -> Times:
     blocks = _resident(launch, code, chip)
     issues = 4 * chip.processors * chip.clock * 1e9 * (1 - math.exp(-blocks * launch.threads / 32 / FULL))
     few = max(1.0, chip.processors / launch.blocks)
-    by_memory = few * _bytes(launch, blocks, chip) / (chip.bandwidth * 1e9)
+    by_memory = few * _bytes(launch, code, blocks, chip) / (chip.bandwidth * 1e9)
     by_memory *= LOSS if not launch.gradient else GRAD_ONCE if code.once else GRAD
     by_instructions = few * instructions * warps / issues
     by_special = few * 32 * special * warps / (16 * chip.processors * chip.clock * 1e9)
@@ -156,7 +158,7 @@ def times(launch: Launch, code: Code, chip: Chip) -> Times:
     pieces = math.ceil(per_thread / (16 * launch.vectors)) if launch.stream and launch.vectors else 1
     apart = blocks * launch.threads // 32 if launch.lanes and not launch.shared else blocks  # which never wait
     lesser = min(by_memory, max(by_instructions, by_special))
-    return Times(*three, together + TURNS * lesser / (apart * pieces))
+    return Times(*three, together + TURNS * lesser / (apart**POWER * pieces))
 
 
 def _resident(launch: Launch, code: Code, chip: Chip) -> int:
@@ -167,10 +169,10 @@ def _resident(launch: Launch, code: Code, chip: Chip) -> int:
     return max(1, min(room, (227 << 10) // (launch.shared + 1024)) if launch.shared else room)
 
 
-def _bytes(launch: Launch, blocks: int, chip: Chip) -> float:
+def _bytes(launch: Launch, code: Code, blocks: int, chip: Chip) -> float:
     """What really moves: the label's logit once more, and what a second reading does not find in the cache."""
     moved = float(launch.bytes)
-    if not launch.shared:
+    if code.once and not launch.shared:
         moved += SECTOR * launch.rows
     if launch.stream and launch.gradient:
         in_work = launch.logits / launch.blocks * min(launch.blocks, blocks * chip.processors)
@@ -308,4 +310,4 @@ def explain(text: str) -> str:
 def share(launch: Launch, took: Times, chip: Chip) -> float:
     """Of the speed of a copy (of a read, where no gradient is written): by the arrays alone, not what rows have."""
     arrays = launch.logits * (2 if launch.gradient else 1) + launch.more
-    return arrays / (chip.bandwidth * 1e9) / took.all
+    return arrays / (chip.bandwidth * 1e9 * (1 if launch.gradient else READ)) / took.all
