@@ -109,7 +109,7 @@ def plans(family, dtype, variant):
     layout = {"columns": "columns", "apart": "rows", "flat": "flat"}[layout]
     how = {"layout": layout, "variant": variant}
     return {
-        (job, even): cuda.plan(rows, classes, dtype, chip, **how, writes=cuda.writes_grad(job), even=even)
+        (job, even): cuda.plan(rows, classes, dtype, chip, **how, job=job, even=even)
         for job in cuda.JOBS[:-1]
         for even in (True, False)
     }

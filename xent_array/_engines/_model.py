@@ -271,9 +271,7 @@ class Problem(NamedTuple):
         rows = self.described()
         layout = cuda._layout(rows.logits) or "flat"  # None: it would copy them
         variant = cuda._variant(rows, cuda._target(rows)[0])
-        return cuda.plan(
-            self.rows, self.classes, self.dtype, self.chip, layout=layout, variant=variant, writes=cuda.writes_grad(job)
-        )
+        return cuda.plan(self.rows, self.classes, self.dtype, self.chip, layout=layout, variant=variant, job=job)
 
 
 def explain(text: str) -> str:

@@ -41,6 +41,7 @@ CACHE = 48 << 10  # bytes of shared memory that a block has on every chip withou
 # Rows in lanes of a warp: bytes of the row, vectors per thread, lanes. The fewest threads that hold a row do the least
 # that is not per logit.
 WARP_ROWS = ((64, 1, 4), (128, 2, 4), (256, 4, 4), (512, 8, 4), (1024, 8, 8), (2048, 8, 16), (4096, 8, 32))
+ALONE = 128  # threads of the longest row that one block holds where there are clusters, and that streams one for a loss
 CLUSTERS = (
     (64 << 10, 2),
     (128 << 10, 4),
@@ -121,16 +122,16 @@ class Plan:
 @lru_cache(maxsize=1024)
 def plan(
     rows: int, classes: int, dtype: str, chip: int = 90, *,
-    layout: str = "flat", variant: str = "PLAIN", writes: bool = True, even: bool = True,
+    layout: str = "flat", variant: str = "PLAIN", job: str = "LOSS_AND_GRAD", even: bool = True,
 ) -> Plan:  # fmt: skip
     """The plan for N = `rows` rows of C = `classes` logits.
 
     A row's sums are made in an order that follows from C, dtype, chip, the kind of options, whether the classes lie
-    side by side, whether a gradient is written, and where in 16 bytes the row starts; N only says how many blocks
+    side by side, the job, and where in 16 bytes the row starts; N only says how many blocks
     there are.
 
     layout: "flat" where rows and classes lie side by side, "rows" where classes do, "columns" where they do not.
-    writes: whether the job writes as many numbers as it reads: a gradient, a softmax.
+    job: of JOBS; what writes no gradient is spread otherwise.
     even: whether rows are evenly spaced, and what is written or read beside the logits is aligned as they are.
     """
     itemsize = DTYPES[dtype][1]
@@ -154,24 +155,31 @@ def plan(
     if layout == "columns" or size <= TINY:
         cache = COLUMN_THREADS * size
         return spread("P", 0, 1, COLUMN_THREADS, (COLUMN_THREADS, 4), shared=cache if cache <= CACHE else 0)
-    vectors, most, blocks = _held(itemsize, variant, writes)
+    vectors, most, blocks = _held(itemsize, variant, job)
     for limit, wanted, lanes in WARP_ROWS:
         if size <= limit and wanted * lanes <= vectors * 32:
             fewer = max(1, wanted // vectors)
             bound = (WARP_THREADS, most * blocks // WARP_THREADS)
             return spread("W", wanted // fewer, lanes * fewer, WARP_THREADS, bound)
-    for cluster in (1, *_clusters(size)) if chip >= 90 and writes else (1,):
+    threads = _whole_warps(-(-size // (16 * vectors)))
+    if threads <= ALONE:
+        return spread("B", vectors, 0, threads, (most, blocks))
+    if not writes_grad(job):  # which is read once anyhow
+        return spread("O", vectors, 0, ALONE, (ALONE, most * blocks // ALONE), stream=True)
+    if variant == "PLAIN" and job == "LOSS_AND_GRAD" and itemsize < 8 and chip >= 90:
+        most, blocks = 512, 2  # as the rows that clusters hold need fewer registers there
+    for cluster in _clusters(size) if chip >= 90 else (1,):
         threads = _whole_warps(-(-size // (16 * vectors * cluster)))
         if threads <= most:
             return spread("B", vectors, 0, threads, (most, blocks), cluster)
-    if writes:  # one block on each SM, whose threads hold more where registers are left
-        vectors, most = (16, 512) if variant in ("PLAIN", "SMOOTH") and itemsize < 8 else (vectors, most * blocks)
-        cluster = 1 if chip < 90 else 8
-        threads = _whole_warps(-(-size // (16 * vectors * cluster)))
-        if threads <= most:
-            return spread("B", vectors, 0, threads, (most, 1), cluster)
-        vectors, most, blocks = _held(itemsize, variant, writes)
-    return spread("O", vectors, 0, most, (most, blocks), 8 if chip >= 90 and writes else 1, stream=True)
+    # One block on each SM, whose threads hold more where registers are left.
+    wider = (16, 512) if variant in ("PLAIN", "SMOOTH") and itemsize < 8 else (vectors, most * blocks)
+    cluster = 1 if chip < 90 else 8
+    threads = _whole_warps(-(-size // (16 * wider[0] * cluster)))
+    if threads <= wider[1]:
+        return spread("B", wider[0], 0, threads, (wider[1], 1), cluster)
+    vectors, most, blocks = _held(itemsize, variant, job)
+    return spread("O", vectors, 0, most, (most, blocks), cluster, stream=True)
 
 
 def _clusters(size: int) -> tuple[int, ...]:
@@ -181,10 +189,10 @@ def _clusters(size: int) -> tuple[int, ...]:
     def idle(cluster: int) -> int:
         return _whole_warps(-(-size // (128 * cluster))) * cluster
 
-    return *sorted((usual, usual // 2), key=lambda cluster: (idle(cluster), cluster != usual)), 8
+    return *sorted((usual, max(2, usual // 2)), key=lambda cluster: (idle(cluster), cluster != usual)), 8
 
 
-def _held(itemsize: int, variant: str, writes: bool) -> tuple[int, int, int]:
+def _held(itemsize: int, variant: str, job: str) -> tuple[int, int, int]:
     """(vectors that a thread holds of a row, most threads of a block, such blocks of an SM): that nothing spills."""
     if itemsize == 8:
         return 4, 256, 2
@@ -192,7 +200,7 @@ def _held(itemsize: int, variant: str, writes: bool) -> tuple[int, int, int]:
         return 4, 256, 2
     if variant == "CAPPED":
         return 8, 256, 2
-    return 8, 384 if writes or variant == "SOFT" else 512, 2
+    return 8, 384 if writes_grad(job) or variant == "SOFT" else 512, 2
 
 
 def _tile(count: int, itemsize: int) -> int:
@@ -220,7 +228,7 @@ def catalogue(chip: int, variant: str, jobs: tuple[str, ...] = JOBS) -> Iterator
                 for layout, even in itertools.product(LAYOUTS, (True, False)):
                     found = plan(
                         1, size // itemsize, dtype, chip,
-                        layout=layout, variant=variant, writes=writes_grad(job), even=even,
+                        layout=layout, variant=variant, job=job, even=even,
                     )  # fmt: skip
                     seen.add(found.kernel(job))
         if variant == "PLAIN":
@@ -237,7 +245,7 @@ def writes_grad(job: str) -> bool:
 def _chosen(
     job: str, rows: int, classes: int, dtype: str, chip: int, layout: str, variant: str, even: bool
 ) -> tuple[Plan, Kernel]:
-    chosen = plan(rows, classes, dtype, chip, layout=layout, variant=variant, writes=writes_grad(job), even=even)
+    chosen = plan(rows, classes, dtype, chip, layout=layout, variant=variant, job=job, even=even)
     return chosen, chosen.kernel(job)
 
 
