@@ -219,18 +219,17 @@ SIZES = sorted(
 LAYOUTS = ("flat", "rows", "columns")
 
 
-def catalogue(chip: int, variant: str, jobs: tuple[str, ...] = JOBS) -> Iterator[Kernel]:
+def catalogue(
+    chip: int, variant: str, jobs: tuple[str, ...] = JOBS, even: tuple[bool, ...] = (True, False)
+) -> Iterator[Kernel]:
     """Every kernel that a plan can ask for on a chip, and the sums: what there is to compile."""
     seen: set[Kernel] = set()
     for dtype, (_, itemsize) in DTYPES.items():
         for job in jobs if variant == "PLAIN" else set(jobs) - {"LOG_SOFTMAX"}:
             for size in SIZES:
-                for layout, even in itertools.product(LAYOUTS, (True, False)):
-                    found = plan(
-                        1, size // itemsize, dtype, chip,
-                        layout=layout, variant=variant, job=job, even=even,
-                    )  # fmt: skip
-                    seen.add(found.kernel(job))
+                for layout, evenly in itertools.product(LAYOUTS, even):
+                    how: dict[str, Any] = {"layout": layout, "variant": variant, "job": job, "even": evenly}
+                    seen.add(plan(1, size // itemsize, dtype, chip, **how).kernel(job))
         if variant == "PLAIN":
             seen.add(sums_kernel(dtype))
     yield from sorted(seen, key=lambda kernel: kernel.name)
