@@ -137,7 +137,8 @@ def ask(
     `arrays` are the logits, of a kind in KINDS, everything else that may be an array, and last `out`; the last option
     is `validate`.
     """
-    if options[-1] is not None and options[-1] is not False:
+    types = tuple(map(type, options))
+    if not _SCALARS.issuperset(types) or options[-1]:
         return None, None
     logits = arrays[0]
     kind = logits.__class__
@@ -155,14 +156,13 @@ def ask(
                 return None, None
         looks.append(seen)
         pointers.append(pointer)
-    types = tuple(map(type, options))
     key = (question, engine, options, types, tuple(looks), arrays[-1] is logits)
     try:
         kept = _kept.get(key)
-    except TypeError:  # something that cannot be hashed
+    except TypeError:  # an engine that cannot be hashed
         return None, None
     if kept is None:
-        return None, Call(key, arrays, pointers) if _SCALARS.issuperset(types) else None
+        return None, Call(key, arrays, pointers)
     if kept.engine is not engine and _engines.ENGINES.get(kept.engine.name) is not kept.engine:
         return None, None  # another one has taken its name
     return kept.again(arrays, pointers), None
