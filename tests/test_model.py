@@ -91,6 +91,27 @@ def test_a_loop_counts_as_often_as_a_thread_goes_round():
     assert special((200, 50, 10 * per_thread, 16)) == once
 
 
+def test_loads_that_let_the_caches_go_cost_bandwidth_beside_a_gradient():
+    launch = SMALL._replace(rows=1, bytes=1 << 30)
+    once, plain = (_model.times(launch, SOME._replace(once=once), H200).memory for once in (4, 0))
+    assert 1.02 < once / plain < 1.06
+    loss = launch._replace(gradient=False)
+    assert _model.times(loss, SOME._replace(once=4), H200).memory == pytest.approx(
+        _model.times(loss, SOME, H200).memory, rel=1e-6
+    )
+
+
+def test_a_share_is_of_what_moves_as_much():
+    """Of a copy, of a kernel that only reads, of three arrays."""
+    took = _model.Times(0, 0, 0, 1e-3)
+    copied = 2 * SMALL.logits / (H200.bandwidth * 1e9)
+    assert _model.share(SMALL, took, H200) == pytest.approx(copied / 1e-3)
+    loss = SMALL._replace(gradient=False)
+    assert _model.share(loss, took, H200) == pytest.approx(copied / 2 / _model.READ / 1e-3)
+    soft = SMALL._replace(more=SMALL.logits)
+    assert _model.share(soft, took, H200) == pytest.approx(1.5 * copied / 1e-3)
+
+
 def test_few_blocks_do_not_use_the_whole_chip():
     whole, eight = (SMALL._replace(blocks=blocks, threads=1024, lanes=0) for blocks in (132, 8))
     assert _model.times(eight, SOME, H200).memory == pytest.approx(132 / 8 * _model.times(whole, SOME, H200).memory)
