@@ -202,6 +202,8 @@ def test_explain(shape):
         assert f" {share:.0%} of a {'copy' if launch.gradient else 'read'}" in text
         assert f" of instructions {took.instructions * 1e6:.3g}," in text
     assert "at least" in text
+    assert (" on H200 (measured)" in text) == (problem.chip == 90)
+    assert ("(88% of its data sheet)" in text) == (problem.chip != 90)
     assert text.isascii()  # where the output goes has an encoding that may have no µ
 
 

@@ -281,6 +281,7 @@ def explain(text: str) -> str:
         f"{problem.rows} rows of {problem.classes} {problem.dtype} logits, {size:,} bytes each, on sm_{problem.chip}"
     ]
     said, margin = None, " " * 17
+    told = "measured" if chip is CHIPS[90] else f"{OF_SHEET:.0%} of its data sheet"
     for job in ("LOSS_AND_GRAD", "STATS_AND_GRAD", "LOSS"):
         plan = problem.plan(job)
         if plan.words() != said:
@@ -288,7 +289,7 @@ def explain(text: str) -> str:
         launch, kernel = Launch.of(plan, job, problem.more), plan.kernel(job).name
         least = f"{launch.bytes / chip.bandwidth / 1e3:.3g} microseconds at the {chip.bandwidth:.0f} GB/s of a copy"
         lines.append(f"  {job.lower().replace('_', ' '):14} {launch.bytes:,} bytes")
-        lines += [f"{margin}at least {least} on a {chip.name}", f"{margin}{kernel}"]
+        lines += [f"{margin}at least {least} on {chip.name} ({told})", f"{margin}{kernel}"]
         code = counts().get(kernel)
         if code is None:
             lines.append(f"{margin}(the instructions of this kernel have not been counted)")
