@@ -69,7 +69,7 @@ SOME = Code(64, 0, 4, 4, 0, 1000, 100, [])
 
 
 def test_special_functions_decide_where_there_are_many():
-    assert _model.times(SMALL, SOME._replace(mufu=900), H200).decides == "special"
+    assert _model.times(SMALL, SOME._replace(mufu=900), H200).decides == "special functions"
     assert _model.times(SMALL, SOME._replace(mufu=0), H200).special == 0
 
 
@@ -197,7 +197,7 @@ def test_explain(shape):
         assert f" {plan.kernel(job).name}\n" in text
         launch = Launch.of(plan, job)
         took = _model.times(launch, SOME, _model.card(problem.chip))
-        assert f" {took.decides} decides: about " in text
+        assert f" limited by {took.decides}: about " in text
         share = _model.share(launch, took, _model.card(problem.chip))
         assert f" {share:.0%} of a {'copy' if launch.gradient else 'read'}" in text
         assert f" of instructions {took.instructions * 1e6:.3g}," in text

@@ -112,7 +112,8 @@ class Times(NamedTuple):
 
     @property
     def decides(self) -> str:
-        return max(("memory", "instructions", "special"), key=lambda name: float(getattr(self, name)))
+        three = {"memory": self.memory, "instructions": self.instructions, "special functions": self.special}
+        return max(three, key=three.__getitem__)
 
 
 # What was found on an H200.
@@ -299,7 +300,7 @@ def explain(text: str) -> str:
         reached = f"{share(launch, took, chip):.0%} of a {'copy' if launch.gradient else 'read'}"
         lines += [
             f"{margin}of memory {memory:.3g}, of instructions {instructions:.3g}, of special functions {special:.3g}",
-            f"{margin}{took.decides} decides: about {whole + STARTED * 1e6:.3g} microseconds, {reached}",
+            f"{margin}limited by {took.decides}: about {whole + STARTED * 1e6:.3g} microseconds, {reached}",
         ]
     return "\n".join(lines)
 
