@@ -237,7 +237,7 @@ def table(lines: list[Line]) -> list[str]:
             job = goal.job.lower().replace("_", " ")
             three = f"(memory {memory:.3f}, instr. {instructions:.3f}, special {special:.3f} ms)"
             spills = f"  spills {line.spills} bytes" if line.spills else ""
-            said.append(f"  {verdict} {goal.words:34} {job:14} {line.times.decides:12} {three}{spills}")
+            said.append(f"  {verdict} {goal.words:34} {job:14} {line.times.decides:17} {three}{spills}")
     met = sum(line.met for line in lines)
     return [*said, "", f"{met} of {len(lines)} goals met, as predicted for an {_model.card(90).name}"]
 

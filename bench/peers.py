@@ -73,11 +73,10 @@ class Problem:
     def refresh(self) -> None:
         self.xp.copyto(self.spare, self.logits)
 
-    def of_all(self, losses: Array, grad: Array | None = None) -> Any:
-        """What the mean's would be, of losses for each row and the gradient of their sum, of CuPy or PyTorch."""
+    def mean(self, losses: Array) -> Any:
+        """Of the losses of all rows, of CuPy or PyTorch, as an accurate library would give it."""
         wide = losses.double() if hasattr(losses, "double") else losses.astype(np.float64)
-        loss = wide.mean() if losses.dtype == wide.dtype else host(wide.mean()).astype(np.float32)
-        return loss if grad is None else (loss, grad / self.rows)  # exact, where there are 2^k rows
+        return wide.mean() if losses.dtype == wide.dtype else host(wide.mean()).astype(np.float32)
 
 
 def ours(problem: Problem, engine: str | None = None) -> Calls:
@@ -94,8 +93,11 @@ def ours(problem: Problem, engine: str | None = None) -> Calls:
         calls[IN_PLACE] = Call(lambda: both(out, y, out=out, **keywords), prepare=problem.refresh)
         if problem.xp is not np:
             each = {**keywords, "reduction": "none"}
-            calls[EACH] = Call(lambda: loss(x, y, **each), finish=problem.of_all)
-            calls[EACH_OUT] = Call(lambda: both(x, y, out=out, **each), finish=lambda pair: problem.of_all(*pair))
+            calls[EACH] = Call(lambda: loss(x, y, **each), finish=problem.mean)
+            calls[EACH_OUT] = Call(
+                lambda: both(x, y, out=out, grad_output=1 / problem.rows, **each),
+                finish=lambda pair: (problem.mean(pair[0]), pair[1]),
+            )
     return calls
 
 
@@ -195,8 +197,11 @@ def quack(problem: Problem) -> Calls:
         raise Unsupported("takes labels, two dimensions and up to 32 bits only")
     x, y = tensor(problem.logits), tensor(problem.target)
     return {
-        EACH: Call(lambda: cross_entropy_fwd(x, y), finish=problem.of_all),
-        EACH_OUT: Call(lambda: cross_entropy_fwd(x, y, return_dx=True), finish=lambda pair: problem.of_all(*pair)),
+        EACH: Call(lambda: cross_entropy_fwd(x, y), finish=problem.mean),
+        EACH_OUT: Call(
+            lambda: cross_entropy_fwd(x, y, return_dx=True),
+            finish=lambda pair: (problem.mean(pair[0]), pair[1] / problem.rows),
+        ),
     }
 
 

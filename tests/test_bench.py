@@ -1,5 +1,6 @@
 """`python -m bench`: that it checks before it times, counts right, and that the report is what the rows say."""
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -20,7 +21,6 @@ from close import BAR
 from oracle import oracle
 
 pytest.importorskip("tqdm")  # for bench.run
-import xent_array
 from bench import __main__ as program
 from bench import peers, report, run, suite, timing
 from bench.suite import ACROSS, COPY, COPY_BY_ONE, EACH, EACH_OUT, GRAD, IN_PLACE, LOSS, OURS, OUT, Case
@@ -162,11 +162,46 @@ def test_a_peaked_case_has_large_labels_and_the_same_truth():
 
 
 def test_losses_of_each_row_are_held_against_the_mean():
+    """As on a GPU: the calls of a problem whose arrays are CuPy's, on arrays that are not."""
     problem, truth, tiles = run.make(Case("test", (8, 5)), 0, 1, np)
-    losses, grad = xent_array.cross_entropy_value_and_grad(problem.logits, problem.target, reduction="none")
-    run.check(problem.of_all(losses, grad), truth, tiles, strictly=True)
+    calls = peers.ours(dataclasses.replace(problem, xp=None))
+    assert {EACH, EACH_OUT} <= set(calls)
+    losses = calls[EACH].run()
+    assert losses.shape == (8,)
+    run.check(calls[EACH].finish(losses), truth, tiles, strictly=True)
+    losses, grad = calls[EACH_OUT].run()
+    run.check(calls[EACH_OUT].finish((losses, grad)), truth, tiles, strictly=True)
     with pytest.raises(AssertionError, match="grad"):
-        run.check(problem.of_all(losses, 2 * grad), truth, tiles, strictly=True)
+        run.check(calls[EACH_OUT].finish((losses, 2 * grad)), truth, tiles, strictly=True)
+    with pytest.raises(AssertionError, match="loss"):
+        run.check(calls[EACH].finish(losses + 1), truth, tiles, strictly=True)
+
+
+def test_quack_is_asked_for_the_loss_of_each_row(monkeypatch):
+    """A stand-in that does what QuACK does, by PyTorch."""
+    torch = pytest.importorskip("torch")
+    asked = []
+
+    def cross_entropy_fwd(x, target, return_dx=False):
+        asked.append(return_dx)
+        leaf = x.detach().requires_grad_()
+        losses = torch.nn.functional.cross_entropy(leaf, target, reduction="none")
+        return (losses.detach(), torch.autograd.grad(losses.sum(), leaf)[0]) if return_dx else losses.detach()
+
+    monkeypatch.setitem(sys.modules, "quack", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "quack.cross_entropy", SimpleNamespace(cross_entropy_fwd=cross_entropy_fwd))
+    for dtype in ("float32", "bfloat16"):
+        problem, truth, tiles = run.make(Case("test", (8, 5), dtype), 0, 1, np)
+        for call in peers.quack(problem).values():
+            run.check(call.finish(call.run()), truth, tiles, strictly=False)
+    assert asked == [False, True] * 2
+    for refused in (
+        Case("test", (8, 5), "float64"),
+        Case("test", (8, 5), target="soft"),
+        Case("test", (2, 5, 3), axis=1),
+    ):
+        with pytest.raises(peers.Unsupported):
+            peers.quack(run.make(refused, 0, 1, np)[0])
 
 
 def test_only_a_wrong_result_of_ours_is_an_exit_code(monkeypatch, capsys):

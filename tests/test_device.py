@@ -147,6 +147,9 @@ CODE = """
 def test_instructions_are_counted_and_those_of_loops_apart():
     """A loop in a loop, rare code that branches back, a wait for a barrier, the end that is never reached, padding."""
     assert nvrtc.counted(CODE) == {
+        "loads128": 1,
+        "stores128": 0,
+        "once": 1,
         "instructions": 17,
         "mufu": 2,
         "loops": [[7, 2, 16, 16], [4, 0, 4, 0], [2, 0, 0, 0]],
@@ -174,6 +177,8 @@ extern "C" __global__ void divides(const float* x, float* y) { y[threadIdx.x] = 
     assert 8 <= instructions < loops.instructions
     assert loops.mufu == 2
     assert divides.instructions > 60, "the function that divides subnormal numbers is part of the text"
+    one, *_ = nvrtc.resources(DEVICE + text, "sm_90", disassembled=False)
+    assert (one.registers, one.loads128, one.loops) == (divides.registers, None, None)
 
 
 def test_the_table_tells_what_changed(tmp_path):

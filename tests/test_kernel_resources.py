@@ -106,7 +106,7 @@ def test_nothing_spills_where_it_matters():
 def test_rows_are_read_and_written_in_16_bytes():
     """K wide loads and K wide stores per thread, and loads again where a row is streamed or read for its logarithm."""
     for row in ROWS:
-        if row["file"] != "rows.cu":
+        if row["file"] != "rows.cu" or row["chip"] != kernel_resources.SHIPPED:
             continue
         vectors, lanes, _, stream = parameters(row)
         job = re.search("loss_and_grad|stats_and_grad|log_softmax|grad|loss|stats", row["kernel"])[0]
@@ -118,7 +118,7 @@ def test_rows_are_read_and_written_in_16_bytes():
 
 def test_tiny_rows_are_copied_in_16_bytes():
     for row in ROWS:
-        if row["file"] == "tiny.cu":
+        if row["file"] == "tiny.cu" and row["chip"] == kernel_resources.SHIPPED:
             assert row["loads128"] >= 1, row
             writes = re.search("_grad_|_log_softmax_", row["kernel"]) is not None
             assert (row["stores128"] > 0) == writes, row

@@ -74,6 +74,14 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"xent_array {xent_array.__version__}\n"
 
 
+def test_explain(capsys):
+    assert program.main(["--explain", "64x21x32x32:bf16@axis1+z"]) == 0
+    assert capsys.readouterr().out.startswith("65536 rows of 21 bfloat16 logits, 42 bytes each, on sm_90\n")
+    with pytest.raises(SystemExit, match="^2$"):
+        program.main(["--explain", "64x21"])
+    assert "'64x21' is not like 4096x50257:bf16@sm90+softcap" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("command", "needs"),
     [

@@ -69,7 +69,7 @@ SOME = Code(64, 0, 4, 4, 0, 1000, 100, [])
 
 
 def test_special_functions_decide_where_there_are_many():
-    assert _model.times(SMALL, SOME._replace(mufu=900), H200).decides == "special"
+    assert _model.times(SMALL, SOME._replace(mufu=900), H200).decides == "special functions"
     assert _model.times(SMALL, SOME._replace(mufu=0), H200).special == 0
 
 
@@ -89,6 +89,27 @@ def test_a_loop_counts_as_often_as_a_thread_goes_round():
     assert special((200, 50, 4, 4)) == once
     assert special((3, 1, 0, 0)) == once
     assert special((200, 50, 10 * per_thread, 16)) == once
+
+
+def test_loads_that_let_the_caches_go_cost_bandwidth_beside_a_gradient():
+    launch = SMALL._replace(rows=1, bytes=1 << 30)
+    once, plain = (_model.times(launch, SOME._replace(once=once), H200).memory for once in (4, 0))
+    assert 1.02 < once / plain < 1.06
+    loss = launch._replace(gradient=False)
+    assert _model.times(loss, SOME._replace(once=4), H200).memory == pytest.approx(
+        _model.times(loss, SOME, H200).memory, rel=1e-6
+    )
+
+
+def test_a_share_is_of_what_moves_as_much():
+    """Of a copy, of a kernel that only reads, of three arrays."""
+    took = _model.Times(0, 0, 0, 1e-3)
+    copied = 2 * SMALL.logits / (H200.bandwidth * 1e9)
+    assert _model.share(SMALL, took, H200) == pytest.approx(copied / 1e-3)
+    loss = SMALL._replace(gradient=False)
+    assert _model.share(loss, took, H200) == pytest.approx(copied / 2 / _model.READ / 1e-3)
+    soft = SMALL._replace(more=SMALL.logits)
+    assert _model.share(soft, took, H200) == pytest.approx(1.5 * copied / 1e-3)
 
 
 def test_few_blocks_do_not_use_the_whole_chip():
@@ -176,11 +197,13 @@ def test_explain(shape):
         assert f" {plan.kernel(job).name}\n" in text
         launch = Launch.of(plan, job)
         took = _model.times(launch, SOME, _model.card(problem.chip))
-        assert f" {took.decides} decides: about " in text
+        assert f" limited by {took.decides}: about " in text
         share = _model.share(launch, took, _model.card(problem.chip))
         assert f" {share:.0%} of a {'copy' if launch.gradient else 'read'}" in text
         assert f" of instructions {took.instructions * 1e6:.3g}," in text
     assert "at least" in text
+    assert (" on H200 (measured)" in text) == (problem.chip == 90)
+    assert ("(88% of its data sheet)" in text) == (problem.chip != 90)
     assert text.isascii()  # where the output goes has an encoding that may have no µ
 
 

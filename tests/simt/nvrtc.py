@@ -19,7 +19,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -30,7 +30,8 @@ from typing import Any, NamedTuple
 class Resources:
     """Of one kernel on one chip. Spills and stack in bytes, shared: static bytes, loads and stores of 128 bits.
 
-    once: of the loads those that tell the caches to let go first. instructions, mufu, loops: see `counted`.
+    once: of the loads those that tell the caches to let go first. instructions, mufu, loops: see `counted`. All from
+    loads128 on are None where the machine code was not looked at.
     """
 
     kernel: str
@@ -40,12 +41,12 @@ class Resources:
     spill_loads: int
     stack: int
     shared: int
-    loads128: int
-    stores128: int
-    once: int
-    instructions: int
-    mufu: int
-    loops: list[list[int]]
+    loads128: int | None = None
+    stores128: int | None = None
+    once: int | None = None
+    instructions: int | None = None
+    mufu: int | None = None
+    loops: list[list[int]] | None = None
 
 
 NUMBERS = [field.name for field in fields(Resources)][2:]
@@ -83,10 +84,12 @@ def cubin(source: str, chip: str, file: str = "kernel.cu", options: tuple[str, .
     return code + b"\0", log.getvalue()  # CuPy takes the last byte for the end of a string; nvdisasm misses it
 
 
-def resources(source: str, chip: str, file: str = "kernel.cu", options: tuple[str, ...] = ()) -> list[Resources]:
-    """What each kernel of a text takes, in the order of their names."""
+def resources(
+    source: str, chip: str, file: str = "kernel.cu", options: tuple[str, ...] = (), *, disassembled: bool = True
+) -> list[Resources]:
+    """What each kernel of a text takes, in the order of their names; where it is not disassembled, in half the time."""
     code, log = cubin(source, chip, file, options)
-    machine_code = disassembly(code)
+    machine_code = disassembly(code) if disassembled else {}
     found = []
     for kernel, text in _sections(log):
 
@@ -103,10 +106,7 @@ def resources(source: str, chip: str, file: str = "kernel.cu", options: tuple[st
                 spill_loads=number(r"(\d+) bytes spill loads"),
                 stack=number(r"(\d+) bytes stack frame"),
                 shared=number(r"(\d+) bytes smem"),
-                loads128=len(re.findall(r"\bLDG\.E[.\w]*\.128\b", machine_code[kernel])),
-                stores128=len(re.findall(r"\bSTG\.E[.\w]*\.128\b", machine_code[kernel])),
-                once=len(re.findall(r"\bLDG\.E\.EF[.\w]*\.128\b", machine_code[kernel])),
-                **counted(machine_code[kernel]),
+                **(counted(machine_code[kernel]) if disassembled else {}),
             )
         )
     return sorted(found, key=lambda row: row.kernel)
@@ -138,7 +138,7 @@ class _Instruction(NamedTuple):
 
 
 def counted(machine_code: str) -> dict[str, Any]:
-    """The instructions of a kernel, how many of them are MUFU (special functions), and its loops.
+    """The instructions of a kernel, how many of them are MUFU (special functions), its loops, and its wide accesses.
 
     NOP is no instruction. Every one of the text counts once: also what runs in rare cases only (behind a branch, in the
     functions that are called for a division), and what is predicated off. Where nothing is a loop, that is about what a
@@ -164,7 +164,18 @@ def counted(machine_code: str) -> dict[str, Any]:
         loads = max(moved["LDG"], moved["LDS"])
         loops.append([*_size(own), loads or max(moved["STG"], moved["STS"]), widest])
     instructions, mufu = _size(code)
-    return {"instructions": instructions, "mufu": mufu, "loops": loops}
+
+    def accesses(pattern: str) -> int:
+        return sum(re.fullmatch(pattern, instruction.opcode) is not None for instruction in code)
+
+    return {
+        "loads128": accesses(r"LDG\.E[.\w]*\.128"),
+        "stores128": accesses(r"STG\.E[.\w]*\.128"),
+        "once": accesses(r"LDG\.E\.EF[.\w]*\.128"),
+        "instructions": instructions,
+        "mufu": mufu,
+        "loops": loops,
+    }
 
 
 def _parsed(machine_code: str) -> tuple[list[_Instruction], dict[str, int]]:
@@ -213,11 +224,17 @@ def _size(code: Iterable[_Instruction]) -> tuple[int, int]:
     return len(operations) - operations.count("NOP"), operations.count("MUFU")
 
 
-def table(work: Iterable[tuple[str, str, str]], jobs: int = 2) -> list[dict]:
+def table(
+    work: Iterable[tuple[str, str, str]], jobs: int = 2, disassembled: Callable[[str], bool] = lambda chip: True
+) -> list[dict]:
     """The resources of (label, source, chip) after (label, source, chip), as dicts that start with the label."""
+
+    def rows(item: tuple[str, str, str]) -> list[dict]:
+        file, source, chip = item
+        return [{"file": file, **asdict(r)} for r in resources(source, chip, disassembled=disassembled(chip))]
+
     with ThreadPoolExecutor(jobs) as pool:  # NVRTC runs without the interpreter's lock
-        answers = pool.map(lambda item: [{"file": item[0], **asdict(r)} for r in resources(item[1], item[2])], work)
-        return [row for rows in answers for row in rows]
+        return [row for of_text in pool.map(rows, work) for row in of_text]
 
 
 def write(file: Path, about: dict[str, str], rows: list[dict]) -> None:

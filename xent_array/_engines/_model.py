@@ -112,7 +112,8 @@ class Times(NamedTuple):
 
     @property
     def decides(self) -> str:
-        return max(("memory", "instructions", "special"), key=lambda name: float(getattr(self, name)))
+        three = {"memory": self.memory, "instructions": self.instructions, "special functions": self.special}
+        return max(three, key=three.__getitem__)
 
 
 # What was found on an H200.
@@ -283,6 +284,7 @@ def explain(text: str) -> str:
         f"{problem.rows} rows of {problem.classes} {problem.dtype} logits, {size:,} bytes each, on sm_{problem.chip}"
     ]
     said, margin = None, " " * 17
+    told = "measured" if chip is CHIPS[90] else f"{OF_SHEET:.0%} of its data sheet"
     for job in ("LOSS_AND_GRAD", "STATS_AND_GRAD", "LOSS"):
         plan = problem.plan(job)
         if plan.words() != said:
@@ -290,7 +292,7 @@ def explain(text: str) -> str:
         launch, kernel = Launch.of(plan, job, problem.more), plan.kernel(job).name
         least = f"{launch.bytes / chip.bandwidth / 1e3:.3g} microseconds at the {chip.bandwidth:.0f} GB/s of a copy"
         lines.append(f"  {job.lower().replace('_', ' '):14} {launch.bytes:,} bytes")
-        lines += [f"{margin}at least {least} on a {chip.name}", f"{margin}{kernel}"]
+        lines += [f"{margin}at least {least} on {chip.name} ({told})", f"{margin}{kernel}"]
         code = counts().get(kernel)
         if code is None:
             lines.append(f"{margin}(the instructions of this kernel have not been counted)")
@@ -300,7 +302,7 @@ def explain(text: str) -> str:
         reached = f"{share(launch, took, chip):.0%} of a {'copy' if launch.gradient else 'read'}"
         lines += [
             f"{margin}of memory {memory:.3g}, of instructions {instructions:.3g}, of special functions {special:.3g}",
-            f"{margin}{took.decides} decides: about {whole + STARTED * 1e6:.3g} microseconds, {reached}",
+            f"{margin}limited by {took.decides}: about {whole + STARTED * 1e6:.3g} microseconds, {reached}",
         ]
     return "\n".join(lines)
 
