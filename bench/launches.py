@@ -13,6 +13,7 @@ Exits 1 where a result is wrong, or a kernel that a problem is there for was not
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,12 +40,17 @@ class Launches(NamedTuple):
     """One problem, and what it varies by its number."""
 
     number: int
-    plan: cuda.Plan
+    rows: int
+    classes: int
+    dtype: str
+    variant: str
     layout: str
+    even: bool  # whether what is read and written beside the logits is aligned as they are
+    chip: int
 
     @property
     def out(self) -> str:
-        return OUTS[self.number % 3]
+        return OUTS[self.number % 2] if self.even else OUTS[1 + self.number % 2]
 
     @property
     def labels(self) -> str:
@@ -52,7 +58,10 @@ class Launches(NamedTuple):
 
     @property
     def target(self) -> str | None:
-        return None if self.plan.variant == "PLAIN" else TARGETS[self.number % 5]
+        """None: labels."""
+        if self.variant in ("GENERAL", "CAPPED_GENERAL"):
+            return TARGETS[self.number % 5]
+        return "of logits" if self.variant == "SOFT" else None
 
     @property
     def reduction(self) -> str:
@@ -60,43 +69,44 @@ class Launches(NamedTuple):
 
     @property
     def name(self) -> str:
-        p = self.plan
         return (
-            f"{p.rows}x{p.classes} {p.dtype} {p.variant} {self.layout} {self.target or self.labels} {self.reduction}"
-            f" out {self.out}: {p.family}"
+            f"{self.rows}x{self.classes} {self.dtype} {self.variant} {self.layout} {self.target or self.labels}"
+            f" {self.reduction} out {self.out}: {self.plan('LOSS_AND_GRAD').family}"
         )
+
+    def plan(self, job: str) -> cuda.Plan:
+        how: dict[str, Any] = {"layout": self.layout, "variant": self.variant, "job": job, "even": self.even}
+        return cuda.plan(self.rows, self.classes, self.dtype, self.chip, **how)
 
     def kernels(self) -> set[str]:
         """What it is there for."""
-        jobs = [job for job in cuda.JOBS if job != "LOG_SOFTMAX" or self.plan.variant == "PLAIN"]
-        sums = {cuda.sums_kernel(self.plan.dtype).name} if self.reduction != "none" else set()
-        return {self.plan.kernel(job).name for job in jobs} | sums
+        jobs = [job for job in cuda.JOBS if job != "LOG_SOFTMAX" or self.variant == "PLAIN"]
+        sums = {cuda.sums_kernel(self.dtype).name} if self.reduction != "none" else set()
+        return {self.plan(job).kernel(job).name for job in jobs} | sums
 
 
 def problems(chip: int) -> list[Launches]:
-    """One for each way of spreading rows, and two whose rows are many."""
-    found: dict[tuple[str, str], tuple[cuda.Plan, str]] = {}
+    """One for each way of spreading rows, and some whose rows are many."""
+    found: dict[Any, tuple[Any, ...]] = {}
     for variant in cuda.VARIANTS:
         for dtype, (_, itemsize) in cuda.DTYPES.items():
-            for size in cuda.SIZES:
-                for layout in cuda.LAYOUTS:
-                    plan = _smaller(cuda.plan(1, size // itemsize, dtype, chip, layout=layout, variant=variant), layout)
-                    found.setdefault((plan.kernel("LOSS").name, layout), (plan, layout))
-            if variant != "CAPPED":
-                many = cuda.plan(MANY_ROWS, 3, dtype, chip, variant=variant)
-                found[f"many {dtype}", variant] = many, "flat"
-    return [Launches(number, *case) for number, case in enumerate(found.values())]
+            for size, layout, even in itertools.product(cuda.SIZES, cuda.LAYOUTS, (True, False)):
+                case = _smaller(Launches(0, 1, size // itemsize, dtype, variant, layout, even, chip))
+                ways = tuple(case.plan(job).kernel(job).name for job in ("LOSS", "LOSS_AND_GRAD", "STATS_AND_GRAD"))
+                found.setdefault((ways, layout), case)
+            if variant in ("PLAIN", "GENERAL"):
+                found["many", dtype, variant] = Launches(0, MANY_ROWS, 3, dtype, variant, "flat", True, chip)
+    return [case._replace(number=number) for number, case in enumerate(found.values())]
 
 
-def _smaller(plan: cuda.Plan, layout: str) -> cuda.Plan:
-    """Few rows, that do not fill the last block; and an odd number of classes, so that there are heads and tails."""
-
-    def like(rows: int, classes: int) -> cuda.Plan:
-        return cuda.plan(rows, classes, plan.dtype, plan.chip, layout=layout, variant=plan.variant)
-
-    rows = 2 if plan.rows_per_block == 1 else plan.rows_per_block + 2
-    fewer = like(rows, max(1, plan.classes - 1))
-    return fewer if fewer.kernel("LOSS") == plan.kernel("LOSS") else like(rows, plan.classes)
+def _smaller(case: Launches) -> Launches:
+    """Few rows, that do not fill the last block; and where it changes nothing, heads and tails."""
+    rows = case.plan("LOSS_AND_GRAD").rows_per_block
+    case = case._replace(rows=2 if rows == 1 else rows + 2)
+    fewer = case._replace(classes=max(1, case.classes - 1))
+    alike = all(fewer.plan(job).kernel(job) == case.plan(job).kernel(job) for job in ("LOSS", "LOSS_AND_GRAD"))
+    # The weights of classes are even with rows only that start on 16 bytes.
+    return fewer if alike and not (case.even and case.variant in ("GENERAL", "CAPPED_GENERAL")) else case
 
 
 def part_of(all_: list[Launches], part: str) -> list[Launches]:
@@ -146,14 +156,14 @@ def emulation(chip: int, mode: str) -> Where:
 
 def arrays(case: Launches) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """(logits with the class axis 1, target, options), in NumPy."""
-    plan, rng = case.plan, np.random.default_rng(case.number)
-    shape = (2, plan.classes, -(-plan.rows // 2)) if case.layout == "columns" else (plan.rows, plan.classes)
+    rng = np.random.default_rng(case.number)
+    shape = (2, case.classes, -(-case.rows // 2)) if case.layout == "columns" else (case.rows, case.classes)
     row_shape = shape[:1] + shape[2:]
-    dtype = np.dtype(ml_dtypes.bfloat16 if plan.dtype == "bfloat16" else plan.dtype)
+    dtype = np.dtype(ml_dtypes.bfloat16 if case.dtype == "bfloat16" else case.dtype)
     logits = (rng.standard_normal(shape) * 3).astype(dtype)
     options: dict[str, Any] = {"reduction": case.reduction}
     if case.target is None:
-        target = rng.integers(min(plan.classes, 127), size=row_shape).astype(case.labels)
+        target = rng.integers(min(case.classes, 127), size=row_shape).astype(case.labels)
         options["ignore_index"] = int(target.flat[-1])
         right = np.expand_dims(target, 1)[::2].astype(np.intp)  # every other label is the largest
         np.put_along_axis(logits[::2], right, np.asarray(20, dtype), 1)
@@ -161,11 +171,14 @@ def arrays(case: Launches) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
         target = rng.random(shape)
         target = target > 0.8 if case.target == "bool" else target / target.sum(1, keepdims=True)
         target = target.astype(dtype if case.target == "of logits" else case.target)
-    if plan.variant != "PLAIN":
-        options |= {"label_smoothing": 0.1, "z_loss": 1e-3, "weight": rng.random(plan.classes)}
-        options["sample_weight"] = rng.random(row_shape) * (rng.random(row_shape) > 0.2)
+    if case.variant != "PLAIN" or case.number % 2:
+        options |= {"z_loss": 1e-3, "sample_weight": rng.random(row_shape) * (rng.random(row_shape) > 0.2)}
         options["sample_weight"].flat[0] = 1.5
-    if plan.variant == "CAPPED":
+    if case.variant not in ("PLAIN", "SMOOTH", "SOFT"):
+        options["weight"] = rng.random(case.classes)
+    if case.variant not in ("PLAIN", "CAPPED"):
+        options["label_smoothing"] = 0.1
+    if "CAPPED" in case.variant:
         options["softcap"] = 5.0
     return logits, target, options
 
@@ -183,11 +196,14 @@ def check(case: Launches, where: Where) -> None:
     """All jobs of one problem."""
     xp, get = where.xp, where.get
     logits, target, options = arrays(case)
-    start = case.number % 2
+    start = 0 if case.even else case.number % 2
     with np.errstate(all="ignore"):
         truth = oracle(logits, target, axis=1, grad_output=0.5, **options)
     x = placed(xp, logits, case.layout, start)
-    y = placed(xp, target, "rows" if case.number % 4 == 0 else "flat", case.number % 3)
+    if case.target is None or not case.even:
+        y = placed(xp, target, "rows" if case.number % 4 == 0 else "flat", case.number % 3)
+    else:
+        y = placed(xp, target, case.layout, 0)
     for name in ("weight", "sample_weight"):
         if name in options:
             options[name] = xp.asarray(options[name])
@@ -200,13 +216,13 @@ def check(case: Launches, where: Where) -> None:
         upstream = xp.full(logits.shape[:1] + logits.shape[2:] if case.reduction == "none" else (), 0.5, xp.float32)
     options["grad_output"] = upstream
     assert_grad(get(cross_entropy_grad(x, y, stats=stats, **options)), truth)
-    if case.plan.variant == "PLAIN":
+    if case.variant == "PLAIN":
         wide = logits.astype(np.float64)
         log = wide - np.log(np.exp(wide).sum(1, keepdims=True))
         for logarithm, wanted in ((False, np.exp(log)), (True, log)):
             problem = _problem.problem_without_target(x, 1)
             found = get(problem.view.from_logits(xp, where.engine.softmax(problem.rows, logarithm)))
-            bar = {"float16": 2e-3, "bfloat16": 2e-2, "float32": 1e-5, "float64": 1e-13}[case.plan.dtype]
+            bar = {"float16": 2e-3, "bfloat16": 2e-2, "float32": 1e-5, "float64": 1e-13}[case.dtype]
             np.testing.assert_allclose(found.astype(np.float64), wanted, rtol=bar, atol=bar)
     loss, grad, also = three(where, x, y, options)
     assert_loss(get(loss), truth)

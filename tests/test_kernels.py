@@ -57,7 +57,7 @@ FAMILIES = {
     "B": (3, 6000, 90, "apart", {"family": "B", "cluster": 1}),
     "B 2 blocks": (2, 60_000, 90, "flat", {"family": "B", "cluster": 2}),
     "B 8 blocks": (1, 140_000, 90, "flat", {"cluster": 8}),
-    "B 16 vectors": (1, 270_000, 90, "apart", {"family": "B", "vectors": 16}),
+    "B 16 vectors": (1, 600_000, 90, "apart", {"family": "B", "vectors": 16}),
     "B of an older chip": (2, 15_000, 75, "flat", {"family": "B", "cluster": 1}),
     "O": (2, 150_000, 80, "apart", {"family": "O", "cluster": 1}),
     "O 8 blocks": (1, 1_100_000, 90, "apart", {"family": "O", "cluster": 8}),
@@ -89,12 +89,13 @@ def problem(family, dtype, variant, seed=0):
     if variant != "PLAIN" or rng.random() < 0.5:
         options |= {"z_loss": 1e-3, "sample_weight": rng.random(row_shape) * (rng.random(row_shape) > 0.1)}
         options["sample_weight"][first] = 1.5
-    if variant != "SMOOTH":
+    if variant not in ("SMOOTH", "SOFT"):
         options["weight"] = rng.random(classes) * 2
-    if variant in ("SMOOTH", "GENERAL", "CAPPED_GENERAL"):
+    if variant not in ("PLAIN", "CAPPED"):
         options["label_smoothing"] = 0.1
-        if variant != "SMOOTH" and rng.random() < 0.5:
-            target = rng.random(logits.shape).astype(dtype_ if rng.random() < 0.5 else np.float32)
+        if variant == "SOFT" or (variant != "SMOOTH" and rng.random() < 0.5):
+            target = rng.random(logits.shape)
+            target = target.astype(dtype_ if variant == "SOFT" or rng.random() < 0.5 else np.float32)
             whole = target.sum(axis=axis, keepdims=True, dtype=np.float64)
             target = (target / whole).astype(target.dtype)
     if "CAPPED" in variant:
@@ -223,7 +224,7 @@ def test_every_job(family, dtype, variant, compiled):
     check(engine, logits, target, options)
     tally.COUNTS["cases"] += 1
     names = {plan.kernel(job).name for (job, _), plan in plans(family, dtype, variant).items()}
-    assert chosen.kernel("LOSS_AND_GRAD").name in engine.launcher.launches
+    assert {name for name in names if "_loss_and_grad_" in name} & set(engine.launcher.launches)
     assert set(engine.launcher.launches) <= names | {cuda.sums_kernel(dtype).name}
 
 
@@ -621,7 +622,8 @@ def test_an_argument_is_the_same_in_python_and_in_cuda(argument):
     file, name = argument
     text = re.search(rf"struct {name} {{\n(.*?)\n}};", (cuda._kernels.folder() / file).read_text("utf-8"), re.DOTALL)[1]
     found = {}
-    for kind, fields in re.findall(r"((?:const )?\w+) ?([^;]+);", re.sub(r"//.*|.*typedef.*", "", text)):
+    text = re.sub(r"//.*|.*typedef.*", "", text).replace("alignas(8) A", "i64")  # a word, of which bits are used
+    for kind, fields in re.findall(r"((?:const )?\w+) ?([^;]+);", text):
         for field in fields.split(","):
             found[field.strip(" *")] = "pointer" if "*" in field or kind.endswith("*") else kind
     kinds = {int: "i64", float: "double"}
