@@ -33,7 +33,7 @@ XE_DEVICE constexpr bool writes_grad(int job) { return job != STATS && job != LO
 // What `target` holds.
 enum Target { NONE, INT8, UINT8, INT16, UINT16, INT32, UINT32, INT64, UINT64, OF_LOGITS, OF_FLOAT32 };
 
-// The one argument of every kernel over rows, by value: words of 8 bytes, which PROBLEM in cuda.py names in this order.
+// The one argument of every kernel over rows, by value: words of 8 bytes, field for field those of Problem in cuda.py.
 template <class T> struct Problem {
     typedef typename Acc<T>::type A;
     const T* logits; i64 logits_outer, logits_class, logits_inner;

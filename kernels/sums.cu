@@ -26,7 +26,7 @@
 
 struct Sums { double count, loss; };
 
-// The one argument, by value: words of 8 bytes, which Sum in cuda.py names in this order.
+// The one argument, by value: words of 8 bytes, field for field those of Sum in cuda.py.
 template <class A> struct Sum {
     const void* target; i64 kind, target_outer, target_inner;
     i64 rows, classes, inner;
