@@ -77,7 +77,7 @@ def test_version(capsys):
 def test_explain(capsys):
     assert program.main(["--explain", "64x21x32x32:bf16@axis1+z"]) == 0
     assert capsys.readouterr().out.startswith("65536 rows of 21 bfloat16 logits, 42 bytes each, on sm_90\n")
-    with pytest.raises(SystemExit, match="^2$"):
+    with pytest.raises(SystemExit, match=r"^2$"):
         program.main(["--explain", "64x21"])
     assert "'64x21' is not like 4096x50257:bf16@sm90+softcap" in capsys.readouterr().err
 
