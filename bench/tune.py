@@ -1,23 +1,29 @@
 """python -m bench tune: times every plan that could take a problem on this GPU, beside the one that the plan chooses.
 
-A plan that could take it is the chosen one with other vectors, lanes, threads or clusters, and the loss and gradient of
-each is checked before it is timed: against that of the chosen plan, which the tests hold against the oracle.
+A plan that could take it is the chosen one with other vectors, lanes, threads or clusters. Before one is timed, its
+loss and gradient are held against those of the chosen plan, which the tests hold against the oracle.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
+import os
+import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from xent_array import _kernels, cross_entropy, cross_entropy_value_and_grad
 from xent_array._engines import _model, cuda
 from xent_array._engines._model import Problem
+from xent_array._kernels import Kernel
 
 JOBS = ("LOSS_AND_GRAD", "LOSS")
 CLASSES = (64, 256, 1000, 1024, 4096, 16384, 32000, 50257, 131072)
@@ -83,49 +89,74 @@ def missing() -> str | None:
     return missing()
 
 
+def compile_ahead(wanted: list[Problem]) -> int:
+    """Every kernel that will be timed, on all cores; what does not compile is said when it is timed."""
+    import cupy
+
+    device = cupy.cuda.Device().id
+    kernels = {plan.kernel(job) for problem in wanted for job in JOBS for plan in plans_for(problem, job)}
+
+    def compile_(kernel: Kernel) -> None:
+        with cupy.cuda.Device(device), contextlib.suppress(Exception):
+            _kernels.compiled(kernel, device)
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        list(pool.map(compile_, kernels))
+    return len(kernels)
+
+
 def timed(problem: Problem, most: float) -> list[dict[str, Any]]:
     """A row for each plan, the chosen one's first."""
     import cupy
+    import ml_dtypes
 
-    from xent_array import cross_entropy, cross_entropy_value_and_grad
+    from .timing import DeviceClock
 
-    from .timing import DeviceClock, summary
-
+    dtype = ml_dtypes.bfloat16 if problem.dtype == "bfloat16" else problem.dtype
     rng = cupy.random.default_rng(0)
-    dtype = cupy.float32 if problem.dtype == "float32" else cupy.dtype(problem.dtype)
     x = rng.standard_normal(problem.shape, dtype=cupy.float32).astype(dtype)
     y = rng.integers(problem.classes, size=problem.rows)
-    out, clock, rows, end = cupy.empty_like(x), DeviceClock(), [], time.monotonic() + most
-    copied = _median(clock, lambda: out.data.copy_from_device_async(x.data, x.nbytes), summary)
-    for job in JOBS:
-        right = None
-        for plan in plans_for(problem, job):
-            if rows and time.monotonic() > end:
-                break
-            engine = cuda.Cuda(cuda.Cupy())
-            given = {"reduction": "none", "engine": engine, "validate": False}
-            with only(plan):
-                try:
-                    if job == "LOSS":
-                        found, run = cross_entropy(x, y, **given), lambda given=given: cross_entropy(x, y, **given)
-                    else:
-                        found, _ = cross_entropy_value_and_grad(x, y, out=out, **given)
+    out, clock, end = cupy.empty_like(x), DeviceClock(), time.monotonic() + most
+    copied = _median(clock, lambda: out.data.copy_from_device_async(x.data, x.nbytes))
+    given: dict[str, Any] = {"reduction": "none", "engine": cuda.Cuda(cuda.Cupy()), "validate": False}
+    calls = {
+        "LOSS_AND_GRAD": lambda: cross_entropy_value_and_grad(x, y, out=out, **given),
+        "LOSS": lambda: (cross_entropy(x, y, **given), None),
+    }
+    return [row for job, run in calls.items() for row in each(problem, job, run, clock, copied, end)]
 
-                        def run(given: dict[str, Any] = given) -> Any:
-                            return cross_entropy_value_and_grad(x, y, out=out, **given)
 
-                    right = found if right is None else right
-                    ok = bool(cupy.allclose(found, right, rtol=1e-5))
-                    seconds = _median(clock, run, summary) if ok else None
-                except Exception as error:  # one that this chip does not take
-                    ok, seconds = str(error)[:200], None
-            share = seconds and (2 if job == "LOSS_AND_GRAD" else 1) * copied / 2 / seconds
-            kernel = plan.kernel(job).name
-            rows.append(
-                {"problem": list(problem.shape), "dtype": problem.dtype, "job": job, "plan": words(plan),
-                 "kernel": kernel, "right": ok, "seconds": seconds, "of_copy": share}
-            )  # fmt: skip
-    return rows
+def each(
+    problem: Problem,
+    job: str,
+    run: Callable[[], tuple[Any, Any]],
+    clock: Callable[[Callable[[], Any]], float],
+    copied: float,
+    end: float,
+) -> Iterator[dict[str, Any]]:
+    """The plan's own, then others until the time is over, each checked and then timed."""
+    right = None
+    for plan in plans_for(problem, job):
+        if right is not None and time.monotonic() > end:
+            return
+        row: dict[str, Any] = {"problem": list(problem.shape), "dtype": problem.dtype, "job": job, "plan": words(plan)}
+        row |= {"kernel": plan.kernel(job).name, "right": False, "seconds": None, "of_copy": None}
+        with only(plan):
+            try:
+                loss, grad = run()
+                right = (loss, None if grad is None else grad.copy()) if right is None else right
+                row["right"] = all(_alike(one, two) for one, two in zip((loss, grad), right, strict=True))
+                if row["right"]:
+                    row["seconds"] = _median(clock, run)
+                    row["of_copy"] = copied / row["seconds"] * (1 if job == "LOSS_AND_GRAD" else 0.5)
+            except Exception as error:  # a plan that this chip does not take
+                row["right"] = str(error)[:200]
+        yield row
+
+
+def _alike(one: Any, two: Any) -> bool:
+    """Up to rounding, of sums in another order."""
+    return one is None or bool(abs(one.astype("float32") - two.astype("float32")).max() <= 1e-2 * abs(two).max())
 
 
 class only:
@@ -142,9 +173,9 @@ class only:
         cuda._chosen = self.before
 
 
-def _median(clock: Any, run: Any, summary: Any) -> float:
+def _median(clock: Callable[[Callable[[], Any]], float], run: Callable[[], Any]) -> float:
     run()
-    return float(summary([clock(run) for _ in range(RUNS)])["seconds"])
+    return statistics.median(clock(run) for _ in range(RUNS))
 
 
 def best(rows: list[dict[str, Any]]) -> list[str]:
@@ -176,6 +207,7 @@ def main(arguments: list[str]) -> int:
     if (reason := missing()) is not None:
         print(f"python -m bench tune is for a machine with a GPU: {reason}; --list names the plans", file=sys.stderr)
         return 1
+    print(f"{compile_ahead(wanted)} kernels compiled", flush=True)
     for problem in wanted:
         rows = timed(problem, given.most)
         print(f"{problem.rows} x {problem.classes} {problem.dtype}\n" + "\n".join(best(rows)), flush=True)

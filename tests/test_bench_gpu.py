@@ -1,5 +1,6 @@
 """The one command for a GPU machine: its list is complete, its pieces end, and its launches are right when emulated."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -249,6 +250,32 @@ def test_what_is_tuned_is_what_is_launched():
         assert launched.pop() == (plan.kernel("LOSS_AND_GRAD"), plan.blocks, plan.threads)
     xent_array.cross_entropy_value_and_grad(logits, labels, **given)
     assert launched.pop()[0] == Problem((40, 1000), "float32").plan("LOSS_AND_GRAD").kernel("LOSS_AND_GRAD")
+
+
+@pytest.mark.full
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the emulation needs g++")
+def test_a_plan_is_checked_before_it_is_timed(monkeypatch):
+    """Under emulation: the chosen one, a good one, and one that has no room for the row."""
+    problem = Problem((6, 200), "float32", 1)
+    chosen, *others = tune.plans_for(problem)
+    good = next(plan for plan in others if plan.family == "W")
+    short = dataclasses.replace(good, vectors=1, lanes=8)
+    monkeypatch.setattr(tune, "plans_for", lambda problem, job: iter([chosen, good, short]))
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal(problem.shape, np.float32), rng.integers(200, size=6)
+    given = {"reduction": "none", "engine": launches.emulation(90, "plain").engine, "validate": False}
+    calls = {
+        "LOSS_AND_GRAD": lambda: xent_array.cross_entropy_value_and_grad(x, y, **given),
+        "LOSS": lambda: (xent_array.cross_entropy(x, y, **given), None),
+    }
+    for job, run in calls.items():
+        monkeypatch.setattr(tune, "words", lambda plan: plan.family)
+        rows = list(tune.each(problem, job, run, lambda run: run() and 2.0, 1.0, time.monotonic() + 60))
+        assert [row["right"] is True for row in rows] == [True, True, False]
+        assert [row["seconds"] for row in rows] == [2.0, 2.0, None]
+        assert rows[0]["of_copy"] == (0.5 if job == "LOSS_AND_GRAD" else 0.25)
+    late = list(tune.each(problem, "LOSS", calls["LOSS"], lambda run: run() and 2.0, 1.0, time.monotonic() - 1))
+    assert len(late) == 1, "time is over, but the chosen plan is timed"
 
 
 def test_the_best_plans_are_said_beside_the_chosen_one():
