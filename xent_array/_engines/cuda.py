@@ -32,7 +32,7 @@ VARIANTS = ("PLAIN", "SMOOTH", "GENERAL", "CAPPED", "CAPPED_GENERAL")  # enum Va
 OLDEST = 75  # compute capability 7.5
 
 TINY = 128  # bytes of a row: up to here a row is one thread's
-TINY_THREADS, COLUMN_THREADS, WARP_THREADS = 256, 128, 128
+TINY_THREADS, COLUMN_THREADS, WARP_THREADS = 128, 128, 128
 NEIGHBOURS = 8  # rows side by side that make one thread per row worth it: a sector of 32 bytes
 CACHE = 48 << 10  # bytes of shared memory that a block has on every chip without asking
 # Rows in lanes of a warp: bytes of the row, vectors per thread, lanes. The fewest threads that hold a row do the least
@@ -70,7 +70,7 @@ class Plan:
     def kernel(self, job: str) -> Kernel:
         ctype = DTYPES[self.dtype][0]
         if self.family == "T":
-            return _kernels.kernel("tiny.cu", "XE_TINY", "T", ctype, job, self.variant)
+            return _kernels.kernel("tiny.cu", "XE_TINY", "T", ctype, self.classes, job, self.variant, *self.bound)
         if self.family == "P":
             return _kernels.kernel("columns.cu", "XE_COLUMNS", "P", ctype, job, self.variant, self.shared > 0)
         parameters = ctype, job, self.variant, self.vectors, self.lanes, self.cluster, self.stream, self.even, *self.bound
@@ -85,7 +85,7 @@ class Plan:
             "B": f"{'a block holds' if alone else f'{self.cluster} blocks hold'} a row, {held}",
             "O": f"{'a block streams' if alone else f'{self.cluster} blocks stream'} a row, {held} at a time"
             " (a gradient reads the row again, from cache where it fits)",
-            "T": "a thread works on a row, in shared memory",
+            "T": "a thread holds a row, in registers",
             "P": "a thread works on a row, whose classes lie apart",
         }[self.family]
         shared = f", {self.shared:,} bytes of shared memory" if self.shared else ""
@@ -161,9 +161,9 @@ def plan(
 
     size = classes * itemsize
     if layout == "flat" and size <= TINY:
-        cache = _tile(TINY_THREADS * classes, itemsize)
-        return spread("T", 0, 1, TINY_THREADS, (TINY_THREADS, 2 if itemsize == 8 else 4), shared=cache)
-    if layout == "columns" or size <= TINY:
+        variant = {"SMOOTH": "GENERAL", "CAPPED": "CAPPED_GENERAL"}.get(variant, variant)
+        return spread("T", 0, 1, TINY_THREADS, (TINY_THREADS, 4))
+    if layout == "columns":
         cache = COLUMN_THREADS * size
         return spread("P", 0, 1, COLUMN_THREADS, (COLUMN_THREADS, 4), shared=cache if cache <= CACHE else 0)
     most, bound = _block(itemsize, chip, variant)
@@ -204,11 +204,6 @@ def _block(itemsize: int, chip: int, variant: str) -> tuple[int, tuple[int, int]
     if variant == "CAPPED":
         return (4, (768, 1))
     return (8 if itemsize == 4 or 80 <= chip <= 90 else 4, (1024, 1))
-
-
-def _tile(count: int, itemsize: int) -> int:
-    """The bytes of `count` logits as tiny.cu places them: a free word (a free double) after every 128 bytes."""
-    return count * itemsize + count * itemsize // 128 * max(4, itemsize)
 
 
 def _whole_warps(threads: int) -> int:
