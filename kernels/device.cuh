@@ -190,7 +190,7 @@ template <class T> XE_DEVICE u32 max2(u32 a, u32 b, T t) {
 // the relative error is (2 + |d|/2) eps, which the bars of the tests allow for.
 XE_DEVICE float exp_acc(float d) { return exp2_fast(d * 1.4426950408889634f); }
 
-// For any d, right to 0.8 eps, without a branch, so that many can be under way at once: 15 instructions of the double
+// For any d, right to 0.7 eps, without a branch, so that many can be under way at once: 15 instructions of the double
 // unit, which is what limits a GPU here, and 9 of the integer unit beside them. d = n·ln 2 + r, with n rounded by adding
 // 1.5·2^52, e^r by a polynomial (0.06 eps off), 2^n as an exponent. What would be less than 1.0005·2^-1022, the smallest
 // normal number, is 0; what would be more than 0.9995 of the largest number is infinite. NaN stays NaN.

@@ -2,7 +2,7 @@
  *
  *     loss = Σ a_k (lse - x_k) + z·lse²        grad_k = scale [(mass + 2 z lse) p_k - a_k]        (as rows.cu)
  *
- *   T  XE_TINY(name, T, C, JOB, VARIANT, THREADS, BLOCKS)      a row is held by one thread, in registers
+ *   T  XE_TINY(name, T, JOB, VARIANT, C, THREADS, BLOCKS)      a row is held by one thread, in registers
  *
  * Compiled for its C, so that every loop over classes is unrolled and every place in shared memory known.
  *
@@ -16,7 +16,7 @@
  *          number of vectors are given a free one. The gradient goes back the same way. An array that starts elsewhere
  *          is copied element by element.
  * Numbers  what is not the maximum is added for its own, so that confident rows need no second look: two instructions a
- *          logit, where memory leaves time for fifteen. A sum goes from the first class to the last.
+ *          logit, where memory leaves time for fifteen. A sum goes from the last class to the first.
  * Aliasing grad may be the logits: a warp has read its rows before it writes any of them.
  * Tried    On an H200: rows of 64 and 128 bytes straight from and to memory, 78 and 62 % of the bandwidth of a copy in
  *          float32 with gradient (101 and 83 without), because each store then fills half a sector.
@@ -50,8 +50,8 @@ template <class Q, int C> struct Rows {
                     const uint4 v = ld16(at);
                     w[i] = v.x, w[i + 1] = v.y, w[i + 2] = v.z, w[i + 3] = v.w;
                 } else if constexpr (WIDTH == 8) {
-                    const uint2 v = *reinterpret_cast<const uint2*>(at);
-                    w[i] = v.x, w[i + 1] = v.y;
+                    const u64 v = *reinterpret_cast<const u64*>(at);
+                    w[i] = static_cast<u32>(v), w[i + 1] = static_cast<u32>(v >> 32);
                 } else {
                     w[i] = *reinterpret_cast<const u32*>(at);
                 }
@@ -74,7 +74,7 @@ template <class Q, int C> struct Rows {
             for (int i = 0; i < BYTES / 4; i += WIDTH / 4) {
                 Q* const at = to + i * 4 / static_cast<int>(sizeof(Q));
                 if constexpr (WIDTH == 16) st16(at, make_uint4(w[i], w[i + 1], w[i + 2], w[i + 3]));
-                else if constexpr (WIDTH == 8) *reinterpret_cast<uint2*>(at) = make_uint2(w[i], w[i + 1]);
+                else if constexpr (WIDTH == 8) *reinterpret_cast<u64*>(at) = static_cast<u64>(w[i + 1]) << 32 | w[i];
                 else *reinterpret_cast<u32*>(at) = w[i];
             }
         }
@@ -127,6 +127,7 @@ template <class Q, int C> struct Rows {
         for (int i = 0; i < TURNS; ++i) {
             if (i * 32 + lane < vectors) st16(to + (i * 32 + lane) * SIZE, ld16(tile + place_of((i * 32 + lane) * SIZE)));
         }
+#pragma unroll 1
         for (int e = vectors * SIZE + lane; e < here * C; e += 32) to[e] = tile[place_of(e)];
     }
 
@@ -139,7 +140,7 @@ template <class Q, int C> struct Rows {
 
 // A row and what is asked of it, by one thread. `x`: its logits, in the end its gradient. `a`: what each class has of the
 // target but for what the label has. `again`: the logits once more; `g`: one place after another for gradients.
-template <class T, int C, int JOB, int VARIANT> struct Thread {
+template <class T, int JOB, int VARIANT, int C> struct Thread {
     typedef typename Acc<T>::type A;
     const Problem<T>& p;
     const Row<T, VARIANT>& row;
@@ -160,33 +161,27 @@ template <class T, int C, int JOB, int VARIANT> struct Thread {
             at_label = k == label ? x[k] : at_label;
         }
         Stats<A> stats;
-        stats.max = JOB == GRAD ? p.max[r] : capped(cap, raw).x;
+        const Capped<A> highest = capped(cap, raw);
+        stats.max = JOB == GRAD ? p.max[r] : highest.x;
 
-        Rival<A> rival = rival_of<JOB>(p, row);
-        rival.x = at_label;
-        bool beaten = false;
-        if (writes_stats(JOB) && p.correct) {
-#pragma unroll
-            for (int k = 0; k < C; ++k) beaten |= rival.is_beaten_by(x[k], k);
-        }
-
-        // All that is not the maximum; how often that is there, and what its class has of the target.
+        // All that is not the maximum; how often that is there, and what its first class has of the target.
         const Powers<A> powers(stats.max);
         const A half_max = static_cast<A>(0.5) * stats.max;
-        A others = 0, ties = 0, half_gap = 0, mass = 0, slope[C], top_a = 0, top_slope = 1;
+        A others = 0, ties = 0, half_gap = 0, mass = 0, slope[C], top_a = 0;
         int top = -1;
 #pragma unroll
-        for (int k = 0; k < C; ++k) {
+        for (int k = C - 1; k >= 0; --k) {
             const bool is_top = x[k] == raw;
             const Capped<A> c = capped(cap, x[k]);
             const A e = powers.of(c.x);
             if (every_class(VARIANT)) {
                 a[k] += k == label ? row.on_label : 0;
-                half_gap += is_top || a[k] == 0 ? 0 : a[k] * (half_max - static_cast<A>(0.5) * c.x);  // 0·inf counts 0
+                const A half = half_max - static_cast<A>(0.5) * c.x;
+                if (a[k] != 0 && !is_top) half_gap += a[k] * half;  // 0·inf counts 0, and so does inf - inf
                 mass += a[k];
-                if (is_top) top = k, top_a = a[k], top_slope = c.slope;
+                if (is_top) top_a = a[k];
             }
-            if (is_top) ties += 1;
+            if (is_top) ties += 1, top = k;
             else others += e;
             slope[k] = c.slope;
             if (JOB != LOG_SOFTMAX) x[k] = e;
@@ -194,7 +189,7 @@ template <class T, int C, int JOB, int VARIANT> struct Thread {
         if (JOB == GRAD) {
             stats.rest = p.rest[r];
             if (by_class(VARIANT)) stats.mass = p.mass[r];
-            if (capped(cap, raw).x != stats.max) top = -1;
+            if (highest.x != stats.max) top = -1;  // the stats are of other logits
         } else {
             stats.rest = others * powers.correction + (ties - 1), stats.gap = 2 * half_gap, stats.mass = mass;
         }
@@ -202,7 +197,8 @@ template <class T, int C, int JOB, int VARIANT> struct Thread {
         const Capped<A> at = capped(cap, at_label);
         if (!every_class(VARIANT) && label >= 0) answer.add_label(row, at.x);
         answer.template put<JOB>(p, row, r);
-        put_correct<JOB>(p, r, answer, rival, beaten);
+        const Rival<A> rival = rival_of<JOB>(p, row);
+        put_correct<JOB>(p, r, answer, rival, rival.label != top);
         if (!writes_grad(JOB)) return false;
 
         if (JOB == LOG_SOFTMAX) {
@@ -220,7 +216,7 @@ template <class T, int C, int JOB, int VARIANT> struct Thread {
         }
         // Where coef·p - a may cancel: at the label, and the maximum.
         const int special = !every_class(VARIANT) ? label : answer.confident ? top : -1;
-        const A there = every_class(VARIANT) ? answer.grad(stats.max, top_a, top_slope)
+        const A there = every_class(VARIANT) ? answer.grad(stats.max, top_a, highest.slope)
                                              : answer.grad(at.x, row.on_label, at.slope);
         const A factor = answer.share * powers.correction * (every_class(VARIANT) ? 1 : answer.scale);
 #pragma unroll
@@ -268,7 +264,7 @@ XE_DEVICE void shares(const Problem<T>& p, const Row<T, VARIANT>& row, uint4* sh
     }
 }
 
-template <class T, int C, int JOB, int VARIANT, int THREADS> XE_DEVICE void xent_tiny(const Problem<T>& p) {
+template <class T, int JOB, int VARIANT, int C, int THREADS> XE_DEVICE void xent_tiny(const Problem<T>& p) {
     typedef typename Acc<T>::type A;
     typedef Rows<T, C> Of;
     constexpr bool WRITES = writes_grad(JOB), DIRECT = Of::direct(WRITES);
@@ -299,7 +295,7 @@ template <class T, int C, int JOB, int VARIANT, int THREADS> XE_DEVICE void xent
     if (every_class(VARIANT)) shares<T, C>(p, row, shared, first, here, mine, a);
 
     T* const g = DIRECT ? grad + lane * C : tile + lane * Of::APART;
-    if (lane < here && Thread<T, C, JOB, VARIANT>{p, row, first + lane}.work(x, a, logits + lane * C, g)) {
+    if (lane < here && Thread<T, JOB, VARIANT, C>{p, row, first + lane}.work(x, a, logits + lane * C, g)) {
         const bool silent = JOB != LOG_SOFTMAX && row.scale == 0;
         if (!DIRECT || Of::lies_on(grad, Of::WIDTH)) {
             Of::put(g, x, silent);
@@ -313,7 +309,7 @@ template <class T, int C, int JOB, int VARIANT, int THREADS> XE_DEVICE void xent
     Of::send(grad, tile, here);
 }
 
-#define XE_TINY(name, T, C, JOB, VARIANT, THREADS, BLOCKS)                                       \
+#define XE_TINY(name, T, JOB, VARIANT, C, THREADS, BLOCKS)                                       \
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) name(XE_PARAMETERS(T)) {       \
-        xent_tiny<T, C, JOB, VARIANT, THREADS>(Problem<T>{XE_ARGUMENTS});                        \
+        xent_tiny<T, JOB, VARIANT, C, THREADS>(Problem<T>{XE_ARGUMENTS});                        \
     }

@@ -70,10 +70,20 @@ class Plan:
     def kernel(self, job: str) -> Kernel:
         ctype = DTYPES[self.dtype][0]
         if self.family == "T":
-            return _kernels.kernel("tiny.cu", "XE_TINY", "T", ctype, self.classes, job, self.variant, *self.bound)
+            return _kernels.kernel("tiny.cu", "XE_TINY", "T", ctype, job, self.variant, self.classes, *self.bound)
         if self.family == "P":
             return _kernels.kernel("columns.cu", "XE_COLUMNS", "P", ctype, job, self.variant, self.shared > 0)
-        parameters = ctype, job, self.variant, self.vectors, self.lanes, self.cluster, self.stream, self.even, *self.bound
+        parameters = (
+            ctype,
+            job,
+            self.variant,
+            self.vectors,
+            self.lanes,
+            self.cluster,
+            self.stream,
+            self.even,
+            *self.bound,
+        )
         return _kernels.kernel("rows.cu", "XE_ROWS", self.family, *parameters)
 
     def words(self) -> str:
@@ -162,7 +172,7 @@ def plan(
     size = classes * itemsize
     if layout == "flat" and size <= TINY:
         variant = {"SMOOTH": "GENERAL", "CAPPED": "CAPPED_GENERAL"}.get(variant, variant)
-        return spread("T", 0, 1, TINY_THREADS, (TINY_THREADS, 4))
+        return spread("T", 0, 1, TINY_THREADS, (TINY_THREADS, _tiny_blocks(classes, itemsize, chip, variant)))
     if layout == "columns":
         cache = COLUMN_THREADS * size
         return spread("P", 0, 1, COLUMN_THREADS, (COLUMN_THREADS, 4), shared=cache if cache <= CACHE else 0)
@@ -206,27 +216,45 @@ def _block(itemsize: int, chip: int, variant: str) -> tuple[int, tuple[int, int]
     return (8 if itemsize == 4 or 80 <= chip <= 90 else 4, (1024, 1))
 
 
+def _tiny_blocks(classes: int, itemsize: int, chip: int, variant: str) -> int:
+    """How many blocks of tiny.cu a multiprocessor shall have: as its registers hold, by what is kept of each class.
+
+    Of more than 32 classes what is packed lies beside what is not.
+    """
+    words = max(4, itemsize) // 4
+    arrays, spare = {"PLAIN": (1, 36), "GENERAL": (2, 52), "CAPPED_GENERAL": (3, 56)}[variant]
+    spare += 16 * (words - 1) + (classes // 2 if classes > 32 else 0)
+    registers = -(-(spare + arrays * words * classes) // 8) * 8
+    return max(2, min(8 if chip < 80 else 12, 65536 // (TINY_THREADS * registers)))
+
+
 def _whole_warps(threads: int) -> int:
     return -(-threads // 32) * 32
 
 
 # Bytes of a row that between them meet every plan.
-SIZES = (64, *(limit for limit, _, _ in WARP_ROWS), *(m << k for k in range(12, 21) for m in (2, 3)), 100_514)
+SIZES = (64, *(limit for limit, _, _ in WARP_ROWS), *(m << k for k in range(12, 21) for m in (2, 3)), 50_000, 100_514)
+# tiny.cu is compiled for each number of classes: these stand for all of them.
+FEW = (1, 2, 3, 10, 16, 21, 32, 64)
 LAYOUTS = ("flat", "rows", "columns")
 
 
 def catalogue(chip: int, variant: str, jobs: tuple[str, ...] = JOBS) -> Iterator[Kernel]:
-    """Every kernel that a plan can ask for on a chip, and the sums: what there is to compile."""
+    """Every kernel that a plan can ask for on a chip, and the sums: what there is to compile.
+
+    But of tiny.cu, which has one for every number of classes, those of FEW.
+    """
     seen: set[Kernel] = set()
     for dtype, (_, itemsize) in DTYPES.items():
         for job in jobs if variant == "PLAIN" else set(jobs) - {"LOG_SOFTMAX"}:
-            for size in SIZES:
+            for classes in {*(size // itemsize for size in SIZES), *FEW}:
                 for layout, even in itertools.product(LAYOUTS, (True, False)):
                     found = plan(
-                        1, size // itemsize, dtype, chip,
+                        1, classes, dtype, chip,
                         layout=layout, variant=variant, writes=writes_grad(job), even=even,
                     )  # fmt: skip
-                    seen.add(found.kernel(job))
+                    if found.variant == variant and (found.family != "T" or classes in FEW):
+                        seen.add(found.kernel(job))
         if variant == "PLAIN":
             seen.add(sums_kernel(dtype))
     yield from sorted(seen, key=lambda kernel: kernel.name)
