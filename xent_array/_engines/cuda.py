@@ -206,7 +206,7 @@ def _clusters(size: int, chip: int) -> tuple[int, ...]:
 def _block(itemsize: int, chip: int, variant: str) -> tuple[int, tuple[int, int]]:
     """(vectors per thread, launch bounds) of a row held by a block: the most that registers hold without spilling."""
     if itemsize == 8:
-        return (4, (256, 2))
+        return (8, (512, 1))
     if variant == "CAPPED_GENERAL":
         return (2, (768, 1))
     if variant == "GENERAL":
