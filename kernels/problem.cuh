@@ -111,12 +111,11 @@ template <class T, int VARIANT> struct Row {
         w = p.weight;
         if (is_label) {
             const i64 named = label_at(p.target, at, kind);
-            const bool ignored = p.ignores && named == p.ignore_index;
-            const bool is_class = static_cast<u64>(named) < static_cast<u64>(p.classes);
-            label = is_class ? static_cast<int>(named) : -1;
-            bad = !is_class && !ignored;
+            const bool ignored = static_cast<int>(p.ignores) && named == p.ignore_index;
+            label = static_cast<u64>(named) < static_cast<u64>(p.classes) ? static_cast<int>(named) : -1;
+            bad = label < 0 && !ignored;
             factor = ignored ? 0 : bad && factor != 0 ? not_a_number<A>() : factor;
-            on_label = !is_class ? 0 : every_class(VARIANT) ? p.keep : 1;
+            on_label = label < 0 ? 0 : every_class(VARIANT) ? p.keep : 1;
             if (w && on_label != 0) on_label *= w[label];
         }
         scale = factor == 0 ? 0 : factor * scale;

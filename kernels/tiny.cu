@@ -195,7 +195,7 @@ template <class T, int JOB, int VARIANT, int C> struct Thread {
         }
         Answer<T, VARIANT> answer(p, row, stats, true);
         const Capped<A> at = capped(cap, at_label);
-        if (!every_class(VARIANT) && label >= 0) answer.add_label(row, at.x);
+        if (!every_class(VARIANT)) answer.add_label(row, at.x);
         answer.template put<JOB>(p, row, r);
         const Rival<A> rival = rival_of<JOB>(p, row);
         put_correct<JOB>(p, r, answer, rival, rival.label != top);
