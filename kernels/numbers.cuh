@@ -9,6 +9,9 @@ template <> XE_DEVICE double infinity<double>() { return static_cast<double>(inf
 template <class A> XE_DEVICE A largest();
 template <> XE_DEVICE float largest<float>() { return 3.40282347e38f; }
 template <> XE_DEVICE double largest<double>() { return 1.7976931348623157e308; }
+// The larger of two, the first of which is a number; NaN is passed over.
+XE_DEVICE float larger(float m, float x) { return fmaxf(m, x); }
+XE_DEVICE double larger(double m, double x) { return x > m ? x : m; }
 template <class A> XE_DEVICE A not_a_number() { return static_cast<A>(bits_float(0x7fc00000u)); }
 
 // A product that no compiler fuses with the sum it goes into.
@@ -82,7 +85,7 @@ template <> struct Vector<double> {
         for (int j = 0; j < K; ++j) {
             A x[SIZE];
             unpack(v[j], x);
-            m = max_acc(m, max_acc(x[0], x[1]));
+            m = larger(larger(m, x[0]), x[1]);
         }
         return m;
     }

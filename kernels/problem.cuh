@@ -56,23 +56,20 @@ template <class T> XE_DEVICE const Problem<T>& open(const Problem<T>& p) {
     return p;
 }
 
-// Without a branch for each type: at most one of the loads is done. What UINT64 holds beyond INT64 is negative: no class.
-XE_DEVICE i64 label_at(const void* target, i64 at, i64 kind) {
-    const int which = static_cast<int>(kind) - INT8;  // pairs of a signed and an unsigned type, each twice as wide
-    const bool is_signed = which % 2 == 0;
-    if (which < 2) {
-        const int bits = static_cast<const unsigned char*>(target)[at];
-        return is_signed ? static_cast<signed char>(bits) : bits;
-    }
-    if (which < 4) {
-        const int bits = static_cast<const u16*>(target)[at];
-        return is_signed ? static_cast<short>(bits) : bits;
-    }
-    if (which < 6) {
+// The most usual type first. What UINT64 holds beyond INT64 is negative: no class.
+XE_DEVICE i64 label_at(const void* target, i64 at, int kind) {
+    const bool is_signed = kind % 2 == INT8 % 2;
+    if (kind >= INT64) return static_cast<const i64*>(target)[at];
+    if (kind >= INT32) {
         const u32 bits = static_cast<const u32*>(target)[at];
         return is_signed ? static_cast<i64>(static_cast<int>(bits)) : static_cast<i64>(bits);
     }
-    return static_cast<const i64*>(target)[at];
+    if (kind >= INT16) {
+        const int bits = static_cast<const u16*>(target)[at];
+        return is_signed ? static_cast<short>(bits) : bits;
+    }
+    const int bits = static_cast<const unsigned char*>(target)[at];
+    return is_signed ? static_cast<signed char>(bits) : bits;
 }
 
 // What is known of a row before its logits are. Class k has the share a_k = w_k (keep·q_k + each) of the target, and the
@@ -88,7 +85,8 @@ template <class T, int VARIANT> struct Row {
     bool bad;          // the label is no class, and not ignored
     A on_label, each;
     // GENERAL
-    i64 kind, target_class;
+    int kind;
+    i64 target_class;
     const void* q;     // of the distribution, element k at k·target_class
     const A* w;
     A keep;
@@ -98,7 +96,7 @@ template <class T, int VARIANT> struct Row {
     XE_DEVICE Row(const Problem<T>& p, i64 r, i64 o, i64 i) {
         x = p.logits + (o * p.logits_outer + i * p.logits_inner);
         g = p.grad + (o * p.grad_outer + i * p.grad_inner);
-        kind = VARIANT == SOFT ? OF_LOGITS : p.kind;
+        kind = VARIANT == SOFT ? OF_LOGITS : static_cast<int>(p.kind);
         has_target = kind != NONE;
         label = -1, bad = false, on_label = each = 0;
         factor = p.sample_weight ? p.sample_weight[r] : 1;
@@ -108,12 +106,11 @@ template <class T, int VARIANT> struct Row {
         w = VARIANT == SOFT ? nullptr : p.weight;
         if (is_label) {
             const i64 named = label_at(p.target, at, kind);
-            const bool ignored = p.ignores && named == p.ignore_index;
-            if (ignored) factor = 0;
-            if (0 <= named && named < p.classes) label = static_cast<int>(named);
-            else if (factor != 0) factor = not_a_number<A>();
+            const bool ignored = static_cast<int>(p.ignores) && named == p.ignore_index;
+            label = static_cast<u64>(named) < static_cast<u64>(p.classes) ? static_cast<int>(named) : -1;
             bad = label < 0 && !ignored;
-            if (label >= 0) on_label = every_class(VARIANT) ? p.keep : 1;
+            factor = ignored ? 0 : bad && factor != 0 ? not_a_number<A>() : factor;
+            on_label = label < 0 ? 0 : every_class(VARIANT) ? p.keep : 1;
             if (w && on_label != 0) on_label *= w[label];
         }
         scale = factor == 0 ? 0 : factor * scale;

@@ -189,7 +189,7 @@ template <class T, int VARIANT, int K, int STEP, bool EVEN> struct Held {
             }
         }
         if (VARIANT == SMOOTH) {
-            sum.mass = row.each * static_cast<A>(count(with_edge));
+            sum.mass = row.label < 0 ? 0 : row.each * static_cast<A>(count(with_edge));
             if (row.label < 0) sum.half_gap = 0;
         }
         return {max, sum.sum * sum.powers.correction, 0, sum.half_gap, sum.mass};

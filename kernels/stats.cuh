@@ -57,9 +57,9 @@ template <class T, int VARIANT> struct Answer {
         if (VARIANT == SMOOTH && row.label >= 0) stats.mass += row.each * static_cast<A>(static_cast<int>(p.classes));
         if (by_class(VARIANT) && !with_label) stats.mass += row.on_label;
         if (!row.has_target) stats.mass = 1;
-        const bool finite = isfinite(stats.max);
-        tail = finite ? log1p_acc(stats.rest) : not_a_number<A>();
-        p_max = finite ? reciprocal(1 + stats.rest) : not_a_number<A>();
+        const A rest = isfinite(stats.max) ? stats.rest : not_a_number<A>();
+        tail = log1p_acc(rest);
+        p_max = reciprocal(1 + rest);
         more = 0, coef = stats.mass, scale = row.scale;
         confident = stats.rest < 1;
         if (p.z_loss != 0) {

@@ -43,11 +43,16 @@ DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bf
 
 # How rows come to be worked on: (rows, bytes of a row, chip, layout, what the plan must say). Bytes are made odd by an
 # element, so that there are heads and tails. "apart" logits start at an element that is not on 16 bytes, in rows with
-# room between them; "columns" have the classes along axis 1.
+# room between them, "off" ones without; "columns" have the classes along axis 1.
 FAMILIES = {
-    "T": (301, 28, 90, "flat", {"family": "T"}),
+    "T": (319, 28, 90, "flat", {"family": "T"}),
+    "T one access": (301, 6, 90, "flat", {"family": "T"}),
+    "T two vectors": (150, 36, 90, "flat", {"family": "T"}),
+    "T four vectors": (150, 68, 80, "flat", {"family": "T"}),
     "T widest": (260, 128, 90, "flat", {"family": "T"}),
-    "P few classes": (300, 40, 90, "apart", {"family": "P"}),
+    "T off 16 bytes": (141, 44, 75, "off", {"family": "T"}),
+    "W shorter than a vector": (300, 12, 90, "apart", {"family": "W", "lanes": 4}),
+    "W few classes": (300, 40, 90, "apart", {"family": "W", "lanes": 4}),
     "P cached": (80, 90, 90, "columns", {"family": "P"}),
     "P": (66, 2510, 90, "columns", {"family": "P", "shared": 0}),
     "W 4 lanes": (37, 240, 90, "apart", {"family": "W", "lanes": 4}),
@@ -76,6 +81,8 @@ def problem(family, dtype, variant, seed=0):
     elif layout == "apart":
         room = (rng.standard_normal(1 + rows * (classes + 3)) * 3).astype(dtype_)
         logits = room[1:].reshape(rows, classes + 3)[:, :classes]
+    elif layout == "off":
+        logits = (rng.standard_normal(1 + rows * classes) * 3).astype(dtype_)[1:].reshape(rows, classes)
     else:
         logits = (rng.standard_normal((rows, classes)) * 3).astype(dtype_)
     axis = 1
@@ -100,14 +107,21 @@ def problem(family, dtype, variant, seed=0):
             target = (target / whole).astype(target.dtype)
     if "CAPPED" in variant:
         options["softcap"] = 5.0
-    return logits, target, options, chip, plans(family, dtype, variant)["LOSS_AND_GRAD", layout != "apart"], wanted
+    return (
+        logits,
+        target,
+        options,
+        chip,
+        plans(family, dtype, variant)["LOSS_AND_GRAD", layout not in ("apart", "off")],
+        wanted,
+    )
 
 
 def plans(family, dtype, variant):
     """The plan for each job, and whether rows are even, which they are not where the gradient is aligned otherwise."""
     rows, _, chip, layout, _ = FAMILIES[family]
     classes = classes_of(family, dtype)
-    layout = {"columns": "columns", "apart": "rows", "flat": "flat"}[layout]
+    layout = {"columns": "columns", "apart": "rows"}.get(layout, "flat")
     how = {"layout": layout, "variant": variant}
     return {
         (job, even): cuda.plan(rows, classes, dtype, chip, **how, job=job, even=even)
@@ -118,7 +132,7 @@ def plans(family, dtype, variant):
 
 def classes_of(family, dtype):
     itemsize = np.dtype(DTYPES[dtype]).itemsize
-    return FAMILIES[family][1] // itemsize - (family != "T widest" and itemsize < 8)
+    return max(1, FAMILIES[family][1] // itemsize - (family != "T widest" and itemsize < 8))
 
 
 def truth_of(logits, target, options, **more):
@@ -159,9 +173,12 @@ def assert_correct(stats, wanted):
 
 
 def in_place_of(logits):
-    """The logits once more, in memory of their own."""
+    """The logits once more, in memory of their own, which starts on 16 bytes if theirs does."""
     buffer = logits.copy("K")
-    in_place = buffer.base.reshape(-1)[: buffer.size].reshape(buffer.shape) if buffer.base is not None else buffer
+    if logits.ctypes.data % 16 and logits.flags.c_contiguous:
+        room = np.empty(buffer.size + 1, buffer.dtype)
+        buffer = room[1:].reshape(buffer.shape)
+    in_place = buffer.base.reshape(-1)[-buffer.size :].reshape(buffer.shape) if buffer.base is not None else buffer
     in_place[...] = logits
     return in_place
 
@@ -332,15 +349,27 @@ def test_a_row_is_the_same_in_every_order_and_place(family):
     assert len(set(seen)) == 1
 
 
+def confident(family, dtype, variant="PLAIN"):
+    """All logits about as far from the maximum, which is the label's, as the runner-up; GENERAL: as a distribution."""
+    logits, target, _, chip, *_ = problem(family, dtype, "PLAIN")
+    target = np.where(target < 0, 0, target)
+    logits = logits / logits.dtype.type(16)
+    np.put_along_axis(logits, np.expand_dims(target, 1), np.asarray(30, logits.dtype), 1)
+    if variant == "GENERAL":
+        one_hot = np.zeros(logits.shape, np.float32)
+        np.put_along_axis(one_hot, np.expand_dims(target, 1), 1, 1)
+        target = one_hot
+    return logits, target, {"axis": 1, "reduction": "none", "validate": False}, chip
+
+
 @pytest.mark.full(but_one_per="family")
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("family", ["T", "P cached", "W 4 lanes", "W 8 lanes", "B", "B 2 blocks", "O", "O 8 blocks"])
-def test_confident_rows(family, dtype):
-    logits, target, options, chip, *_ = problem(family, dtype, "PLAIN")
-    target = np.where(target < 0, 0, target)
-    logits = logits / logits.dtype.type(16)  # so that all are about as far from the maximum as the runner-up
-    np.put_along_axis(logits, np.expand_dims(target, 1), np.asarray(30, logits.dtype), 1)
-    options = {"axis": 1, "reduction": "none", "validate": False}
+@pytest.mark.parametrize("variant", ["PLAIN", "GENERAL"])
+@pytest.mark.parametrize(
+    "family", ["T", "T four vectors", "P cached", "W 4 lanes", "W 8 lanes", "B", "B 2 blocks", "O", "O 8 blocks"]
+)
+def test_confident_rows(family, variant, dtype):
+    logits, target, options, chip = confident(family, dtype, variant)
     loss, grad = cross_entropy_value_and_grad(logits, target, engine=emulated.engine(chip=chip), **options)
     assert_confident(loss, grad, truth_of(logits, target, options), exact=False)
 
@@ -375,8 +404,58 @@ def test_rows_around_the_threshold(rows, classes, dtype):
     mine = (np.partition(x.astype(np.float64), -2, axis=1)[:, -2] < x.astype(np.float64).max(1)) & (found == target)
     mine &= np.exp(-truth.loss.astype(np.float64)) > 0.5
     assert mine.sum() > rows // 10
-    confident = truth_of(x[mine], target[mine], options)
-    assert_confident(loss[mine], grad[mine], confident, exact=False)
+    assert_confident(loss[mine], grad[mine], truth_of(x[mine], target[mine], options), exact=False)
+
+
+# Of every kind: one access of 2 to 16 bytes, an odd number of words, of pairs of words, of vectors, an even number.
+OF_EVERY_KIND = (1, 2, 3, 4, 5, 7, 8, 10, 12, 16, 20, 21, 24, 31, 32, 33, 40, 63, 64)
+
+
+@pytest.mark.full(but_one_per="dtype")
+@pytest.mark.parametrize("classes", OF_EVERY_KIND[::-1])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_few_classes_wherever_arrays_start(dtype, classes):
+    """Logits, gradient and a distribution on 16 bytes or off; and rows whose sum of others is about 1."""
+    dtype_ = np.dtype(DTYPES[dtype])
+    if classes * dtype_.itemsize > cuda.TINY:
+        pytest.skip("more than 128 bytes")
+    rng = np.random.default_rng(classes)
+    rows = 75
+    engine = emulated.engine(mode="check", order=ORDERS[classes % 4], seed=classes)
+
+    def placed(values, off):
+        room = np.empty(values.size + off, values.dtype)
+        room[off:] = values.ravel()
+        return room[off:].reshape(values.shape)
+
+    x = rng.standard_normal((rows, classes)) * 2
+    x[: rows // 2, 0] = 2 + np.log(max(1, classes)) + rng.normal(0, 0.02, rows // 2)  # where p of the maximum is 1/2
+    x[5], x[6, :] = 1, -np.inf
+    x[7, classes // 2], x[8, classes // 2] = np.nan, np.inf
+    y = rng.integers(-1, classes + 1, rows)
+    y[:5] = 0
+    q = rng.random((rows, classes))
+    for off, to in ((0, 0), (1, 1), (0, 1), (1, 0)):
+        logits = placed(x.astype(dtype_), off)
+        for target, options in (
+            (y, {"ignore_index": -1}),
+            (placed(q.astype(dtype_), to), {}),
+            (placed(q.astype(np.float32), to), {"weight": rng.random(classes)}),
+            (placed(np.repeat(q, 2, 1).astype(np.float32), to)[:, ::2], {}),
+        ):
+            options = {"reduction": "none", "validate": False, **options}
+            truth = truth_of(logits, target, options)
+            out = placed(np.zeros_like(logits), to)
+            loss, grad = cross_entropy_value_and_grad(logits, target, engine=engine, out=out, **options)
+            assert_loss(loss, truth)
+            assert_grad(grad, truth)
+        same = placed(logits, off)
+        options = {"reduction": "none", "validate": False, "ignore_index": -1}
+        truth = truth_of(logits, y, options)
+        loss, _ = cross_entropy_value_and_grad(same, y, engine=engine, out=same, **options)
+        assert_loss(loss, truth)
+        assert_grad(same, truth)
+    assert all(name.startswith("xent_t_") for name in engine.launcher.launches)
 
 
 LABELS = [f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)]
@@ -923,11 +1002,11 @@ BUGS = {
         "PLAIN",
     ),
     # correct
-    "T: the last of the largest is correct": (
+    "W: the last of the largest is correct": (
         "stats.cuh",
         "k < label ? other >= x : other > x",
         "k > label ? other >= x : other > x",
-        "T ties",
+        "W few classes ties",
         "PLAIN",
     ),
     "W: every one of the largest is correct": (
@@ -986,11 +1065,11 @@ BUGS = {
         "O ties",
         "PLAIN",
     ),
-    "T: correct by capped logits": (
+    "P: correct by capped logits": (
         "thread.cuh",
         "beaten |= rival.is_beaten_by(v[u], k + u)",
         "beaten |= rival.is_beaten_by(capped(v[u], p.softcap).x, k + u)",
-        "T ties",
+        "P cached ties",
         "CAPPED",
     ),
     "P: an ignored row is correct": (
@@ -1035,31 +1114,182 @@ BUGS = {
     # tiny.cu
     "T: rows are read before they are there": (
         "tiny.cu",
-        "sync_block();  // the stretch",
-        "// the stretch",
+        "sync_warp();  // the rows are in shared",
+        "// the rows are in shared",
         "T",
         "PLAIN",
     ),
     "T: a gradient leaves before it is there": (
         "tiny.cu",
-        "sync_block();  // the gradient",
-        "// the gradient",
+        "sync_warp();  // the gradients of all rows",
+        "// the gradients of all rows",
         "T",
         "PLAIN",
     ),
-    "T: a row past the last": ("tiny.cu", "if (thread < here) {", "if (true) {", "T", "PLAIN"),
+    "T: a gradient takes the place of a row not yet read": (
+        "tiny.cu",
+        "sync_warp();  // all rows have been read, before others",
+        "// all rows have been read, before others",
+        "T",
+        "PLAIN",
+    ),
+    "T: ... of a row in memory": (
+        "tiny.cu",
+        "sync_warp();  // all rows have been read, before others",
+        "// all rows have been read, before others",
+        "T two vectors",
+        "PLAIN",
+    ),
+    "T: ... of a distribution": (
+        "tiny.cu",
+        "sync_warp();  // all rows have been read, before gradients",
+        "// all rows have been read, before gradients",
+        "T distribution",
+        "GENERAL",
+    ),
+    "T: a row past the last": ("tiny.cu", "if (lane < here && Thread", "if (Thread", "T", "PLAIN"),
+    "T: a row past the last, in memory": (
+        "tiny.cu",
+        "if (lane < here && Thread",
+        "if (Thread",
+        "T one access",
+        "PLAIN",
+    ),
     "T: the tail is forgotten": (
         "tiny.cu",
-        "for (int e = count - to.tail + thread; e < count;",
-        "for (int e = count; e < count;",
+        "for (int e = vectors * SIZE + lane; e < here * C; e += 32) tile",
+        "for (int e = here * C; e < here * C; e += 32) tile",
         "T",
         "PLAIN",
     ),
-    "T: the next block's stretch": (
+    "T: the gradient's tail is forgotten": (
         "tiny.cu",
-        "T* const g = p.grad + first * classes;",
-        "T* const g = p.grad + (first + 1) * classes;",
+        "for (int e = vectors * SIZE + lane; e < here * C; e += 32) to[e]",
+        "for (int e = here * C; e < here * C; e += 32) to[e]",
         "T",
+        "PLAIN",
+    ),
+    "T: any array is on 16 bytes": (
+        "tiny.cu",
+        "return lies_on(at, 16) ? here * C / SIZE : 0;",
+        "return here * C / SIZE;",
+        "T off 16 bytes",
+        "PLAIN",
+    ),
+    "T: any row is on its accesses": (
+        "tiny.cu",
+        "if (lies_on(from, WIDTH)) get(from, x);",
+        "if (true) get(from, x);",
+        "T off direct",
+        "PLAIN",
+    ),
+    "T: any gradient is on its accesses": (
+        "tiny.cu",
+        "if (!DIRECT || Of::lies_on(grad, Of::WIDTH))",
+        "if (true)",
+        "T off direct",
+        "PLAIN",
+    ),
+    "T: the next warp's rows": (
+        "tiny.cu",
+        "const T* const logits = p.logits + first * C;",
+        "const T* const logits = p.logits + (first + 32) * C;",
+        "T",
+        "PLAIN",
+    ),
+    "T: vectors go where rows are not": (
+        "tiny.cu",
+        "return APART == C ? e : e + e / C * SIZE;",
+        "return e;",
+        "T widest",
+        "PLAIN",
+    ),
+    "T: vectors are forgotten": ("tiny.cu", "TURNS = (BYTES + 15) / 16;", "TURNS = BYTES / 16;", "T", "PLAIN"),
+    "T: too little shared memory": (
+        "tiny.cu",
+        "ROOM ? THREADS / 32 * ROOM : 1",
+        "ROOM ? THREADS / 32 * ROOM - 2 : 1",
+        "T widest",
+        "PLAIN",
+    ),
+    "T: no room for distributions that are wider than the logits": (
+        "tiny.cu",
+        "BESIDE = by_class(VARIANT) && !Rows<float, C>::direct(false) ? Rows<float, C>::SHARED : 0;",
+        "BESIDE = 0;",
+        "T distribution of float16",
+        "GENERAL",
+    ),
+    "T: rows of a distribution are side by side": (
+        "tiny.cu",
+        "p.target_outer == C * p.inner && (",
+        "(",
+        "T roomy distribution",
+        "GENERAL",
+    ),
+    "T: a distribution is not smoothed": (
+        "tiny.cu",
+        "a[k] = row.each + row.keep * a[k];",
+        "a[k] = row.keep * a[k];",
+        "T distribution",
+        "GENERAL",
+    ),
+    "T: the label has no more than others": ("tiny.cu", "a[k] += k == label ? row.on_label : 0;", "", "T", "SMOOTH"),
+    "T: the maximum is in rest": ("tiny.cu", "else others += e;", "others += e;", "T", "PLAIN"),
+    "T: one of the largest is forgotten": (
+        "tiny.cu",
+        "+ (ties - 1), stats.gap",
+        "+ (ties > 2), stats.gap",
+        "T ties",
+        "PLAIN",
+    ),
+    "T: the maximum cancels": (
+        "tiny.cu",
+        "others * powers.correction + (ties - 1), stats.gap",
+        "(others * powers.correction + ties) - 1, stats.gap",
+        "T confident",
+        "PLAIN",
+    ),
+    "T: the gradient at the maximum cancels": (
+        "tiny.cu",
+        "answer.confident ? top : -1;",
+        "-1;",
+        "T confident",
+        "GENERAL",
+    ),
+    "T: the gradient at the label cancels": (
+        "tiny.cu",
+        "answer.grad(at.x, row.on_label, at.slope);",
+        "(exp_acc(at.x - stats.max) * answer.p_max - 1) * answer.scale;",
+        "T confident",
+        "PLAIN",
+    ),
+    "T: the last of the largest is correct": (
+        "tiny.cu",
+        "for (int k = C - 1; k >= 0; --k)",
+        "for (int k = 0; k < C; ++k)",
+        "T ties",
+        "PLAIN",
+    ),
+    "T: correct whatever is larger": ("tiny.cu", "rival.label != top);", "false);", "T ties", "PLAIN"),
+    "T: an ignored row of NaN has a gradient": (
+        "tiny.cu",
+        "w[i] = silent ? 0 : w[i];",
+        "w[i] = w[i];",
+        "T ignored",
+        "PLAIN",
+    ),
+    "T: the slope of softcap is forgotten": (
+        "tiny.cu",
+        "has_softcap(VARIANT) ? y * slope[k] : y;",
+        "y;",
+        "T",
+        "CAPPED",
+    ),
+    "T: stats of other logits": (
+        "tiny.cu",
+        "stats.max = JOB == GRAD ? p.max[r] : highest.x;",
+        "stats.max = JOB == GRAD ? p.max[0] : highest.x;",
+        "T stats",
         "PLAIN",
     ),
     # columns.cu
@@ -1140,6 +1370,22 @@ def buggy(family, variant):
         x[:, 7] = 80
         options = {"weight": np.full(200, 1e20), "grad_output": np.full(4, 1e25, np.float32)}
         return x, np.arange(4), {"reduction": "none", "validate": False, **options}, 90
+    if family.startswith("T") and family.endswith(" confident"):
+        return confident(family.removesuffix(" confident"), "float32", variant)
+    if family.startswith(("T distribution", "T roomy distribution")):
+        rng = np.random.default_rng(7)
+        logits = rng.standard_normal((77, 21)).astype(np.float16 if "float16" in family else np.float32)
+        target = rng.random((77, 24), dtype=np.float32)[:, :21]
+        target = target if "roomy" in family else np.ascontiguousarray(target)
+        return logits, target, {"label_smoothing": 0.1, "reduction": "sum", "validate": False}, 90
+    if family == "T off direct":
+        logits = np.ones(4 * 40 + 1, np.float32)[1:].reshape(40, 4)
+        return logits, np.arange(40) % 4, {"reduction": "sum", "validate": False}, 90
+    if family == "T ignored":
+        logits = np.zeros((40, 6), np.float32)
+        logits[::3] = np.nan
+        target = np.where(np.arange(40) % 3, 1, -100)
+        return logits, target, {"reduction": "sum", "validate": False}, 90
     if family == "W the same everywhere":
         return np.zeros((4, 200), np.float32), np.arange(4), {"reduction": "none", "validate": False}, 90
     if family == "W masked":
@@ -1175,7 +1421,9 @@ def buggy(family, variant):
         logits, target, options, chip = tied(family.removesuffix(" NaN"), "float32", variant, 0)
         logits[:, 0] = np.nan
         return logits, np.maximum(target, 1), options, chip
-    logits, target, options, chip, *_ = problem(family.removesuffix(" edges"), "float32", variant)
+    logits, target, options, chip, *_ = problem(
+        family.removesuffix(" edges").removesuffix(" stats"), "float32", variant
+    )
     if family == "O edges":
         logits[:, 0] = 12
     return logits, target, options, chip
@@ -1197,12 +1445,16 @@ def test_planted_bug_is_caught(bug, monkeypatch):
         engine = emulated.engine(mode=mode, order=order, seed=seed, chip=chip, patches=[(old, new)])
         out = logits.copy() if family != "W 8 lanes" else logits
         try:
-            buffer = out.copy("K") if family != "W far" else None
+            buffer = (in_place_of(logits) if " off " in family else out.copy("K")) if family != "W far" else None
             loss, grad = cross_entropy_value_and_grad(logits, target, engine=engine, out=buffer, **options)
             assert_loss(loss, truth)
             assert_grad(grad, truth)
             if family.endswith(" confident"):
                 assert_confident(loss, grad, truth, exact=False)
+            if family.endswith(" stats"):
+                given = {k: v for k, v in options.items() if k != "reduction"}
+                stats = row_stats(logits, target, engine=engine, **given)
+                assert_grad(cross_entropy_grad(logits, target, engine=engine, stats=stats, **options), truth)
             if family.endswith((" ties", " NaN")):
                 in_place = in_place_of(logits)
                 stats = all_three(engine, in_place, target, options, in_place)[2]

@@ -242,6 +242,79 @@ extern "C" __global__ void functions(const float* x, const double* xx, float* y,
         assert np.all(abs(got - wanted) <= bar * abs(wanted))
 
 
+EXP_OF_DOUBLES = """
+extern "C" __global__ void exps(const double* x, double* y, i64 each) {
+    const i64 first = (static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x) * each;
+    for (i64 i = first; i < first + each; ++i) y[i] = exp_acc(x[i]);
+}
+"""
+LAST_POWERS = -708.395996, 709.782226  # beyond, what comes out is 0 or infinite
+
+
+def doubles():
+    """2^20 numbers: of the range, near 0, about odd multiples of ln 2 / 2 (where n changes), the ends, and beyond."""
+    rng = np.random.default_rng(0)
+    halves = (np.arange(-1024, 1024) + 0.5) * np.log(2)
+    about = halves[:, None] + np.spacing(halves)[:, None] * np.arange(-8, 8)
+    ends = np.concatenate([end + np.arange(-200, 200) * np.spacing(end) * 2.0**28 for end in LAST_POWERS])
+    special = [0.0, -0.0, 5e-324, -5e-324, 1e-300, np.inf, -np.inf, np.nan, -np.nan, 1e308, -1e308, 710, -709, -746]
+    odd_nan = np.array([0xFFF8000000000001, 0x7FF8FFFFFFFFFFFF, 0xFFFFFFFFFFFFFFFF], np.uint64).view(np.float64)
+    tiny = rng.choice([-1, 1], 100_000) * np.exp(rng.uniform(-700, 0, 100_000))
+    found = np.concatenate([about.ravel(), ends, special, odd_nan, tiny, -rng.exponential(4, 300_000)])
+    return np.concatenate([found, rng.uniform(-709, 710, 2**20 - len(found))])
+
+
+def assert_exp_is_right(x, y):
+    with np.errstate(all="ignore"):
+        wanted = np.exp(x.astype(np.longdouble))
+    np.testing.assert_array_equal(np.isnan(y), np.isnan(x))
+    low, high = LAST_POWERS
+    assert (y[x < low - 1e-3] == 0).all()
+    assert (y[x > high + 1e-3] == np.inf).all()
+    inside = (low <= x) & (x <= high)
+    wrong = abs(y[inside].astype(np.longdouble) - wanted[inside]) / wanted[inside]
+    assert inside.sum() > 1_000_000
+    assert wrong.max() <= 0.7 * np.finfo(np.float64).eps
+    assert not ((y > 0) & (y < np.finfo(np.float64).tiny)).any()
+
+
+needs_longdouble = pytest.mark.skipif(np.finfo(np.longdouble).eps > 1e-18, reason="no wider numbers to compare with")
+
+
+@needs_longdouble
+def test_exp_of_doubles(launch):
+    x = doubles()
+    y = np.full(len(x), 7.0)
+    launch(EXP_OF_DOUBLES, "exps", [x, y, 64], grid=len(x) // 64 // 128, block=128)
+    assert_exp_is_right(x, y)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("0.5000000000000012", "0.5000000000000042"),
+        ("2.5024639266311035e-08", "2.0e-08"),
+        ("fma(n, -2.3190468138462996e-17,", "fma(n, -2.319e-15,"),
+        ("given >= 0xc086232bu", "given >= 0xc086242bu"),
+        ("static_cast<int>(given) >= 0x40862e42", "static_cast<int>(given) >= 0x40862e43"),
+        ("high = given > 0xfff00000u ? given : 0", "high = 0"),
+        ("high = given > 0x7ff00000u ? given : 0x7ff00000u", "high = 0x7ff00000u"),
+        ("(below || above ? 0 : static_cast<u32>(power))", "static_cast<u32>(power)"),
+        ("6755399441055744.0), n = shifted", "6755399441055745.0), n = shifted"),
+    ],
+)
+@needs_longdouble
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the emulation needs g++")
+def test_a_wrong_exp_of_doubles_is_noticed(old, new):
+    x = doubles()
+    y = np.full(len(x), 7.0)
+    simt.compile(simt.patch(DEVICE, old, new) + EXP_OF_DOUBLES, ["exps"], "plain").launch(
+        "exps", len(x) // 64 // 128, 128, [x, y, 64]
+    )
+    with pytest.raises(AssertionError):
+        assert_exp_is_right(x, y)
+
+
 def test_exp2_at_its_ends(launch):
     text = """
 extern "C" __global__ void ends(const float* x, float* y) { y[threadIdx.x] = exp2_fast(x[threadIdx.x]); }

@@ -174,6 +174,8 @@ inline float f16_float(u16 x) { return static_cast<float>(simt_bits<_Float16>(x)
 inline u16 f16_bits(float x) { return simt_bits<u16>(static_cast<_Float16>(x)); }
 inline u32 float_bits(float x) { return simt_bits<u32>(x); }
 inline float bits_float(u32 x) { return simt_bits<float>(x); }
+inline u64 double_bits(double x) { return simt_bits<u64>(x); }
+inline double bits_double(u64 x) { return simt_bits<double>(x); }
 
 inline int cluster_rank() { return simt::cluster_rank(); }
 inline void cluster_arrive(XE_HERE) { simt::cluster_arrive(true, line); }

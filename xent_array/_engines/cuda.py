@@ -35,7 +35,7 @@ VARIANTS = ("PLAIN", "SMOOTH", "SOFT", "GENERAL", "CAPPED", "CAPPED_GENERAL")  #
 OLDEST = 75  # compute capability 7.5
 
 TINY = 128  # bytes of a row: up to here a row is one thread's
-TINY_THREADS, COLUMN_THREADS, WARP_THREADS = 256, 128, 128
+TINY_THREADS, COLUMN_THREADS, WARP_THREADS = 128, 128, 128
 NEIGHBOURS = 8  # rows side by side that make one thread per row worth it: a sector of 32 bytes
 CACHE = 48 << 10  # bytes of shared memory that a block has on every chip without asking
 # Rows in lanes of a warp: bytes of the row, vectors per thread, lanes. The fewest threads that hold a row do the least
@@ -79,7 +79,7 @@ class Plan:
     def kernel(self, job: str) -> Kernel:
         ctype = DTYPES[self.dtype][0]
         if self.family == "T":
-            return _kernels.kernel("tiny.cu", "XE_TINY", "T", ctype, job, self.variant)
+            return _kernels.kernel("tiny.cu", "XE_TINY", "T", ctype, job, self.variant, self.classes, *self.bound)
         if self.family == "P":
             return _kernels.kernel("columns.cu", "XE_COLUMNS", "P", ctype, job, self.variant, self.shared > 0)
         parameters = (
@@ -104,7 +104,7 @@ class Plan:
             "B": f"{'a block holds' if alone else f'{self.cluster} blocks hold'} a row, {held}",
             "O": f"{'a block streams' if alone else f'{self.cluster} blocks stream'} a row, {held} at a time"
             " (a gradient reads the row again, from cache where it fits)",
-            "T": "a thread works on a row, in shared memory",
+            "T": "a thread holds a row, in registers",
             "P": "a thread works on a row, whose classes lie apart",
         }[self.family]
         shared = f", {self.shared:,} bytes of shared memory" if self.shared else ""
@@ -147,12 +147,11 @@ def plan(
         )  # fmt: skip
 
     size = classes * itemsize
-    if layout == "columns" or size <= TINY:  # whose kernels ask every class for its target
+    if layout == "columns" or (layout == "flat" and size <= TINY):  # whose kernels ask every class for its target
         variant = {"SMOOTH": "GENERAL", "SOFT": "GENERAL", "CAPPED": "CAPPED_GENERAL"}.get(variant, variant)
     if layout == "flat" and size <= TINY:
-        cache = _tile(TINY_THREADS * classes, itemsize)
-        return spread("T", 0, 1, TINY_THREADS, (TINY_THREADS, 2 if itemsize == 8 else 4), shared=cache)
-    if layout == "columns" or size <= TINY:
+        return spread("T", 0, 1, TINY_THREADS, (TINY_THREADS, _tiny_blocks(classes, itemsize, chip, variant)))
+    if layout == "columns":
         cache = COLUMN_THREADS * size
         return spread("P", 0, 1, COLUMN_THREADS, (COLUMN_THREADS, 4), shared=cache if cache <= CACHE else 0)
     vectors, most, blocks = _held(itemsize, variant, job)
@@ -195,7 +194,7 @@ def _clusters(size: int) -> tuple[int, ...]:
 def _held(itemsize: int, variant: str, job: str) -> tuple[int, int, int]:
     """(vectors that a thread holds of a row, most threads of a block, such blocks of an SM): that nothing spills."""
     if itemsize == 8:
-        return 4, 256, 2
+        return 8, 256, 2
     if variant in ("GENERAL", "CAPPED_GENERAL"):
         return 4, 256, 2
     if variant == "CAPPED":
@@ -203,9 +202,16 @@ def _held(itemsize: int, variant: str, job: str) -> tuple[int, int, int]:
     return 8, 384 if writes_grad(job) or variant == "SOFT" else 512, 2
 
 
-def _tile(count: int, itemsize: int) -> int:
-    """The bytes of `count` logits as tiny.cu places them: a free word (a free double) after every 128 bytes."""
-    return count * itemsize + count * itemsize // 128 * max(4, itemsize)
+def _tiny_blocks(classes: int, itemsize: int, chip: int, variant: str) -> int:
+    """How many blocks of tiny.cu a multiprocessor shall have: as its registers hold, by what is kept of each class.
+
+    Of more than 32 classes what is packed lies beside what is not.
+    """
+    words = max(4, itemsize) // 4
+    arrays, spare = {"PLAIN": (1, 36), "GENERAL": (2, 52), "CAPPED_GENERAL": (3, 56)}[variant]
+    spare += 16 * (words - 1) + (classes // 2 if classes > 32 else 0)
+    registers = -(-(spare + arrays * words * classes) // 8) * 8
+    return max(2, min(8 if chip < 80 else 12, 65536 // (TINY_THREADS * registers)))
 
 
 def _whole_warps(threads: int) -> int:
@@ -216,20 +222,27 @@ def _whole_warps(threads: int) -> int:
 SIZES = sorted(
     {int(base * step) // 16 * 16 for base in (1 << k for k in range(6, 22)) for step in (1, 1.25, 1.5, 1.75)}
 )
+# tiny.cu is compiled for each number of classes: these stand for all of them.
+FEW = (1, 2, 3, 10, 16, 21, 32, 64)
 LAYOUTS = ("flat", "rows", "columns")
 
 
 def catalogue(
     chip: int, variant: str, jobs: tuple[str, ...] = JOBS, even: tuple[bool, ...] = (True, False)
 ) -> Iterator[Kernel]:
-    """Every kernel that a plan can ask for on a chip, and the sums: what there is to compile."""
+    """Every kernel that a plan can ask for on a chip, and the sums: what there is to compile.
+
+    But of tiny.cu, which has one for every number of classes, those of FEW.
+    """
     seen: set[Kernel] = set()
     for dtype, (_, itemsize) in DTYPES.items():
         for job in jobs if variant == "PLAIN" else set(jobs) - {"LOG_SOFTMAX"}:
-            for size in SIZES:
+            for classes in {*(size // itemsize for size in SIZES), *FEW}:
                 for layout, evenly in itertools.product(LAYOUTS, even):
                     how: dict[str, Any] = {"layout": layout, "variant": variant, "job": job, "even": evenly}
-                    seen.add(plan(1, size // itemsize, dtype, chip, **how).kernel(job))
+                    found = plan(1, classes, dtype, chip, **how)
+                    if found.variant == variant and (found.family != "T" or classes in FEW):
+                        seen.add(found.kernel(job))
         if variant == "PLAIN":
             seen.add(sums_kernel(dtype))
     yield from sorted(seen, key=lambda kernel: kernel.name)
