@@ -83,8 +83,8 @@ template <int VARIANT, class A> struct Sum {
     }
     XE_DEVICE A add(A x, A a) {
         const A half = half_max - static_cast<A>(0.5) * x;  // max - x may be beyond the range of finite numbers
-        half_gap += VARIANT != SMOOTH && a == 0 ? 0 : a * half;  // 0·inf counts 0
-        if (VARIANT != SMOOTH) mass += a;
+        half_gap += a == 0 ? 0 : a * half;  // 0·inf counts 0
+        mass += a;
         return add(x);
     }
 };
@@ -173,7 +173,9 @@ template <class T, int VARIANT, int K, int STEP, bool EVEN> struct Held {
         if (with_edge) {
 #pragma unroll
             for (int e = 0; e < EDGES; ++e) {
-                if (edge[e] >= 0) add(sum, cap, at_edge[e], by_class(VARIANT) ? row.beside_label(edge[e]) : row.each);
+                if (edge[e] < 0) continue;
+                add(sum, cap, at_edge[e], by_class(VARIANT) ? row.beside_label(edge[e]) : 0);
+                if (VARIANT == SMOOTH) sum.half_gap += row.each * (sum.half_max - static_cast<A>(0.5) * at_edge[e]);
             }
         }
 #pragma unroll
@@ -181,7 +183,8 @@ template <class T, int VARIANT, int K, int STEP, bool EVEN> struct Held {
             if (VARIANT != PLAIN && !has(j)) continue;
             A x[SIZE], a[SIZE];
             V::unpack(v[j], x);
-            if (every_class(VARIANT)) shares(j, a);
+            if (by_class(VARIANT)) shares(j, a);
+            if (VARIANT == SMOOTH) sum.half_gap += row.each * V::half_below(sum.half_max, x);
 #pragma unroll
             for (int i = 0; i < SIZE; ++i) {
                 const A keep = add(sum, cap, x[i], a[i]);
@@ -196,7 +199,7 @@ template <class T, int VARIANT, int K, int STEP, bool EVEN> struct Held {
     }
     XE_DEVICE A add(Sum<VARIANT, A>& sum, const Cap<A>& cap, A x, A a) const {
         const Capped<A> c = capped(cap, x);
-        const A e = every_class(VARIANT) ? sum.add(c.x, a) : sum.add(c.x);
+        const A e = by_class(VARIANT) ? sum.add(c.x, a) : sum.add(c.x);
         return has_softcap(VARIANT) ? e * c.slope : e;
     }
 
@@ -269,6 +272,7 @@ template <class T, int VARIANT, int K, int STEP, bool EVEN> struct Held {
             const A value = e * (answer.share * answer.scale * factor);
             return has_softcap(VARIANT) && !KEEP ? value * c.slope : value;
         }
+        if (VARIANT == SMOOTH) return e * (answer.share * answer.scale * factor) - a * answer.scale;
         const A value = e * (answer.share * factor) - a;
         return answer.scale * (has_softcap(VARIANT) ? value * c.slope : value);
     }
