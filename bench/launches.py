@@ -90,8 +90,11 @@ def problems(chip: int) -> list[Launches]:
     found: dict[Any, tuple[Any, ...]] = {}
     for variant in cuda.VARIANTS:
         for dtype, (_, itemsize) in cuda.DTYPES.items():
-            for size, layout, even in itertools.product(cuda.SIZES, cuda.LAYOUTS, (True, False)):
-                case = _smaller(Launches(0, 1, size // itemsize, dtype, variant, layout, even, chip))
+            several = cuda.meeting_every_plan(itemsize)
+            for classes, layout, even in itertools.product(several, cuda.LAYOUTS, (True, False)):
+                case = _smaller(Launches(0, 1, classes, dtype, variant, layout, even, chip))
+                if not cuda.is_named(case.plan("LOSS")):
+                    continue
                 ways = tuple(case.plan(job).kernel(job).name for job in ("LOSS", "LOSS_AND_GRAD", "STATS_AND_GRAD"))
                 found.setdefault((ways, layout), case)
             if variant in ("PLAIN", "GENERAL"):

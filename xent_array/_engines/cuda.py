@@ -237,15 +237,25 @@ def catalogue(
     seen: set[Kernel] = set()
     for dtype, (_, itemsize) in DTYPES.items():
         for job in jobs if variant == "PLAIN" else set(jobs) - {"LOG_SOFTMAX"}:
-            for classes in {*(size // itemsize for size in SIZES), *FEW}:
+            for classes in meeting_every_plan(itemsize):
                 for layout, evenly in itertools.product(LAYOUTS, even):
                     how: dict[str, Any] = {"layout": layout, "variant": variant, "job": job, "even": evenly}
                     found = plan(1, classes, dtype, chip, **how)
-                    if found.variant == variant and (found.family != "T" or classes in FEW):
+                    if found.variant == variant and is_named(found):
                         seen.add(found.kernel(job))
         if variant == "PLAIN":
             seen.add(sums_kernel(dtype))
     yield from sorted(seen, key=lambda kernel: kernel.name)
+
+
+def meeting_every_plan(itemsize: int) -> list[int]:
+    """How many classes."""
+    return sorted({*(size // itemsize for size in SIZES), *FEW})
+
+
+def is_named(plan: Plan) -> bool:
+    """Whether the catalogue has the kernels of a plan."""
+    return plan.family != "T" or plan.classes in FEW
 
 
 def writes_grad(job: str) -> bool:
