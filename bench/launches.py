@@ -31,7 +31,7 @@ from oracle import oracle  # noqa: E402
 from xent_array import _engines, _problem, cross_entropy, cross_entropy_grad, cross_entropy_value_and_grad, row_stats  # noqa: E402
 from xent_array._engines import cuda  # noqa: E402
 
-OUTS = ("new", "in place", "aligned otherwise")
+OUTS = ("in place", "new", "aligned otherwise")
 TARGETS = (None, "float32", "float64", "of logits", "bool")  # None: labels
 MANY_ROWS = cuda.SUM_ALONE + 300  # more than one block sums
 
@@ -75,7 +75,8 @@ class Launches(NamedTuple):
         )
 
     def plan(self, job: str) -> cuda.Plan:
-        how: dict[str, Any] = {"layout": self.layout, "variant": self.variant, "job": job, "even": self.even}
+        even = self.even or not (cuda.writes_grad(job) or self.variant in ("SOFT", "GENERAL", "CAPPED_GENERAL"))
+        how: dict[str, Any] = {"layout": self.layout, "variant": self.variant, "job": job, "even": even}
         return cuda.plan(self.rows, self.classes, self.dtype, self.chip, **how)
 
     def kernels(self) -> set[str]:
@@ -186,9 +187,9 @@ def arrays(case: Launches) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     return logits, target, options
 
 
-def placed(xp: Any, values: np.ndarray, layout: str, start: int) -> Any:
+def placed(xp: Any, values: np.ndarray, layout: str, start: int, even: bool = False) -> Any:
     """The values in memory of their own: `start` elements into it, and with room between rows where these lie apart."""
-    apart = 3 if layout == "rows" else 0
+    apart = 0 if layout != "rows" else 16 // values.dtype.itemsize if even else 3
     shape = (*values.shape[:-1], values.shape[-1] + apart)
     room = np.full(start + int(np.prod(shape)), 77, values.dtype)
     room[start:].reshape(shape)[..., : values.shape[-1]] = values
@@ -199,14 +200,14 @@ def check(case: Launches, where: Where) -> None:
     """All jobs of one problem."""
     xp, get = where.xp, where.get
     logits, target, options = arrays(case)
-    start = 0 if case.even else case.number % 2
+    start = 0 if case.even else 1  # off 16 bytes, where new arrays begin
     with np.errstate(all="ignore"):
         truth = oracle(logits, target, axis=1, grad_output=0.5, **options)
-    x = placed(xp, logits, case.layout, start)
-    if case.target is None or not case.even:
+    x = placed(xp, logits, case.layout, start, case.even)
+    if case.target is None:
         y = placed(xp, target, "rows" if case.number % 4 == 0 else "flat", case.number % 3)
     else:
-        y = placed(xp, target, case.layout, 0)
+        y = placed(xp, target, case.layout, 0 if case.even else 2, case.even)
     for name in ("weight", "sample_weight"):
         if name in options:
             options[name] = xp.asarray(options[name])

@@ -205,7 +205,8 @@ class Silent:
         to[...] = array
 
     def look(self, array: Any) -> tuple[int, Any]:
-        return array.ctypes.data, (array.shape, array.strides, array.dtype, array.ctypes.data % 16)
+        pointer = array.ctypes.data
+        return pointer, (array.shape, array.strides, array.dtype, array.flags.writeable, pointer % 16)
 
     def ready(self, *launch: Any, **options: Any) -> cuda.Run:
         def run(*arguments: Any) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import re
 from unittest import mock
 
 import numpy as np
@@ -39,7 +40,10 @@ class Emulated:
         library = simt.compile(self.kernel.text, [self.kernel.name])
         assert library.parameters(self.kernel.name) == [f"s{argument.itemsize}"]
         data = ctypes.string_at(CNumpyArray(argument).ptr, argument.itemsize)
-        library.launch(self.kernel.name, *grid, *block, [simt.Struct(data, {})], shared_bytes=shared_mem)
+        found = re.search(r"^XE_ROWS\((?:[^,]+, ){6}(\d)", self.kernel.line)  # in CUDA the compiled code says so
+        cluster = int(found[1]) if found else 1
+        argument = simt.Struct(data, {})
+        library.launch(self.kernel.name, *grid, *block, [argument], shared_bytes=shared_mem, cluster=cluster)
         Emulated.launches += 1
 
 

@@ -42,7 +42,7 @@ def test_a_goal_is_met_by_a_lean_kernel_and_missed_by_a_fat_one():
 
 
 def test_an_option_is_held_against_the_same_problem_without_it():
-    (goal,) = (goal for goal in GOALS if goal.words == "262144x1024:fp32+z" and goal.job == BOTH)
+    (goal,) = (goal for goal in GOALS if goal.words == "262144x1024:fp32+smoothing" and goal.job == BOTH)
     (line,) = model.predicted([goal], all_as(LEAN))
     (plain,) = model.predicted([goal._replace(problem=goal.problem._replace(options=()), bound=0.5)], all_as(LEAN))
     assert line.bound == pytest.approx(plain.value - model.PLAIN_MINUS)

@@ -152,8 +152,9 @@ def test_a_problem_is_what_the_engine_would_be_given(words, layout, options):
     assert rows.logits.dtype.itemsize == cuda.DTYPES[problem.dtype][1]
     assert rows.has_labels
     assert {name: getattr(rows, name) for name in options} == options
-    asked = {"layout": layout, "variant": cuda._variant(rows, cuda._target(rows)[0])}
-    assert problem.plan("LOSS") == cuda.plan(problem.rows, problem.classes, problem.dtype, problem.chip, **asked)
+    for job in cuda.JOBS:
+        asked = {"layout": layout, "variant": cuda._variant(rows, cuda._target(rows)[0]), "job": job}
+        assert problem.plan(job) == cuda.plan(problem.rows, problem.classes, problem.dtype, problem.chip, **asked)
     assert problem.more == 0
 
 

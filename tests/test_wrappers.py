@@ -128,10 +128,11 @@ extern "C" __global__ void shuffles(int* i, u64* l, float* f, double* d, float* 
         array = np.zeros((5, 32), kind)
         array[0] = rng.integers(1, 1 << 20, 32) * (kind(3) if kind is not np.uint64 else kind(1 << 40))
         arrays.append(array)
-    wide, says = np.zeros((2, 32), np.float32), np.zeros((2, 32), np.uint32)
+    wide, says = np.zeros((2, 32), np.float32), np.zeros((3, 32), np.uint32)
     launch(text, "shuffles", [*arrays, wide, says])
     for array in arrays:
         np.testing.assert_array_equal(array[1:], array[0][np.stack(places)])
+    np.testing.assert_array_equal(says[2], 3 + lane % 8)  # of 40, and of it further up
     f = arrays[2][0]
     np.testing.assert_array_equal(wide[0], np.repeat(f.reshape(4, 8).max(1), 8))
     np.testing.assert_allclose(wide[1], np.repeat(f.reshape(2, 16).sum(1), 16), rtol=1e-6)
