@@ -58,24 +58,33 @@ template <class T> struct Problem {
     bool* correct;                                   // one per row, of labels; null: not wanted
 };
 
-// Without a branch for each type: at most one of the loads is done. What UINT64 holds beyond INT64 is negative: no class.
-XE_DEVICE i64 label_at(const void* target, i64 at, i64 kind) {
+// Of N rows, STEP elements apart. Without a branch for each type: at most one of the loads is done. What UINT64 holds
+// beyond INT64 is negative: no class.
+template <int N> XE_DEVICE void labels_at(const void* target, i64 at, i64 step, i64 kind, i64 (&named)[N]) {
     const int which = static_cast<int>(kind) - INT8;  // pairs of a signed and an unsigned type, each twice as wide
     const bool is_signed = which % 2 == 0;
+#define XE_EACH_LABEL(type, expression)                                     \
+    _Pragma("unroll") for (int n = 0; n < N; ++n) {                         \
+        const type bits = static_cast<const type*>(target)[at + n * step];  \
+        named[n] = expression;                                              \
+    }
     if (which < 2) {
-        const int bits = static_cast<const unsigned char*>(target)[at];
-        return is_signed ? static_cast<signed char>(bits) : bits;
+        XE_EACH_LABEL(unsigned char, is_signed ? static_cast<i64>(static_cast<signed char>(bits)) : bits)
+    } else if (which < 4) {
+        XE_EACH_LABEL(u16, is_signed ? static_cast<i64>(static_cast<short>(bits)) : bits)
+    } else if (which < 6) {
+        XE_EACH_LABEL(u32, is_signed ? static_cast<i64>(static_cast<int>(bits)) : static_cast<i64>(bits))
+    } else {
+        XE_EACH_LABEL(i64, bits)
     }
-    if (which < 4) {
-        const int bits = static_cast<const u16*>(target)[at];
-        return is_signed ? static_cast<short>(bits) : bits;
-    }
-    if (which < 6) {
-        const u32 bits = static_cast<const u32*>(target)[at];
-        return is_signed ? static_cast<i64>(static_cast<int>(bits)) : static_cast<i64>(bits);
-    }
-    return static_cast<const i64*>(target)[at];
+#undef XE_EACH_LABEL
 }
+XE_DEVICE i64 label_at(const void* target, i64 at, i64 kind) {
+    i64 named[1];
+    labels_at(target, at, 0, kind, named);
+    return named[0];
+}
+XE_DEVICE bool is_label(i64 kind) { return INT8 <= kind && kind <= UINT64; }
 
 // What is known of a row before its logits are. Class k has the share a_k = w_k (keep·q_k + each) of the target, and the
 // label's class `on_label` beside.
@@ -95,41 +104,38 @@ template <class T, int VARIANT> struct Row {
     const A* w;
     A keep;
 
+    Row() = default;
     // EVEN: r is all there is to say of a row's place.
     template <bool EVEN = false> XE_DEVICE static Row at(const Problem<T>& p, i64 r) {
         const bool split = !EVEN && p.inner != 1;
         return Row(p, r, split ? r / p.inner : r, split ? r % p.inner : 0);
     }
-    XE_DEVICE Row(const Problem<T>& p, i64 r, i64 o, i64 i) {
+    XE_DEVICE Row(const Problem<T>& p, i64 r, i64 o, i64 i)
+        : Row(p, is_label(p.kind) ? label_at(p.target, o * p.target_outer + i * p.target_inner, p.kind) : 0,
+              p.sample_weight ? p.sample_weight[r] : 1, p.upstream ? p.upstream[r * p.upstream_step] : p.scale) {
         x = p.logits + (o * p.logits_outer + i * p.logits_inner);
         g = p.grad + (o * p.grad_outer + i * p.grad_inner);
-        kind = p.kind;
-        has_target = kind != NONE;
-        label = -1, bad = false, on_label = each = 0;
-        factor = p.sample_weight ? p.sample_weight[r] : 1;
-        scale = p.upstream ? p.upstream[r * p.upstream_step] : p.scale;
-        const i64 at = o * p.target_outer + i * p.target_inner;
-        const bool is_label = INT8 <= kind && kind <= UINT64;
-        w = p.weight;
-        if (is_label) {
-            const i64 named = label_at(p.target, at, kind);
-            const bool ignored = p.ignores && named == p.ignore_index;
-            if (ignored) factor = 0;
-            if (0 <= named && named < p.classes) label = static_cast<int>(named);
-            else if (factor != 0) factor = not_a_number<A>();
-            bad = label < 0 && !ignored;
-            if (label >= 0) on_label = every_class(VARIANT) ? p.keep : 1;
-            if (w && on_label != 0) on_label *= w[label];
-        }
-        scale = factor == 0 ? 0 : factor * scale;
-        if (every_class(VARIANT) && (is_label ? label >= 0 : has_target)) {
-            each = p.each;
-        }
         if (!by_class(VARIANT)) return;
-        keep = has_target && !is_label ? p.keep : 0;
+        keep = kind >= OF_LOGITS ? p.keep : 0;
         target_class = p.target_class;
+        const i64 at = o * p.target_outer + i * p.target_inner;
         q = kind == OF_FLOAT32 ? static_cast<const void*>(static_cast<const float*>(p.target) + at)
                                : static_cast<const void*>(static_cast<const T*>(p.target) + at);
+    }
+    // All but where it lies, of what has been read for it.
+    XE_DEVICE Row(const Problem<T>& p, i64 named, A weight, A upstream) {
+        kind = p.kind;
+        has_target = kind != NONE;
+        const bool named_one = is_label(kind), ignored = named_one && p.ignores && named == p.ignore_index;
+        const bool found = named_one && static_cast<u64>(named) < static_cast<u64>(p.classes);
+        label = found ? static_cast<int>(named) : -1;
+        bad = named_one && !found && !ignored;
+        factor = ignored ? 0 : bad && weight != 0 ? not_a_number<A>() : weight;
+        scale = factor == 0 ? 0 : factor * upstream;
+        on_label = !found ? 0 : every_class(VARIANT) ? p.keep : 1;
+        w = p.weight;
+        if (w && on_label != 0) on_label *= w[label];
+        each = every_class(VARIANT) && (found || kind >= OF_LOGITS) ? p.each : 0;
     }
 
     // Class k's share of the weighted, smoothed target.

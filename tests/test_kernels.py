@@ -46,9 +46,12 @@ DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bf
 FAMILIES = {
     "T": (301, 28, 90, "flat", {"family": "T"}),
     "T widest": (260, 128, 90, "flat", {"family": "T"}),
-    "P few classes": (300, 40, 90, "apart", {"family": "P"}),
-    "P cached": (80, 90, 90, "columns", {"family": "P"}),
-    "P": (66, 2510, 90, "columns", {"family": "P", "shared": 0}),
+    "P apart": (300, 40, 90, "apart", {"family": "P", "lanes": 1, "width": 1}),
+    "P": (536, 24, 90, "columns", {"family": "P", "lanes": 1, "width": 4}),
+    "P 24 classes": (140, 80, 90, "columns", {"family": "P"}),
+    "P 8 warps": (136, 160, 90, "columns", {"family": "P", "lanes": 8, "width": 4}),
+    "P 8 warps unaligned": (70, 380, 90, "columns", {"family": "P", "lanes": 8, "width": 1}),
+    "P stream": (68, 2510, 90, "columns", {"family": "P", "stream": True}),
     "W 8 lanes": (19, 240, 90, "apart", {"family": "W", "lanes": 8}),
     "W 16 lanes": (9, 500, 90, "apart", {"family": "W", "lanes": 16}),
     "W 32 lanes": (5, 1000, 90, "apart", {"family": "W", "lanes": 32}),
@@ -97,7 +100,8 @@ def problem(family, dtype, variant, seed=0):
     if "CAPPED" in variant:
         options["softcap"] = 5.0
     layout = {"columns": "columns", "apart": "rows", "flat": "flat"}[layout]
-    chosen = cuda.plan(rows, classes, dtype, chip, layout=layout, variant=variant)
+    width = cuda._width(logits) if layout == "columns" else 1
+    chosen = cuda.plan(rows, classes, dtype, chip, layout=layout, variant=variant, width=width)
     return logits, target, options, chip, chosen, wanted
 
 

@@ -16,6 +16,7 @@ problems = st.fixed_dictionaries(
         "chip": st.sampled_from(CHIPS),
         "layout": st.sampled_from(["flat", "rows", "columns"]),
         "variant": st.sampled_from(cuda.VARIANTS),
+        "width": st.sampled_from([1, 2, 4]),
     }
 )
 
@@ -28,7 +29,11 @@ def test_every_logit_of_every_row_has_a_thread(problem):
     if p.family in "WB":
         threads = p.lanes or p.threads * p.cluster
         assert threads * p.vectors * 16 >= p.classes * size  # however the row is cut, its vectors have room
-        assert threads >= 16 // size - 1  # and every element of head and tail a thread of its own
+    if p.family == "P":
+        assert p.stream or p.lanes * p.vectors >= p.classes
+        assert p.width <= (problem["width"] if problem["layout"] == "columns" else 1)
+        assert p.width * size <= 16
+        assert p.threads // 32 % p.lanes == 0  # whole tiles
 
 
 @given(problems)
@@ -68,8 +73,19 @@ def test_the_catalogue_has_every_kernel_of_a_random_plan(chip, variant):
     rng = np.random.default_rng(chip)
     for _ in range(300):
         dtype, layout = rng.choice(list(cuda.DTYPES)), rng.choice(["flat", "rows", "columns"])
-        classes, job = int(2 ** rng.uniform(0, 22)), rng.choice(cuda.JOBS[:-1])
-        assert cuda.plan(1, classes, str(dtype), chip, layout=str(layout), variant=variant).kernel(str(job)) in known
+        classes, job, width = int(2 ** rng.uniform(0, 22)), str(rng.choice(cuda.JOBS[:-1])), int(rng.choice([1, 2, 4]))
+        options = {"layout": str(layout), "variant": variant, "writes": cuda.writes_grad(job), "width": width}
+        assert cuda.plan(1, classes, str(dtype), chip, **options).kernel(job) in known
+
+
+@given(problems)
+def test_what_may_be_read_at_once_changes_no_sum(problem):
+    """Which classes a thread adds up, in which order, and how threads share a row."""
+    wide, narrow = (cuda.plan(**{**problem, "width": width}) for width in (4, 1))
+    assert (wide.family, wide.lanes, wide.cluster, wide.stream) == (
+        narrow.family, narrow.lanes, narrow.cluster, narrow.stream,
+    )  # fmt: skip
+    assert wide.vectors == narrow.vectors or not wide.stream
 
 
 def test_rows_of_a_vocabulary_are_read_once_where_there_are_clusters():

@@ -29,12 +29,19 @@ LABELS = {"int8": 1, "uint8": 2, "int16": 3, "uint16": 4, "int32": 5, "uint32": 
 OF_LOGITS, OF_FLOAT32 = 9, 10  # these and LABELS: enum Target in problem.cuh
 JOBS = ("LOSS_AND_GRAD", "LOSS", "STATS", "GRAD", "STATS_AND_GRAD", "LOG_SOFTMAX")  # enum Job
 VARIANTS = ("PLAIN", "SMOOTH", "GENERAL", "CAPPED", "CAPPED_GENERAL")  # enum Variant
+BY_CLASS = ("GENERAL", "CAPPED_GENERAL")  # a class may have a share of its own of the target
 OLDEST = 75  # compute capability 7.5
 
 TINY = 128  # bytes of a row: up to here a row is one thread's
-TINY_THREADS, COLUMN_THREADS, WARP_THREADS = 256, 128, 128
-NEIGHBOURS = 8  # rows side by side that make one thread per row worth it: a sector of 32 bytes
-CACHE = 48 << 10  # bytes of shared memory that a block has on every chip without asking
+TINY_THREADS, WARP_THREADS = 256, 128
+NEIGHBOURS = 8  # rows side by side that make it worth reading them so: a sector of 32 bytes
+# Classes apart: warps that share a row, classes held by a thread, bytes of an access, launch bounds. 16 warps of up to
+# 24 accesses of 8 bytes under way are more than an SM needs; more classes are shared by more warps.
+COLUMNS = (
+    (1, 4, 16, (128, 5)), (1, 12, 8, (128, 4)), (1, 24, 8, (128, 4)),
+    (8, 4, 16, (256, 3)), (8, 12, 8, (256, 2)), (8, 24, 8, (256, 2)),
+)  # fmt: skip
+STREAMED = (16, 8, 4, (512, 2))  # still more: 64 KB under way, and what 1000 classes take for a gradient stays in L2
 # Rows in lanes of a warp: bytes of the row, vectors per thread, lanes. The fewest threads that hold a row do the least
 # that is not per logit.
 WARP_ROWS = ((64, 1, 4), (128, 2, 4), (256, 4, 4), (512, 8, 4), (1024, 8, 8), (2048, 8, 16), (4096, 8, 32))
@@ -50,14 +57,14 @@ SUM_THREADS, SUM_BLOCKS, SUM_ALONE = 512, 128, 8192  # up to 8192 rows one block
 class Plan:
     """How the rows of one problem are spread over the device."""
 
-    family: str  # W, B, O: lanes, a block, a block again and again; T, P: a thread
+    family: str  # W, B, O: lanes, a block, a block again and again; T: a thread; P: warps, each many rows
     rows: int
     classes: int
     dtype: str
     chip: int
     variant: str
-    vectors: int  # of 16 bytes, held by a thread
-    lanes: int  # that share a row; 0: the block, or the cluster
+    vectors: int  # of 16 bytes, held by a thread; in P classes, of each of its rows
+    lanes: int  # that share a row; 0: the block, or the cluster; in P one of each warp
     cluster: int  # blocks that share a row
     stream: bool  # whether the row is read in several pieces, and once more for a gradient
     threads: int
@@ -66,15 +73,17 @@ class Plan:
     even: bool  # whether rows are evenly spaced, and what has a number per class is aligned like the logits
     bound: tuple[int, int]  # __launch_bounds__
     shared: int = 0  # dynamic shared memory, bytes
+    width: int = 1  # neighbouring rows that one access moves
 
     def kernel(self, job: str) -> Kernel:
         ctype = DTYPES[self.dtype][0]
         if self.family == "T":
             return _kernels.kernel("tiny.cu", "XE_TINY", "T", ctype, job, self.variant)
         if self.family == "P":
-            return _kernels.kernel("columns.cu", "XE_COLUMNS", "P", ctype, job, self.variant, self.shared > 0)
-        parameters = ctype, job, self.variant, self.vectors, self.lanes, self.cluster, self.stream, self.even, *self.bound
-        return _kernels.kernel("rows.cu", "XE_ROWS", self.family, *parameters)
+            held = self.width, self.vectors, self.lanes, self.stream
+            return _kernels.kernel("columns.cu", "XE_COLUMNS", "P", ctype, job, self.variant, *held, *self.bound)
+        how = self.vectors, self.lanes, self.cluster, self.stream, self.even
+        return _kernels.kernel("rows.cu", "XE_ROWS", self.family, ctype, job, self.variant, *how, *self.bound)
 
     def words(self) -> str:
         """Who works on a row, and what is launched."""
@@ -86,8 +95,11 @@ class Plan:
             "O": f"{'a block streams' if alone else f'{self.cluster} blocks stream'} a row, {held} at a time"
             " (a gradient reads the row again, from cache where it fits)",
             "T": "a thread works on a row, in shared memory",
-            "P": "a thread works on a row, whose classes lie apart",
+            "P": f"a thread of each of {self.lanes} warps" if self.lanes > 1 else "a thread",
         }[self.family]
+        if self.family == "P":
+            who += f" {'streams' if self.stream else 'holds'} {self.width} neighbouring rows, {self.vectors} classes"
+            who += " at a time (a gradient reads them again)" if self.stream else ""
         shared = f", {self.shared:,} bytes of shared memory" if self.shared else ""
         return f"  {self.family}: {who}\n  {self.blocks:,} blocks of {self.threads} threads{shared}"
 
@@ -135,7 +147,7 @@ def explain(shape: str) -> str:
 @lru_cache(maxsize=1024)
 def plan(
     rows: int, classes: int, dtype: str, chip: int = 90, *,
-    layout: str = "flat", variant: str = "PLAIN", writes: bool = True, even: bool = True,
+    layout: str = "flat", variant: str = "PLAIN", writes: bool = True, even: bool = True, width: int = 4,
 ) -> Plan:  # fmt: skip
     """The plan for N = `rows` rows of C = `classes` logits.
 
@@ -146,17 +158,18 @@ def plan(
     layout: "flat" where rows and classes lie side by side, "rows" where classes do, "columns" where they do not.
     writes: whether the job writes as many numbers as it reads: a gradient, a softmax.
     even: whether rows are evenly spaced, and what is written or read beside the logits is aligned as they are.
+    width: how many neighbouring rows one access may move, where classes lie apart; it changes no sum.
     """
     itemsize = DTYPES[dtype][1]
 
     def spread(
         family: str, vectors: int, lanes: int, threads: int, bound: tuple[int, int],
-        cluster: int = 1, stream: bool = False, shared: int = 0,
+        cluster: int = 1, stream: bool = False, shared: int = 0, width: int = 1,
     ) -> Plan:  # fmt: skip
-        per_block = threads // lanes if lanes else 1
+        per_block = threads // lanes * width if lanes else 1
         return Plan(
             family, rows, classes, dtype, chip, variant, vectors, lanes, cluster, stream, threads,
-            -(-rows // per_block) * cluster, per_block, even, bound, shared,
+            -(-rows // per_block) * cluster, per_block, even, bound, shared, width,
         )  # fmt: skip
 
     size = classes * itemsize
@@ -164,8 +177,9 @@ def plan(
         cache = _tile(TINY_THREADS * classes, itemsize)
         return spread("T", 0, 1, TINY_THREADS, (TINY_THREADS, 2 if itemsize == 8 else 4), shared=cache)
     if layout == "columns" or size <= TINY:
-        cache = COLUMN_THREADS * size
-        return spread("P", 0, 1, COLUMN_THREADS, (COLUMN_THREADS, 4), shared=cache if cache <= CACHE else 0)
+        side_by_side = width if layout == "columns" else 1
+        warps, held, width, bound, stream = _columns(classes, itemsize, variant, side_by_side)
+        return spread("P", held, warps, bound[0], bound, stream=stream, width=width)
     most, bound = _block(itemsize, chip, variant)
     for limit, vectors, lanes in WARP_ROWS:
         while vectors > most and lanes < 32:
@@ -193,6 +207,23 @@ def _clusters(size: int, chip: int) -> tuple[int, ...]:
     return tuple(sorted((usual, usual // 2), key=lambda cluster: (idle(cluster), cluster != usual))) + (8,)
 
 
+def _columns(classes: int, itemsize: int, variant: str, width: int) -> tuple[int, int, int, tuple[int, int], bool]:
+    """(warps, classes per thread, rows per access, launch bounds, streamed or not) where classes lie apart."""
+    by_class = variant in BY_CLASS
+    most, widest = (12, 2) if by_class else (24, 4)  # what registers hold without spilling
+    for warps, held, access, bound in COLUMNS:
+        wide = min(widest, max(1, access // itemsize))
+        if held > most or classes > warps * held:
+            continue
+        if wide <= width:
+            return warps, held, wide, bound, False
+        if held == most:  # one kernel for all that must be read row by row
+            return warps, held, 1, bound, False
+    warps, held, access, bound = STREAMED
+    wide = max(1, access // itemsize)
+    return warps, held if variant == "PLAIN" else held // 2, wide if wide <= width else 1, bound, True
+
+
 def _block(itemsize: int, chip: int, variant: str) -> tuple[int, tuple[int, int]]:
     """(vectors per thread, launch bounds) of a row held by a block: the most that registers hold without spilling."""
     if itemsize == 8:
@@ -216,7 +247,15 @@ def _whole_warps(threads: int) -> int:
 
 
 # Bytes of a row that between them meet every plan.
-SIZES = (64, *(limit for limit, _, _ in WARP_ROWS), *(m << k for k in range(12, 21) for m in (2, 3)), 100_514)
+SIZES = (
+    8,
+    24,
+    40,
+    64,
+    *(limit for limit, _, _ in WARP_ROWS),
+    *(m << k for k in range(12, 21) for m in (2, 3)),
+    100_514,
+)
 LAYOUTS = ("flat", "rows", "columns")
 
 
@@ -226,10 +265,10 @@ def catalogue(chip: int, variant: str, jobs: tuple[str, ...] = JOBS) -> Iterator
     for dtype, (_, itemsize) in DTYPES.items():
         for job in jobs if variant == "PLAIN" else set(jobs) - {"LOG_SOFTMAX"}:
             for size in SIZES:
-                for layout, even in itertools.product(LAYOUTS, (True, False)):
+                for layout, even, width in itertools.product(LAYOUTS, (True, False), (1, 4)):
                     found = plan(
                         1, size // itemsize, dtype, chip,
-                        layout=layout, variant=variant, writes=writes_grad(job), even=even,
+                        layout=layout, variant=variant, writes=writes_grad(job), even=even, width=width,
                     )  # fmt: skip
                     seen.add(found.kernel(job))
         if variant == "PLAIN":
@@ -244,9 +283,12 @@ def writes_grad(job: str) -> bool:
 
 @lru_cache(maxsize=1024)
 def _chosen(
-    job: str, rows: int, classes: int, dtype: str, chip: int, layout: str, variant: str, even: bool
+    job: str, rows: int, classes: int, dtype: str, chip: int, layout: str, variant: str, even: bool, width: int
 ) -> tuple[Plan, Kernel]:
-    chosen = plan(rows, classes, dtype, chip, layout=layout, variant=variant, writes=writes_grad(job), even=even)
+    chosen = plan(
+        rows, classes, dtype, chip,
+        layout=layout, variant=variant, writes=writes_grad(job), even=even, width=width,
+    )  # fmt: skip
     return chosen, chosen.kernel(job)
 
 
@@ -415,7 +457,8 @@ class Cuda:
             kind, target = _target(rows)
             chip = self.launcher.chip(logits)
             variant, even = _variant(rows), _is_even(rows, logits, grad, target)
-            chosen, kernel = _chosen(job, outer * inner, classes, dtype, chip, layout, variant, even)
+            width = _width(logits, grad) if layout == "columns" else 1
+            chosen, kernel = _chosen(job, outer * inner, classes, dtype, chip, layout, variant, even, width)
             acc = np.float64 if dtype == "float64" else np.float32
             max_, rest, gap, mass, correct = (None,) * 5 if stats is None else stats
             arguments = (
@@ -558,7 +601,7 @@ def _is_even(rows: Rows, logits: Array, grad: Array | None, target: Any) -> bool
         wide = target.dtype.itemsize // itemsize  # of float32 beside 16-bit logits, twice as many bytes
         if (_address(target) - place * wide) % 16 or (target.strides[0] - step * wide) % 16:
             return False
-    if rows.weight is not None and _variant(rows) in ("GENERAL", "CAPPED_GENERAL"):  # the same for every row
+    if rows.weight is not None and _variant(rows) in BY_CLASS:  # the same for every row
         return place % 16 == 0 and step % 16 == 0
     return True
 
@@ -597,6 +640,19 @@ def _layout(array: Array) -> str | None:
         return "flat" if side_by_side else "rows"
     together = by_inner == 1 and inner >= NEIGHBOURS
     return "columns" if together or classes * itemsize <= TINY else None
+
+
+def _width(*arrays: Array | None) -> int:
+    """How many neighbouring rows one access may move, of all arrays: 1, 2 or 4."""
+    bits = 4
+    for array in arrays:
+        if array is None:
+            continue
+        by_outer, by_class, by_inner = _steps(array)
+        if by_inner != 1:
+            return 1
+        bits |= array.shape[2] | by_outer | by_class | _address(array) // array.dtype.itemsize
+    return bits & -bits
 
 
 def _dense(xp: Any, array: Any) -> Any:
