@@ -33,7 +33,7 @@ template <class T, int VEC> struct Few {
             const uint4 v = ld16(from);
             w[0] = v.x, w[1] = v.y, w[2] = v.z, w[3] = v.w;
         } else if constexpr (BYTES == 8) {
-            const uint2 v = *reinterpret_cast<const uint2*>(from);
+            const uint2 v = ld8(from);
             w[0] = v.x, w[1] = v.y;
         } else if constexpr (BYTES == 4) {
             w[0] = *reinterpret_cast<const u32*>(from);
@@ -43,7 +43,7 @@ template <class T, int VEC> struct Few {
     }
     XE_DEVICE void store(T* to) const {
         if constexpr (BYTES == 16) st16(to, make_uint4(w[0], w[1], w[2], w[3]));
-        else if constexpr (BYTES == 8) *reinterpret_cast<uint2*>(to) = make_uint2(w[0], w[1]);
+        else if constexpr (BYTES == 8) st8(to, make_uint2(w[0], w[1]));
         else if constexpr (BYTES == 4) *reinterpret_cast<u32*>(to) = w[0];
         else *reinterpret_cast<u16*>(to) = static_cast<u16>(w[0]);
     }
@@ -152,22 +152,22 @@ template <class A, int JOB, int VARIANT> struct Part {
 };
 
 // What a thread must know of a row to write its gradient (or log-softmax): entries are e^{x - max}·coef - a·scale, but
-// for the label's class, and for the maximum where that cancels (`top`; NaN: nowhere).
+// for the label's class; and of targets by class for the maximum, where that may cancel (`top`; NaN: nowhere).
 template <class A, int JOB, int VARIANT> struct Rule {
     static constexpr int SILENT = -2, EXACT = -3;  // instead of a label: all zeros; each entry by `Answer::grad`
     A max, coef;                          // LOG_SOFTMAX: coef is the tail
     A at_label;                           // by class: the label's own share
-    A each, top, at_top;                  // SMOOTH: each·scale
-    A scale, mass, more, lost;            // by class
+    A each;                               // SMOOTH: each·scale
+    A top, scale, mass, more, lost;       // by class
     int label;
 
-    static constexpr int NUMBERS = JOB == LOG_SOFTMAX ? 2 : by_class(VARIANT) ? 8 : every_class(VARIANT) ? 6 : 3;
+    static constexpr int NUMBERS = JOB == LOG_SOFTMAX ? 2 : by_class(VARIANT) ? 8 : every_class(VARIANT) ? 4 : 3;
     template <class F> XE_DEVICE void numbers(F f) {
         f(0, max), f(1, coef);
         if (JOB == LOG_SOFTMAX) return;
         f(2, at_label);
         if (by_class(VARIANT)) f(3, top), f(4, scale), f(5, mass), f(6, more), f(7, lost);
-        else if (every_class(VARIANT)) f(3, top), f(4, each), f(5, at_top);
+        else if (every_class(VARIANT)) f(3, each);
     }
 
     template <class T> XE_DEVICE void follow(const Row<T, VARIANT>& row, const Answer<T, VARIANT>& answer, Capped<A> at) {
@@ -177,20 +177,17 @@ template <class A, int JOB, int VARIANT> struct Rule {
             return;
         }
         const bool silent = row.scale == 0;
-        const A scale_ = silent ? 0 : answer.scale;
         coef = silent ? 0 : answer.share * answer.scale * Powers<A>(max).correction;
         if (silent) max = 0, label = SILENT;
         else if (!answer.products_are_finite()) label = EXACT;
-        if (by_class(VARIANT)) at_label = row.on_label;
-        else at_label = answer.grad(at.x, row.each + row.on_label, at.slope);
-        if (!every_class(VARIANT)) return;
-        top = answer.confident && !silent ? max : not_a_number<A>();
         if (by_class(VARIANT)) {
-            scale = scale_, mass = answer.stats.mass, more = answer.more;
+            at_label = row.on_label;
+            top = answer.confident && !silent ? max : not_a_number<A>();
+            scale = answer.scale, mass = answer.stats.mass, more = answer.more;
             lost = answer.coef * (answer.stats.rest * answer.p_max);
         } else {
-            each = row.each * scale_;
-            at_top = answer.grad(max, row.each);
+            at_label = answer.grad(at.x, row.each + row.on_label, at.slope);
+            if (VARIANT == SMOOTH) each = row.each * answer.scale;
         }
     }
 };
@@ -314,6 +311,7 @@ template <class T, int JOB, int VARIANT, int VEC, int K, int WARPS> struct Held 
     XE_DEVICE void store(T* g, i64 step, const Cap<A>& cap, const Shares<T, VARIANT>& shares,
                          const Rule<A, JOB, VARIANT> (&rules)[VEC]) {
         typedef Rule<A, JOB, VARIANT> R;
+        T* to = g + first * step;
 #pragma unroll
         for (int c = 0; c < VEC; ++c) {
             if (JOB == LOG_SOFTMAX || rules[c].label != R::SILENT) continue;
@@ -340,11 +338,11 @@ template <class T, int JOB, int VARIANT, int VEC, int K, int WARPS> struct Held 
                     continue;
                 }
                 y[c] = VARIANT == SMOOTH ? e * rule.coef - rule.each : e * rule.coef * at.slope;
-                if (VARIANT == SMOOTH && at.x == rule.top) y[c] = rule.at_top;
                 if (k == rule.label) y[c] = rule.at_label;
             }
             few.pack(y);
-            few.store(g + k * step);
+            few.store(to);
+            to += WARPS * step;
         });
     }
 };

@@ -41,7 +41,9 @@ COLUMNS = (
     (1, 4, 16, (128, 5)), (1, 12, 8, (128, 4)), (1, 24, 8, (128, 4)),
     (8, 4, 16, (256, 3)), (8, 12, 8, (256, 2)), (8, 24, 8, (256, 2)),
 )  # fmt: skip
-STREAMED = (16, 8, 4, (512, 2))  # still more: 64 KB under way, and what 1000 classes take for a gradient stays in L2
+# Still more are streamed: classes of the row, and as above. 64 KB are under way on an SM; what up to 1024 classes take of
+# memory for a gradient is in L2 when it is read again, where two blocks are on each SM.
+STREAMED = ((1024, 16, 8, 4, (512, 2)), (1 << 31, 16, 16, 4, (512, 1)))
 # Rows in lanes of a warp: bytes of the row, vectors per thread, lanes. The fewest threads that hold a row do the least
 # that is not per logit.
 WARP_ROWS = ((64, 1, 4), (128, 2, 4), (256, 4, 4), (512, 8, 4), (1024, 8, 8), (2048, 8, 16), (4096, 8, 32))
@@ -219,7 +221,7 @@ def _columns(classes: int, itemsize: int, variant: str, width: int) -> tuple[int
             return warps, held, wide, bound, False
         if held == most:  # one kernel for all that must be read row by row
             return warps, held, 1, bound, False
-    warps, held, access, bound = STREAMED
+    warps, held, access, bound = next(line[1:] for line in STREAMED if classes <= line[0])
     wide = max(1, access // itemsize)
     return warps, held if variant == "PLAIN" else held // 2, wide if wide <= width else 1, bound, True
 
