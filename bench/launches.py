@@ -79,8 +79,9 @@ def problems(chip: int) -> list[Launches]:
     for variant in cuda.VARIANTS:
         for dtype, (_, itemsize) in cuda.DTYPES.items():
             for size in cuda.SIZES:
-                for layout in cuda.LAYOUTS:
-                    plan = _smaller(cuda.plan(1, size // itemsize, dtype, chip, layout=layout, variant=variant), layout)
+                for layout, width in (("flat", 1), ("rows", 1), ("columns", 1), ("columns", 4)):
+                    plan = cuda.plan(1, size // itemsize, dtype, chip, layout=layout, variant=variant, width=width)
+                    plan = _smaller(plan, layout, width)
                     found.setdefault((plan.kernel("LOSS").name, layout), (plan, layout))
             if variant != "CAPPED":
                 many = cuda.plan(MANY_ROWS, 3, dtype, chip, variant=variant)
@@ -88,13 +89,13 @@ def problems(chip: int) -> list[Launches]:
     return [Launches(number, *case) for number, case in enumerate(found.values())]
 
 
-def _smaller(plan: cuda.Plan, layout: str) -> cuda.Plan:
+def _smaller(plan: cuda.Plan, layout: str, width: int) -> cuda.Plan:
     """Few rows, that do not fill the last block; and an odd number of classes, so that there are heads and tails."""
 
     def like(rows: int, classes: int) -> cuda.Plan:
-        return cuda.plan(rows, classes, plan.dtype, plan.chip, layout=layout, variant=plan.variant)
+        return cuda.plan(rows, classes, plan.dtype, plan.chip, layout=layout, variant=plan.variant, width=width)
 
-    rows = 2 if plan.rows_per_block == 1 else plan.rows_per_block + 2
+    rows = 2 if plan.rows_per_block == 1 else plan.rows_per_block + 2 * plan.width
     fewer = like(rows, max(1, plan.classes - 1))
     return fewer if fewer.kernel("LOSS") == plan.kernel("LOSS") else like(rows, plan.classes)
 
@@ -178,7 +179,7 @@ def check(case: Launches, where: Where) -> None:
     """All jobs of one problem."""
     xp, get = where.xp, where.get
     logits, target, options = arrays(case)
-    start = case.number % 2
+    start = case.number % 2 * case.plan.width  # where neighbouring rows still are read at once
     with np.errstate(all="ignore"):
         truth = oracle(logits, target, axis=1, grad_output=0.5, **options)
     x = placed(xp, logits, case.layout, start)
@@ -216,7 +217,7 @@ def check(case: Launches, where: Where) -> None:
             np.testing.assert_array_equal(get(found.correct), correct)
     out = None
     if case.out == "aligned otherwise":
-        out = placed(xp, np.zeros_like(logits), case.layout, 1 - start)
+        out = placed(xp, np.zeros_like(logits), case.layout, case.plan.width - start)
     elif case.out == "in place":
         out = x
     loss, grad = cross_entropy_value_and_grad(x, y, out=out, **options)

@@ -16,8 +16,9 @@
  *          Parts are merged in the order of the warps, of a stream from first to last. See stats.cuh.
  * Aliasing grad may be the logits: an element is read and written by one thread, and x[label] before the barrier that
  *          all of a tile's threads pass before they write.
- * Tried    on an H200: rows one thread each, 8 classes at a time: limited by instructions. All of a row's numbers in
- *          each of its warps: 16-bit logits again. Now one thread says what the others of its row must know.
+ * Tried    On an H200: a row in one thread, 8 classes at a time: limited by instructions. All that follows of a row
+ *          worked out in each of its warps: limits 16-bit logits; now one thread does, and puts it on a board.
+ *          Not tried: a cluster over the classes. Rows streamed from L2 reach nine tenths of a copy in rows.cu.
  */
 
 #include "stats.cuh"
@@ -118,7 +119,7 @@ template <class A, int JOB, int VARIANT> struct Part {
     A max = -infinity<A>(), rest = -1, half_gap = 0, mass = 0, raw = -infinity<A>();
     int first = 0;
 
-    XE_DEVICE void merge(const Part& other) {  // whose classes come later, or lie between
+    XE_DEVICE void merge(const Part& other) {
         if (writes_stats(JOB)) {
             const A mine = RAW ? raw : max, its = RAW ? other.raw : other.max;
             first = mine == its ? min(first, other.first) : mine > its ? first : other.first;
@@ -199,14 +200,14 @@ template <class T, int VARIANT> struct Shares {
     A each, keep;
     const T* q;
     const float* wide;
-    i64 by_class_, by_row;
+    i64 class_step, row_step;
     XE_DEVICE Shares(const Problem<T>& p, i64 o, i64 i) {
         const bool given = p.kind >= OF_LOGITS;
         const i64 at = o * p.target_outer + i * p.target_inner;
         w = p.weight, each = p.kind != NONE ? p.each : 0, keep = given ? p.keep : 0;
         q = p.kind == OF_LOGITS ? static_cast<const T*>(p.target) + at : nullptr;
         wide = p.kind == OF_FLOAT32 ? static_cast<const float*>(p.target) + at : nullptr;
-        by_class_ = p.target_class, by_row = p.target_inner;
+        class_step = p.target_class, row_step = p.target_inner;
     }
     template <int VEC> XE_DEVICE void of(int k, A (&a)[VEC]) const {
 #pragma unroll
@@ -214,10 +215,10 @@ template <class T, int VARIANT> struct Shares {
         if (!by_class(VARIANT)) return;
         if (q) {
 #pragma unroll
-            for (int c = 0; c < VEC; ++c) a[c] += keep * to_acc(q[k * by_class_ + c * by_row]);
+            for (int c = 0; c < VEC; ++c) a[c] += keep * to_acc(q[k * class_step + c * row_step]);
         } else if (wide) {
 #pragma unroll
-            for (int c = 0; c < VEC; ++c) a[c] += keep * wide[k * by_class_ + c * by_row];
+            for (int c = 0; c < VEC; ++c) a[c] += keep * wide[k * class_step + c * row_step];
         }
         if (!w) return;
         const A of_class = w[k];  // inf or NaN counts only where something meets it
@@ -230,9 +231,9 @@ template <class T, int VARIANT> struct Shares {
 template <class T, int JOB, int VARIANT, int VEC, int K, int WARPS> struct Held {
     typedef typename Acc<T>::type A;
     typedef Part<A, JOB, VARIANT> P;
-    static constexpr int TOGETHER = K % 4 || K == 4 ? 2 : 4;  // asked at once whether any of them is there
+    static constexpr int TOGETHER = K > 4 ? 4 : 2;  // asked at once whether any of them is there
     const T* x;          // of class 0
-    i64 by_class_;
+    i64 class_step;
     int first, classes;  // the class of v[0], and how many the row has: of lanes without rows none
     Few<T, VEC> v[K];
 
@@ -242,8 +243,8 @@ template <class T, int JOB, int VARIANT, int VEC, int K, int WARPS> struct Held 
     }
 
     XE_DEVICE void load() {
-        const T* from = x + first * by_class_;
-        const i64 step = WARPS * by_class_;
+        const T* from = x + first * class_step;
+        const i64 step = WARPS * class_step;
 #pragma unroll
         for (int j = 0; j < K; ++j) {
             if (j * WARPS < left()) v[j].load(from);
@@ -265,12 +266,12 @@ template <class T, int JOB, int VARIANT, int VEC, int K, int WARPS> struct Held 
     }
 
     XE_DEVICE void part(const Cap<A>& cap, const Shares<T, VARIANT>& shares, P (&parts)[VEC]) {
-        A raw[VEC], max[VEC], factor[VEC], offset[VEC], correction[VEC], rest[VEC], ties[VEC], half_gap[VEC], mass[VEC];
+        A raw[VEC], top[VEC], rest[VEC], ties[VEC], half_gap[VEC], mass[VEC];
         int at[VEC];
         largest_of(v, raw);
 #pragma unroll
         for (int c = 0; c < VEC; ++c) {
-            max[c] = has_softcap(VARIANT) && left() > 0 ? cap.of(raw[c]).x : raw[c];
+            top[c] = has_softcap(VARIANT) && left() > 0 ? cap.of(raw[c]).x : raw[c];
             rest[c] = ties[c] = half_gap[c] = mass[c] = 0, at[c] = classes;
         }
         each_class<VARIANT != PLAIN || writes_stats(JOB)>([&](int k, const Few<T, VEC>& few) {
@@ -280,32 +281,31 @@ template <class T, int JOB, int VARIANT, int VEC, int K, int WARPS> struct Held 
 #pragma unroll
             for (int c = 0; c < VEC; ++c) {
                 if (writes_stats(JOB)) at[c] = x[c] == raw[c] ? min(at[c], k) : at[c];
-                const A value = capped(cap, x[c]).x, e = Powers<A>(max[c]).of(value);
-                if (value == max[c]) ties[c] += 1;
+                const A value = capped(cap, x[c]).x, e = Powers<A>(top[c]).of(value);
+                if (value == top[c]) ties[c] += 1;
                 else rest[c] += e;
                 const A half = static_cast<A>(0.5) * value;
                 if (VARIANT == SMOOTH) half_gap[c] -= shares.each * half;
                 if (!by_class(VARIANT)) continue;
                 // max - x may be beyond the range of finite numbers; 0·inf counts 0, and so does inf - inf
-                half_gap[c] += a[c] == 0 || value == max[c] ? 0 : a[c] * (static_cast<A>(0.5) * max[c] - half);
+                half_gap[c] += a[c] == 0 || value == top[c] ? 0 : a[c] * (static_cast<A>(0.5) * top[c] - half);
                 mass[c] += a[c];
             }
         });
 #pragma unroll
         for (int c = 0; c < VEC; ++c) {
-            const Powers<A> powers(max[c]);
-            const bool any = max[c] > -infinity<A>();
-            parts[c].max = max[c], parts[c].raw = raw[c], parts[c].first = at[c];
+            const Powers<A> powers(top[c]);
+            const bool any = top[c] > -infinity<A>();
+            parts[c].max = top[c], parts[c].raw = raw[c], parts[c].first = at[c];
             parts[c].rest = rest[c] * powers.correction + ((any ? ties[c] : 0) - 1);
             if (VARIANT == SMOOTH) {
-                const int held = min(max_int(left() + WARPS - 1, 0) / WARPS, K);
+                const int held = min(max(left() + WARPS - 1, 0) / WARPS, K);
                 mass[c] = shares.each * static_cast<A>(held);
-                half_gap[c] = shares.each == 0 ? 0 : half_gap[c] + (any ? static_cast<A>(0.5) * max[c] * mass[c] : 0);
+                half_gap[c] = shares.each == 0 ? 0 : half_gap[c] + (any ? static_cast<A>(0.5) * top[c] * mass[c] : 0);
             }
             parts[c].half_gap = half_gap[c], parts[c].mass = mass[c];
         }
     }
-    static XE_DEVICE int max_int(int a, int b) { return a > b ? a : b; }
 
     // Writes the gradient (or log-softmax) of what is held to g, of class 0.
     XE_DEVICE void store(T* g, i64 step, const Cap<A>& cap, const Shares<T, VARIANT>& shares,
@@ -347,22 +347,22 @@ template <class T, int JOB, int VARIANT, int VEC, int K, int WARPS> struct Held 
     }
 };
 
-template <class T, int JOB, int VARIANT, int VEC, int K, int WARPS, bool STREAM>
+template <class T, int JOB, int VARIANT, int VEC, int K, int WARPS, bool STREAM, int THREADS>
 XE_DEVICE void xent_columns(const Problem<T>& p) {
     typedef typename Acc<T>::type A;
     typedef Held<T, JOB, VARIANT, VEC, K, WARPS> H;
     typedef Part<A, JOB, VARIANT> P;
     typedef Rule<A, JOB, VARIANT> R;
     constexpr bool READS_STATS = JOB == GRAD, WRITES = writes_grad(JOB), ALONE = WARPS == 1;
-    constexpr int ROWS = 32 * VEC, TILES = ALONE ? 4 : 1;
+    constexpr int ROWS = 32 * VEC, TILES = THREADS / 32 / WARPS;
     XE_SHARED(A, parts, ALONE || READS_STATS ? 1 : WARPS * P::NUMBERS * ROWS);
     XE_SHARED(int, firsts, !ALONE && writes_stats(JOB) ? WARPS * ROWS : 1);
     XE_SHARED(A, board, ALONE || !WRITES ? 1 : R::NUMBERS * ROWS);
     XE_SHARED(int, labels, ALONE || !WRITES ? 1 : ROWS);
     XE_SHARED(A, known, WRITES ? TILES * 3 * ROWS : 1);  // max, rest, mass: where entries are to be exact
 
-    const int lane = threadIdx.x % 32, warp = ALONE ? 0 : threadIdx.x / 32, tile = ALONE ? threadIdx.x / 32 : 0;
-    const i64 mine = ((static_cast<i64>(blockIdx.x) * (ALONE ? blockDim.x / 32 : 1) + tile) * 32 + lane) * VEC;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % WARPS, tile = threadIdx.x / 32 / WARPS;
+    const i64 mine = ((static_cast<i64>(blockIdx.x) * TILES + tile) * 32 + lane) * VEC;
     const bool exists = mine < p.rows;
     if (ALONE && !exists) return;
     const i64 r = exists ? mine : 0;
@@ -370,7 +370,7 @@ XE_DEVICE void xent_columns(const Problem<T>& p) {
     const Cap<A> cap(p.softcap);
     const Shares<T, VARIANT> shares(p, o, i);
     H held;
-    held.x = p.logits + (o * p.logits_outer + i * p.logits_inner), held.by_class_ = p.logits_class;
+    held.x = p.logits + (o * p.logits_outer + i * p.logits_inner), held.class_step = p.logits_class;
     held.first = warp, held.classes = exists ? static_cast<int>(p.classes) : 0;
     const int pieces = held.left() > 0 ? (held.left() - 1) / (WARPS * K) + 1 : 0;
     if (!STREAM) held.load();
@@ -520,7 +520,7 @@ XE_DEVICE void xent_columns(const Problem<T>& p) {
     }
 }
 
-#define XE_COLUMNS(name, T, JOB, VARIANT, VEC, K, WARPS, STREAM, THREADS, BLOCKS)                 \
-    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) name(XE_PARAMETERS(T)) {        \
-        xent_columns<T, JOB, VARIANT, VEC, K, WARPS, STREAM>(Problem<T>{XE_ARGUMENTS});           \
+#define XE_COLUMNS(name, T, JOB, VARIANT, VEC, K, WARPS, STREAM, THREADS, BLOCKS)                      \
+    extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) name(XE_PARAMETERS(T)) {             \
+        xent_columns<T, JOB, VARIANT, VEC, K, WARPS, STREAM, THREADS>(Problem<T>{XE_ARGUMENTS});       \
     }

@@ -974,7 +974,7 @@ BUGS = {
     "P: the maximum is in rest": ("columns.cu", "(any ? ties[c] : 0) - 1", "(any ? ties[c] : 0)", "P", "PLAIN"),
     "P: the maximum is added and taken out": (
         "columns.cu",
-        "if (value == max[c]) ties[c] += 1;",
+        "if (value == top[c]) ties[c] += 1;",
         "if (false) ties[c] += 1;",
         "P confident",
         "PLAIN",
