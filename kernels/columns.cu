@@ -88,7 +88,7 @@ template <class T, int VEC> struct Few {
 };
 
 // The largest of some of them, row by row.
-template <class T, int VEC, int K> XE_DEVICE void largest_of(const Few<T, VEC> (&v)[K], typename Acc<T>::type (&m)[VEC]) {
+template <class T, int VEC, int K, class A> XE_DEVICE void largest_of(const Few<T, VEC> (&v)[K], A (&m)[VEC]) {
     if constexpr (sizeof(T) == 2 && VEC > 1) {
         Few<T, VEC> most = v[0];
 #pragma unroll
@@ -98,13 +98,13 @@ template <class T, int VEC, int K> XE_DEVICE void largest_of(const Few<T, VEC> (
         }
         most.unpack(m);
 #pragma unroll
-        for (int c = 0; c < VEC; ++c) m[c] = max_acc(m[c], -infinity<float>());  // NaN of nothing but NaN
+        for (int c = 0; c < VEC; ++c) m[c] = max_acc(m[c], -infinity<A>());  // NaN of nothing but NaN
     } else {
 #pragma unroll
-        for (int c = 0; c < VEC; ++c) m[c] = -infinity<typename Acc<T>::type>();
+        for (int c = 0; c < VEC; ++c) m[c] = -infinity<A>();
 #pragma unroll
         for (int j = 0; j < K; ++j) {
-            typename Acc<T>::type x[VEC];
+            A x[VEC];
             v[j].unpack(x);
 #pragma unroll
             for (int c = 0; c < VEC; ++c) m[c] = max_acc(m[c], x[c]);
@@ -112,8 +112,8 @@ template <class T, int VEC, int K> XE_DEVICE void largest_of(const Few<T, VEC> (
     }
 }
 
-// Some classes of a row: rest leaves out the (first) maximum, -1 is a part without classes; of a target that every class
-// has a share of, half the gap and the mass; for `correct` the largest logit before softcap, and the first class of it.
+// Some classes of a row: rest leaves out the (first) maximum, -1 is a part without classes; of a target that every
+// class has a share of, half the gap and the mass; for `correct` the largest logit before softcap, and its first class.
 template <class A, int JOB, int VARIANT> struct Part {
     static constexpr bool RAW = writes_stats(JOB) && has_softcap(VARIANT);
     A max = -infinity<A>(), rest = -1, half_gap = 0, mass = 0, raw = -infinity<A>();
@@ -171,7 +171,8 @@ template <class A, int JOB, int VARIANT> struct Rule {
         else if (every_class(VARIANT)) f(3, each);
     }
 
-    template <class T> XE_DEVICE void follow(const Row<T, VARIANT>& row, const Answer<T, VARIANT>& answer, Capped<A> at) {
+    template <class T>
+    XE_DEVICE void follow(const Row<T, VARIANT>& row, const Answer<T, VARIANT>& answer, Capped<A> at) {
         label = row.label, max = answer.stats.max;
         if (JOB == LOG_SOFTMAX) {
             coef = answer.tail;
@@ -334,7 +335,8 @@ template <class T, int JOB, int VARIANT, int VEC, int K, int WARPS> struct Held 
                 if (by_class(VARIANT)) {
                     const A mine = rule.label == R::SILENT ? 0 : a[c] + (k == rule.label ? rule.at_label : 0);
                     const A kept = (rule.mass - mine) + rule.more;  // coef - a would lose `more`
-                    y[c] = (at.x == rule.top ? rule.scale * (kept - rule.lost) : e * rule.coef - rule.scale * mine) * at.slope;
+                    y[c] = at.x == rule.top ? rule.scale * (kept - rule.lost) : e * rule.coef - rule.scale * mine;
+                    y[c] *= at.slope;
                     continue;
                 }
                 y[c] = VARIANT == SMOOTH ? e * rule.coef - rule.each : e * rule.coef * at.slope;

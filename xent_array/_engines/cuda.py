@@ -41,8 +41,8 @@ COLUMNS = (
     (1, 4, 16, (128, 5)), (1, 12, 8, (128, 4)), (1, 24, 8, (128, 4)),
     (8, 4, 16, (256, 3)), (8, 12, 8, (256, 2)), (8, 24, 8, (256, 2)),
 )  # fmt: skip
-# Still more are streamed: classes of the row, and as above. 64 KB are under way on an SM; what up to 1024 classes take of
-# memory for a gradient is in L2 when it is read again, where two blocks are on each SM.
+# Still more are streamed: classes of the row, and as above. Two blocks of up to 1024 classes on each SM, or one of 2048,
+# find in L2 what they read again for a gradient; beyond, memory is read twice.
 STREAMED = ((1024, 16, 8, 4, (512, 2)), (1 << 31, 16, 16, 4, (512, 1)))
 # Rows in lanes of a warp: bytes of the row, vectors per thread, lanes. The fewest threads that hold a row do the least
 # that is not per logit.
