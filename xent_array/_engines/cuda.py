@@ -41,8 +41,8 @@ COLUMNS = (
     (1, 4, 16, (128, 5)), (1, 12, 8, (128, 4)), (1, 24, 8, (128, 4)),
     (8, 4, 16, (256, 3)), (8, 12, 8, (256, 2)), (8, 24, 8, (256, 2)),
 )  # fmt: skip
-# Still more are streamed: classes of the row, and as above. Two blocks of up to 1024 classes on each SM, or one of 2048,
-# find in L2 what they read again for a gradient; beyond, memory is read twice.
+# Still more are streamed: classes of the row, and as above. Two blocks of up to 1024 classes on each SM, or one of
+# 2048, find in L2 what they read again for a gradient; beyond, memory is read twice.
 STREAMED = ((1024, 16, 8, 4, (512, 2)), (1 << 31, 16, 16, 4, (512, 1)))
 # Rows in lanes of a warp: bytes of the row, vectors per thread, lanes. The fewest threads that hold a row do the least
 # that is not per logit.
@@ -180,7 +180,7 @@ def plan(
         return spread("T", 0, 1, TINY_THREADS, (TINY_THREADS, 2 if itemsize == 8 else 4), shared=cache)
     if layout == "columns" or size <= TINY:
         side_by_side = width if layout == "columns" else 1
-        warps, held, width, bound, stream = _columns(classes, itemsize, variant, side_by_side)
+        warps, held, width, bound, stream = _columns(classes, itemsize, chip, variant, side_by_side)
         return spread("P", held, warps, bound[0], bound, stream=stream, width=width)
     most, bound = _block(itemsize, chip, variant)
     for limit, vectors, lanes in WARP_ROWS:
@@ -209,19 +209,24 @@ def _clusters(size: int, chip: int) -> tuple[int, ...]:
     return tuple(sorted((usual, usual // 2), key=lambda cluster: (idle(cluster), cluster != usual))) + (8,)
 
 
-def _columns(classes: int, itemsize: int, variant: str, width: int) -> tuple[int, int, int, tuple[int, int], bool]:
+def _columns(
+    classes: int, itemsize: int, chip: int, variant: str, width: int
+) -> tuple[int, int, int, tuple[int, int], bool]:
     """(warps, classes per thread, rows per access, launch bounds, streamed or not) where classes lie apart."""
     by_class = variant in BY_CLASS
-    most, widest = (12, 2) if by_class else (24, 4)  # what registers hold without spilling
+    # What registers hold without spilling.
+    most = 12 if by_class or (itemsize == 2 and chip < 80) else 24
+    widest = min(2 if by_class else 4, (8 if by_class else 16) // itemsize)
+    streamed = STREAMED[by_class or itemsize == 8 :]
     for warps, held, access, bound in COLUMNS:
-        wide = min(widest, max(1, access // itemsize))
+        wide = min(widest, access // itemsize)
         if held > most or classes > warps * held:
             continue
         if wide <= width:
             return warps, held, wide, bound, False
         if held == most:  # one kernel for all that must be read row by row
             return warps, held, 1, bound, False
-    warps, held, access, bound = next(line[1:] for line in STREAMED if classes <= line[0])
+    warps, held, access, bound = next(line[1:] for line in streamed if classes <= line[0])
     wide = max(1, access // itemsize)
     return warps, held if variant == "PLAIN" else held // 2, wide if wide <= width else 1, bound, True
 
