@@ -101,7 +101,7 @@ class Plan:
         }[self.family]
         if self.family == "P":
             who += f" {'streams' if self.stream else 'holds'} {self.width} neighbouring rows, {self.vectors} classes"
-            who += " at a time (a gradient reads them again)" if self.stream else ""
+            who += " at a time (a gradient reads them again)" if self.stream else " at most"
         shared = f", {self.shared:,} bytes of shared memory" if self.shared else ""
         return f"  {self.family}: {who}\n  {self.blocks:,} blocks of {self.threads} threads{shared}"
 
