@@ -241,7 +241,7 @@ def check(case: Launches, where: Where) -> None:
             np.testing.assert_array_equal(get(found.correct), correct)
     out = None
     if case.out == "aligned otherwise":
-        out = placed(xp, np.zeros_like(logits), case.layout, 1 - start)
+        out = placed(xp, np.zeros_like(logits), case.layout, case.plan.width - start)
     elif case.out == "in place":
         out = x
     loss, grad = cross_entropy_value_and_grad(x, y, out=out, **options)

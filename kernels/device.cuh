@@ -6,8 +6,8 @@
 //
 // The emulation asks this of every kernel (and a GPU does not mind): blockDim.x is a multiple of 32 and the only
 // dimension of a block; shuffles and votes are executed by whole warps; data passes between lanes by shuffle, or
-// through memory with a barrier between; no thread returns before a barrier that others reach; 16-byte accesses
-// go through ld16/st16; shared memory is declared by XE_SHARED and XE_DYN.
+// through memory with a barrier between; no thread returns before a barrier that others reach; 8- and 16-byte accesses
+// of words go through ld8/st8 and ld16/st16; shared memory is declared by XE_SHARED and XE_DYN.
 
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -26,6 +26,8 @@ struct bf16 { u16 bits; };
 
 // Memory. `_once`: touched by nobody afterwards, so evict it first. `_l2`: past this SM's L1, for what other
 // blocks wrote in this launch. The plain forms take shared memory too; the others are for global memory.
+XE_DEVICE uint2 ld8(const void* p) { return *reinterpret_cast<const uint2*>(p); }
+XE_DEVICE void st8(void* p, uint2 v) { *reinterpret_cast<uint2*>(p) = v; }
 XE_DEVICE uint4 ld16(const void* p) { return *reinterpret_cast<const uint4*>(p); }
 XE_DEVICE uint4 ld16_once(const void* p) { return __ldcs(reinterpret_cast<const uint4*>(p)); }
 XE_DEVICE void st16(void* p, uint4 v) { *reinterpret_cast<uint4*>(p) = v; }

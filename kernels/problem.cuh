@@ -56,21 +56,32 @@ template <class T> XE_DEVICE const Problem<T>& open(const Problem<T>& p) {
     return p;
 }
 
-// The most usual type first. What UINT64 holds beyond INT64 is negative: no class.
-XE_DEVICE i64 label_at(const void* target, i64 at, int kind) {
+// The labels of N rows, `step` elements apart; the most usual type first. What UINT64 holds beyond INT64 is negative: no
+// class.
+template <int N> XE_DEVICE void labels_at(const void* target, i64 at, i64 step, int kind, i64 (&named)[N]) {
     const bool is_signed = kind % 2 == INT8 % 2;
-    if (kind >= INT64) return static_cast<const i64*>(target)[at];
-    if (kind >= INT32) {
-        const u32 bits = static_cast<const u32*>(target)[at];
-        return is_signed ? static_cast<i64>(static_cast<int>(bits)) : static_cast<i64>(bits);
+#define XE_EACH_LABEL(type, expression)                                     \
+    _Pragma("unroll") for (int n = 0; n < N; ++n) {                         \
+        const type bits = static_cast<const type*>(target)[at + n * step];  \
+        named[n] = expression;                                              \
     }
-    if (kind >= INT16) {
-        const int bits = static_cast<const u16*>(target)[at];
-        return is_signed ? static_cast<short>(bits) : bits;
+    if (kind >= INT64) {
+        XE_EACH_LABEL(i64, bits)
+    } else if (kind >= INT32) {
+        XE_EACH_LABEL(u32, is_signed ? static_cast<i64>(static_cast<int>(bits)) : static_cast<i64>(bits))
+    } else if (kind >= INT16) {
+        XE_EACH_LABEL(u16, is_signed ? static_cast<i64>(static_cast<short>(bits)) : bits)
+    } else {
+        XE_EACH_LABEL(unsigned char, is_signed ? static_cast<i64>(static_cast<signed char>(bits)) : bits)
     }
-    const int bits = static_cast<const unsigned char*>(target)[at];
-    return is_signed ? static_cast<signed char>(bits) : bits;
+#undef XE_EACH_LABEL
 }
+XE_DEVICE i64 label_at(const void* target, i64 at, int kind) {
+    i64 named[1];
+    labels_at(target, at, 0, kind, named);
+    return named[0];
+}
+XE_DEVICE bool is_label(int kind) { return INT8 <= kind && kind <= UINT64; }
 
 // What is known of a row before its logits are. Class k has the share a_k = w_k (keep·q_k + each) of the target, and the
 // label's class `on_label` beside. (SMOOTH: where no class is named, no share counts.)
@@ -91,36 +102,37 @@ template <class T, int VARIANT> struct Row {
     const A* w;
     A keep;
 
+    Row() = default;
     XE_DEVICE Row(const Problem<T>& p, i64 r)
         : Row(p, r, p.inner == 1 ? r : r / p.inner, p.inner == 1 ? 0 : r % p.inner) {}
-    XE_DEVICE Row(const Problem<T>& p, i64 r, i64 o, i64 i) {
+    XE_DEVICE Row(const Problem<T>& p, i64 r, i64 o, i64 i)
+        : Row(p, is_label(kind_of(p)) ? label_at(p.target, o * p.target_outer + i * p.target_inner, kind_of(p)) : 0,
+              p.sample_weight ? p.sample_weight[r] : 1, p.upstream ? p.upstream[r * p.upstream_step] : p.scale) {
         x = p.logits + (o * p.logits_outer + i * p.logits_inner);
         g = p.grad + (o * p.grad_outer + i * p.grad_inner);
-        kind = VARIANT == SOFT ? OF_LOGITS : static_cast<int>(p.kind);
-        has_target = kind != NONE;
-        label = -1, bad = false, on_label = each = 0;
-        factor = p.sample_weight ? p.sample_weight[r] : 1;
-        scale = p.upstream ? p.upstream[r * p.upstream_step] : p.scale;
-        const i64 at = o * p.target_outer + i * p.target_inner;
-        const bool is_label = INT8 <= kind && kind <= UINT64;
-        w = VARIANT == SOFT ? nullptr : p.weight;
-        if (is_label) {
-            const i64 named = label_at(p.target, at, kind);
-            const bool ignored = static_cast<int>(p.ignores) && named == p.ignore_index;
-            label = static_cast<u64>(named) < static_cast<u64>(p.classes) ? static_cast<int>(named) : -1;
-            bad = label < 0 && !ignored;
-            factor = ignored ? 0 : bad && factor != 0 ? not_a_number<A>() : factor;
-            on_label = label < 0 ? 0 : every_class(VARIANT) ? p.keep : 1;
-            if (w && on_label != 0) on_label *= w[label];
-        }
-        scale = factor == 0 ? 0 : factor * scale;
-        each = VARIANT == SMOOTH || VARIANT == SOFT || (any_target(VARIANT) && (is_label ? label >= 0 : has_target)) ? p.each : 0;
         if (!by_class(VARIANT)) return;
-        keep = VARIANT == SOFT || (has_target && !is_label) ? p.keep : 0;
+        keep = kind >= OF_LOGITS ? p.keep : 0;
         target_class = p.target_class;
+        const i64 at = o * p.target_outer + i * p.target_inner;
         q = kind == OF_FLOAT32 ? static_cast<const void*>(static_cast<const float*>(p.target) + at)
                                : static_cast<const void*>(static_cast<const T*>(p.target) + at);
     }
+    // All but where it lies, of what has been read for it.
+    XE_DEVICE Row(const Problem<T>& p, i64 named, A weight, A upstream) {
+        kind = kind_of(p);
+        has_target = kind != NONE;
+        const bool named_one = is_label(kind), ignored = named_one && static_cast<int>(p.ignores) && named == p.ignore_index;
+        const bool found = named_one && static_cast<u64>(named) < static_cast<u64>(p.classes);
+        label = found ? static_cast<int>(named) : -1;
+        bad = named_one && !found && !ignored;
+        factor = ignored ? 0 : bad && weight != 0 ? not_a_number<A>() : weight;
+        scale = factor == 0 ? 0 : factor * upstream;
+        on_label = !found ? 0 : every_class(VARIANT) ? p.keep : 1;
+        w = VARIANT == SOFT ? nullptr : p.weight;
+        if (w && on_label != 0) on_label *= w[label];
+        each = VARIANT == SMOOTH || VARIANT == SOFT || (any_target(VARIANT) && (found || kind >= OF_LOGITS)) ? p.each : 0;
+    }
+    static XE_DEVICE int kind_of(const Problem<T>& p) { return VARIANT == SOFT ? OF_LOGITS : static_cast<int>(p.kind); }
 
     // Class k's share of the weighted, smoothed target.
     XE_DEVICE A a(int k) const { return k == label ? beside_label(k) + on_label : beside_label(k); }

@@ -15,6 +15,7 @@ CHIPS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 WRAPPERS = [
     ("st16(f, ld16(f + 4));", r"LDG\.E\.128", r"STG\.E\.128"),
     ("st16_once(f, ld16_once(f + 4));", r"LDG\.E\.EF\.128", r"STG\.E\.EF\.128"),
+    ("st8(f, ld8(f + 2));", r"LDG\.E\.64", r"STG\.E\.64"),
     ("st_once(f, ld_once(f + 1));", r"LDG\.E\.EF ", r"STG\.E\.EF "),
     ("st_once(s, static_cast<u16>(ld_once(s + 1) + 1));", r"LDG\.E\.EF\.U16", r"STG\.E\.EF\.U16"),
     ("st_once((f16*)s, ld_once((f16*)s + 1)); st_once((bf16*)s + 2, ld_once((bf16*)s + 3));", r"LDG\.E\.EF\.U16"),

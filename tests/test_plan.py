@@ -18,6 +18,7 @@ problems = st.fixed_dictionaries(
         "variant": st.sampled_from(cuda.VARIANTS),
         "job": st.sampled_from(cuda.JOBS[:-1]),
         "even": st.booleans(),
+        "width": st.sampled_from([1, 2, 4]),
     }
 )
 
@@ -29,6 +30,10 @@ def assert_it_covers(p):
     if p.family in "WB":
         threads = p.lanes or p.threads * p.cluster
         assert threads * p.vectors * 16 >= p.classes * size  # however the row is cut, its vectors have room
+    if p.family == "P":
+        assert p.stream or p.lanes * p.vectors >= p.classes
+        assert p.width * size <= 16
+        assert p.threads // 32 % p.lanes == 0  # whole tiles
 
 
 def assert_it_fits(p):
@@ -44,7 +49,9 @@ def assert_it_fits(p):
 
 @given(problems)
 def test_every_logit_of_every_row_has_a_thread(problem):
-    assert_it_covers(cuda.plan(**problem))
+    p = cuda.plan(**problem)
+    assert_it_covers(p)
+    assert p.width <= (problem["width"] if p.family == "P" else 1)
 
 
 @given(problems)
@@ -87,7 +94,7 @@ def test_the_catalogue_has_every_kernel_of_a_random_plan(chip):
         if p.family != "T" or classes in cuda.FEW:
             assert p.kernel(job) in known[p.variant]
             met.add((p.family, p.variant))
-    assert len(met) == 2 * 3 + 3 * len(cuda.VARIANTS)  # T and P have three of them
+    assert len(met) == 3 + 5 + 3 * len(cuda.VARIANTS)  # T has three of them, P all but SOFT
 
 
 def test_rows_of_few_classes_are_one_threads_and_compiled_for_their_number():
@@ -99,6 +106,16 @@ def test_rows_of_few_classes_are_one_threads_and_compiled_for_their_number():
             assert cuda.plan(1000, 128 // itemsize + 1, dtype, variant=variant).family == "W"
             assert cuda.plan(1000, 3, dtype, variant=variant, layout="rows").family == "W"
             assert cuda.plan(1000, 3, dtype, variant=variant, layout="columns").family == "P"
+
+
+@given(problems)
+def test_what_may_be_read_at_once_changes_no_sum(problem):
+    """Which classes a thread adds up, in which order, and how threads share a row."""
+    wide, narrow = (cuda.plan(**{**problem, "width": width}) for width in (4, 1))
+    assert (wide.family, wide.lanes, wide.cluster, wide.stream) == (
+        narrow.family, narrow.lanes, narrow.cluster, narrow.stream,
+    )  # fmt: skip
+    assert wide.vectors == narrow.vectors or not wide.stream
 
 
 def test_rows_of_a_vocabulary_are_read_once_where_there_are_clusters():

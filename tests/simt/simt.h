@@ -123,6 +123,14 @@ template <class To, class From> To simt_bits(From x) {
     T* const name = static_cast<T*>(simt::shared(&name##_key, sizeof(T) * (n), alignof(T)))
 #define XE_DYN(T, name) T* const name = static_cast<T*>(simt::dynamic())
 
+XE_RAW inline uint2 ld8(const void* p, XE_HERE) {
+    simt::access(p, 8, simt::READ, line);
+    return *static_cast<const uint2*>(p);
+}
+XE_RAW inline void st8(void* p, uint2 v, XE_HERE) {
+    simt::access(p, 8, simt::WRITE, line);
+    *static_cast<uint2*>(p) = v;
+}
 XE_RAW inline uint4 ld16(const void* p, XE_HERE) {
     simt::access(p, 16, simt::READ, line);
     return *static_cast<const uint4*>(p);

@@ -35,9 +35,17 @@ VARIANTS = ("PLAIN", "SMOOTH", "SOFT", "GENERAL", "CAPPED", "CAPPED_GENERAL")  #
 OLDEST = 75  # compute capability 7.5
 
 TINY = 128  # bytes of a row: up to here a row is one thread's
-TINY_THREADS, COLUMN_THREADS, WARP_THREADS = 128, 128, 128
-NEIGHBOURS = 8  # rows side by side that make one thread per row worth it: a sector of 32 bytes
-CACHE = 48 << 10  # bytes of shared memory that a block has on every chip without asking
+TINY_THREADS, WARP_THREADS = 128, 128
+NEIGHBOURS = 8  # rows side by side that make it worth reading them so: a sector of 32 bytes
+# Classes apart: warps that share a row, classes held by a thread, bytes of an access, launch bounds. 16 warps of up to
+# 24 accesses of 8 bytes under way are more than an SM needs; more classes are shared by more warps.
+COLUMNS = (
+    (1, 4, 16, (128, 5)), (1, 12, 8, (128, 4)), (1, 24, 8, (128, 4)),
+    (8, 4, 16, (256, 3)), (8, 12, 8, (256, 2)), (8, 24, 8, (256, 2)),
+)  # fmt: skip
+# Still more are streamed: classes of the row, and as above. Two blocks of up to 1024 classes on each SM, or one of
+# 2048, find in L2 what they read again for a gradient; beyond, memory is read twice.
+STREAMED = ((1024, 16, 8, 4, (512, 2)), (1 << 31, 16, 16, 4, (512, 1)))
 # Rows in lanes of a warp: bytes of the row, vectors per thread, lanes. The fewest threads that hold a row do the least
 # that is not per logit.
 WARP_ROWS = ((64, 1, 4), (128, 2, 4), (256, 4, 4), (512, 8, 4), (1024, 8, 8), (2048, 8, 16), (4096, 8, 32))
@@ -59,14 +67,14 @@ SUM_ALONE, COUNT_ALONE = 1 << 13, 1 << 16  # rows up to which one block is as fa
 class Plan:
     """How the rows of one problem are spread over the device."""
 
-    family: str  # W, B, O: lanes, a block, a block again and again; T, P: a thread
+    family: str  # W, B, O: lanes, a block, a block again and again; T: a thread; P: warps, each many rows
     rows: int
     classes: int
     dtype: str
     chip: int
     variant: str
-    vectors: int  # of 16 bytes, held by a thread
-    lanes: int  # that share a row; 0: the block, or the cluster
+    vectors: int  # of 16 bytes, held by a thread; in P classes, of each of its rows
+    lanes: int  # that share a row; 0: the block, or the cluster; in P one of each warp
     cluster: int  # blocks that share a row
     stream: bool  # whether the row is read in several pieces, and once more for a gradient
     threads: int
@@ -75,25 +83,17 @@ class Plan:
     even: bool  # whether rows are evenly spaced, and what has a number per class is aligned like the logits
     bound: tuple[int, int]  # __launch_bounds__
     shared: int = 0  # dynamic shared memory, bytes
+    width: int = 1  # neighbouring rows that one access moves
 
     def kernel(self, job: str) -> Kernel:
         ctype = DTYPES[self.dtype][0]
         if self.family == "T":
             return _kernels.kernel("tiny.cu", "XE_TINY", "T", ctype, job, self.variant, self.classes, *self.bound)
         if self.family == "P":
-            return _kernels.kernel("columns.cu", "XE_COLUMNS", "P", ctype, job, self.variant, self.shared > 0)
-        parameters = (
-            ctype,
-            job,
-            self.variant,
-            self.vectors,
-            self.lanes,
-            self.cluster,
-            self.stream,
-            self.even,
-            *self.bound,
-        )
-        return _kernels.kernel("rows.cu", "XE_ROWS", self.family, *parameters)
+            held = self.width, self.vectors, self.lanes, self.stream
+            return _kernels.kernel("columns.cu", "XE_COLUMNS", "P", ctype, job, self.variant, *held, *self.bound)
+        how = self.vectors, self.lanes, self.cluster, self.stream, self.even
+        return _kernels.kernel("rows.cu", "XE_ROWS", self.family, ctype, job, self.variant, *how, *self.bound)
 
     def words(self) -> str:
         """Who works on a row, and what is launched."""
@@ -105,8 +105,11 @@ class Plan:
             "O": f"{'a block streams' if alone else f'{self.cluster} blocks stream'} a row, {held} at a time"
             " (a gradient reads the row again, from cache where it fits)",
             "T": "a thread holds a row, in registers",
-            "P": "a thread works on a row, whose classes lie apart",
+            "P": f"a thread of each of {self.lanes} warps" if self.lanes > 1 else "a thread",
         }[self.family]
+        if self.family == "P":
+            who += f" {'streams' if self.stream else 'holds'} {self.width} neighbouring rows, {self.vectors} classes"
+            who += " at a time (a gradient reads them again)" if self.stream else " at most"
         shared = f", {self.shared:,} bytes of shared memory" if self.shared else ""
         return f"  {self.family}: {who}\n  {self.blocks:,} blocks of {self.threads} threads{shared}"
 
@@ -122,7 +125,7 @@ class Plan:
 @lru_cache(maxsize=1024)
 def plan(
     rows: int, classes: int, dtype: str, chip: int = 90, *,
-    layout: str = "flat", variant: str = "PLAIN", job: str = "LOSS_AND_GRAD", even: bool = True,
+    layout: str = "flat", variant: str = "PLAIN", job: str = "LOSS_AND_GRAD", even: bool = True, width: int = 4,
 ) -> Plan:  # fmt: skip
     """The plan for N = `rows` rows of C = `classes` logits.
 
@@ -133,27 +136,28 @@ def plan(
     layout: "flat" where rows and classes lie side by side, "rows" where classes do, "columns" where they do not.
     job: of JOBS; what writes no gradient is spread otherwise.
     even: whether rows are evenly spaced, and what is written or read beside the logits is aligned as they are.
+    width: how many neighbouring rows one access may move, where classes lie apart; it changes no sum.
     """
     itemsize = DTYPES[dtype][1]
 
     def spread(
         family: str, vectors: int, lanes: int, threads: int, bound: tuple[int, int],
-        cluster: int = 1, stream: bool = False, shared: int = 0,
+        cluster: int = 1, stream: bool = False, shared: int = 0, width: int = 1,
     ) -> Plan:  # fmt: skip
-        per_block = threads // lanes if lanes else 1
+        per_block = threads // lanes * width if lanes else 1
         return Plan(
             family, rows, classes, dtype, chip, variant, vectors, lanes, cluster, stream, threads,
-            -(-rows // per_block) * cluster, per_block, even, bound, shared,
+            -(-rows // per_block) * cluster, per_block, even, bound, shared, width,
         )  # fmt: skip
 
     size = classes * itemsize
-    if layout == "columns" or (layout == "flat" and size <= TINY):  # whose kernels ask every class for its target
-        variant = {"SMOOTH": "GENERAL", "SOFT": "GENERAL", "CAPPED": "CAPPED_GENERAL"}.get(variant, variant)
     if layout == "flat" and size <= TINY:
+        variant = {"SMOOTH": "GENERAL", "SOFT": "GENERAL", "CAPPED": "CAPPED_GENERAL"}.get(variant, variant)
         return spread("T", 0, 1, TINY_THREADS, (TINY_THREADS, _tiny_blocks(classes, itemsize, chip, variant)))
     if layout == "columns":
-        cache = COLUMN_THREADS * size
-        return spread("P", 0, 1, COLUMN_THREADS, (COLUMN_THREADS, 4), shared=cache if cache <= CACHE else 0)
+        variant = "GENERAL" if variant == "SOFT" else variant
+        warps, held, width, bound, stream = _columns(classes, itemsize, chip, variant, width)
+        return spread("P", held, warps, bound[0], bound, stream=stream, width=width)
     vectors, most, blocks = _held(itemsize, variant, job)
     for limit, wanted, lanes in WARP_ROWS:
         if size <= limit and wanted * lanes <= vectors * 32:
@@ -189,6 +193,28 @@ def _clusters(size: int) -> tuple[int, ...]:
         return _whole_warps(-(-size // (128 * cluster))) * cluster
 
     return *sorted((usual, max(2, usual // 2)), key=lambda cluster: (idle(cluster), cluster != usual)), 8
+
+
+def _columns(
+    classes: int, itemsize: int, chip: int, variant: str, width: int
+) -> tuple[int, int, int, tuple[int, int], bool]:
+    """(warps, classes per thread, rows per access, launch bounds, streamed or not) where classes lie apart."""
+    by_class = variant in ("GENERAL", "CAPPED_GENERAL")
+    # What registers hold without spilling.
+    most = 12 if by_class or (itemsize == 2 and chip < 80) else 24
+    widest = min(2 if by_class else 4, (8 if by_class else 16) // itemsize)
+    streamed = STREAMED[by_class or itemsize == 8 :]
+    for warps, held, access, bound in COLUMNS:
+        wide = min(widest, access // itemsize)
+        if held > most or classes > warps * held:
+            continue
+        if wide <= width:
+            return warps, held, wide, bound, False
+        if held == most:  # one kernel for all that must be read row by row
+            return warps, held, 1, bound, False
+    warps, held, access, bound = next(line[1:] for line in streamed if classes <= line[0])
+    wide = max(1, access // itemsize)
+    return warps, held if variant == "PLAIN" else held // 2, wide if wide <= width else 1, bound, True
 
 
 def _held(itemsize: int, variant: str, job: str) -> tuple[int, int, int]:
@@ -238,8 +264,9 @@ def catalogue(
     for dtype, (_, itemsize) in DTYPES.items():
         for job in jobs if variant == "PLAIN" else set(jobs) - {"LOG_SOFTMAX"}:
             for classes in meeting_every_plan(itemsize):
-                for layout, evenly in itertools.product(LAYOUTS, even):
-                    how: dict[str, Any] = {"layout": layout, "variant": variant, "job": job, "even": evenly}
+                for layout, evenly, width in itertools.product(LAYOUTS, even, (1, 4)):
+                    how: dict[str, Any] = {"layout": layout, "variant": variant, "job": job}
+                    how |= {"even": evenly, "width": width}
                     found = plan(1, classes, dtype, chip, **how)
                     if found.variant == variant and is_named(found):
                         seen.add(found.kernel(job))
@@ -265,9 +292,10 @@ def writes_grad(job: str) -> bool:
 
 @lru_cache(maxsize=1024)
 def _chosen(
-    job: str, rows: int, classes: int, dtype: str, chip: int, layout: str, variant: str, even: bool
+    job: str, rows: int, classes: int, dtype: str, chip: int, layout: str, variant: str, even: bool, width: int
 ) -> tuple[Plan, Kernel]:
-    chosen = plan(rows, classes, dtype, chip, layout=layout, variant=variant, job=job, even=even)
+    how: dict[str, Any] = {"layout": layout, "variant": variant, "job": job, "even": even, "width": width}
+    chosen = plan(rows, classes, dtype, chip, **how)
     return chosen, chosen.kernel(job)
 
 
@@ -618,7 +646,8 @@ class Cuda:
             ]
             variant = _variant(rows, kind)
             even = inner == 1 and _is_even(rows, variant, placed)
-            chosen, kernel = _chosen(job, rows.shape[0] * rows.shape[1], classes, dtype, chip, layout, variant, even)
+            count, width = rows.shape[0] * rows.shape[1], _width(logits, grad) if layout == "columns" else 1
+            chosen, kernel = _chosen(job, count, classes, dtype, chip, layout, variant, even, width)
             smoothing, word = rows.label_smoothing, partial(_word, rows.acc)
             max_, rest, gap, mass, correct = (None,) * 5 if stats is None else stats
             problem = Problem(
@@ -827,6 +856,19 @@ def _layout(array: Array) -> str | None:
         return "flat" if side_by_side else "rows"
     together = by_inner == 1 and inner >= NEIGHBOURS
     return "columns" if together or classes * itemsize <= TINY else None
+
+
+def _width(*arrays: Array | None) -> int:
+    """How many neighbouring rows one access may move, of all arrays: 1, 2 or 4."""
+    bits = 4
+    for array in arrays:
+        if array is None:
+            continue
+        by_outer, by_class, by_inner = _strides(array)
+        if by_inner != 1:
+            return 1
+        bits |= array.shape[2] | by_outer | by_class | _address(array) // array.dtype.itemsize
+    return bits & -bits
 
 
 def _dense(xp: Any, array: Any) -> Any:
