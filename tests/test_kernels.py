@@ -1066,7 +1066,7 @@ BUGS = {
     "P: correct by capped logits": (
         "thread.cuh",
         "beaten |= rival.is_beaten_by(v[u], k + u)",
-        "beaten |= rival.is_beaten_by(capped(v[u], p.softcap).x, k + u)",
+        "beaten |= rival.is_beaten_by(cap.of(v[u]).x, k + u)",
         "P cached ties",
         "CAPPED",
     ),
@@ -1085,7 +1085,7 @@ BUGS = {
         "PLAIN",
     ),
     # stats.cuh
-    "the maximum is in rest": ("thread.cuh", "sum + (at_max - 1)", "sum + at_max", "T", "PLAIN"),
+    "the maximum is in rest": ("thread.cuh", "sum + (at_max - 1)", "sum + at_max", "P", "PLAIN"),
     "rest is not rescaled": ("thread.cuh", "(1 + low.rest) * exp_acc(-drop)", "(1 + low.rest)", "P", "PLAIN"),
     "0 times infinity": (
         "rows.cu",
@@ -1097,8 +1097,8 @@ BUGS = {
     # problem.cuh
     "a bad label is believed": (
         "problem.cuh",
-        "if (0 <= named && named < p.classes)",
-        "if (true)",
+        "label = static_cast<u64>(named) < static_cast<u64>(p.classes) ? static_cast<int>(named) : -1;",
+        "label = static_cast<int>(named);",
         "W bad label",
         "PLAIN",
     ),
