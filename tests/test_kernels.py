@@ -1089,8 +1089,8 @@ BUGS = {
     "rest is not rescaled": ("thread.cuh", "(1 + low.rest) * exp_acc(-drop)", "(1 + low.rest)", "P", "PLAIN"),
     "0 times infinity": (
         "rows.cu",
-        "VARIANT != SMOOTH && a == 0 ? 0 : a * half;",
-        "a * half;",
+        "half_gap += a == 0 ? 0 : a * half;",
+        "half_gap += a * half;",
         "W masked",
         "GENERAL",
     ),
