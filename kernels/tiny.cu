@@ -294,8 +294,8 @@ template <class T, int JOB, int VARIANT, int C, int THREADS> XE_DEVICE void xent
     sync_warp();  // all rows have been read, before others take their place
     if (every_class(VARIANT)) shares<T, C>(p, row, shared, first, here, mine, a);
 
-    T* const g = DIRECT ? grad + lane * C : tile + lane * Of::APART;
-    if (lane < here && Thread<T, JOB, VARIANT, C>{p, row, first + lane}.work(x, a, logits + lane * C, g)) {
+    T* const g = DIRECT ? grad + mine * C : tile + mine * Of::APART;
+    if (lane < here && Thread<T, JOB, VARIANT, C>{p, row, first + mine}.work(x, a, logits + mine * C, g)) {
         const bool silent = JOB != LOG_SOFTMAX && row.scale == 0;
         if (!DIRECT || Of::lies_on(grad, Of::WIDTH)) {
             Of::put(g, x, silent);

@@ -243,6 +243,17 @@ extern "C" __global__ void functions(const float* x, const double* xx, float* y,
         assert np.all(abs(got - wanted) <= bar * abs(wanted))
 
 
+def test_the_bits_of_doubles(launch):
+    text = """
+extern "C" __global__ void negates(const double* x, double* y) {
+    y[threadIdx.x] = bits_double(double_bits(x[threadIdx.x]) ^ 1ull << 63);
+}
+"""
+    x, y = np.linspace(-1e300, 1e-300, 32), np.zeros(32)
+    launch(text, "negates", [x, y])
+    np.testing.assert_array_equal(y, -x)
+
+
 EXP_OF_DOUBLES = """
 extern "C" __global__ void exps(const double* x, double* y, i64 each) {
     const i64 first = (static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x) * each;
