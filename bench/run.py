@@ -184,7 +184,7 @@ def measure(
     else:
         rows, notes, _ = begun
         again = make(case, settings.seed, settings.threads, xp, judged=False)[0]
-        calls = {key: call for key, call in _calls(again, makers, []) if not rows[key]["failed"]}
+        calls = {key: call for key, call in _calls(again, makers, []) if key in rows and not rows[key]["failed"]}
         del again
         for call in calls.values():  # as a new object each may have something to look up
             if call.prepare is not None:
