@@ -129,6 +129,11 @@ def _reach(array: Array) -> tuple[int, int]:
     return sum(s for s in steps if s < 0), sum(s for s in steps if s > 0) + int(array.dtype.itemsize)
 
 
+def forget() -> None:
+    """All calls that are kept."""
+    _kept.clear()
+
+
 def ask(
     question: str, engine: str | Engine | None, options: tuple[Any, ...], arrays: list[Any]
 ) -> tuple[tuple[Any, ...] | None, Call | None]:

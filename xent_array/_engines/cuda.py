@@ -225,7 +225,9 @@ def _held(itemsize: int, variant: str, job: str) -> tuple[int, int, int]:
         return 4, 256, 2
     if variant == "CAPPED":
         return 8, 256, 2
-    return 8, 384 if writes_grad(job) or variant == "SOFT" else 512, 2
+    if not writes_grad(job):
+        return 8, 384 if variant == "SOFT" else 512, 2
+    return 8, 384 if variant == "PLAIN" else 320, 2
 
 
 def _tiny_blocks(classes: int, itemsize: int, chip: int, variant: str) -> int:
@@ -265,6 +267,8 @@ def catalogue(
         for job in jobs if variant == "PLAIN" else set(jobs) - {"LOG_SOFTMAX"}:
             for classes in meeting_every_plan(itemsize):
                 for layout, evenly, width in itertools.product(LAYOUTS, even, (1, 4)):
+                    if not evenly and is_even_anyhow(job, variant):
+                        continue
                     how: dict[str, Any] = {"layout": layout, "variant": variant, "job": job}
                     how |= {"even": evenly, "width": width}
                     found = plan(1, classes, dtype, chip, **how)
@@ -283,6 +287,11 @@ def meeting_every_plan(itemsize: int) -> list[int]:
 def is_named(plan: Plan) -> bool:
     """Whether the catalogue has the kernels of a plan."""
     return plan.family != "T" or plan.classes in FEW
+
+
+def is_even_anyhow(job: str, variant: str) -> bool:
+    """Whether there is nothing beside the logits that could be aligned otherwise."""
+    return not writes_grad(job) and variant in ("PLAIN", "SMOOTH", "CAPPED")
 
 
 def writes_grad(job: str) -> bool:
