@@ -97,7 +97,7 @@ def problems(chip: int) -> list[Launches]:
                 if not cuda.is_named(case.plan("LOSS")) or (layout == "columns" and case.classes == 1):
                     continue
                 ways = tuple(case.plan(job).kernel(job).name for job in ("LOSS", "LOSS_AND_GRAD", "STATS_AND_GRAD"))
-                found.setdefault((ways, layout), case)
+                found.setdefault((ways, layout, even if "xent_t_" in ways[0] else None), case)
             if variant in ("PLAIN", "GENERAL"):
                 found["many", dtype, variant] = Launches(0, MANY_ROWS, 3, dtype, variant, "flat", True, chip)
     return [case._replace(number=number) for number, case in enumerate(found.values())]

@@ -32,6 +32,7 @@ TABLE = Path(__file__).with_suffix(".json")
 PLAIN_CHIPS = (75, 80, 90, 100, 120)  # 86 and 89 are given what 80 is, or 90 without clusters
 OTHER_CHIPS = (90,)  # for kernels with options
 MOST = ("PLAIN", 90)
+TELLING = ("LOSS_AND_GRAD", "LOSS", "STATS_AND_GRAD")  # jobs: the others do less
 SHIPPED = "sm_90"
 BATCH = 100
 
@@ -51,7 +52,7 @@ class Item(NamedTuple):
 
 
 def work() -> Iterator[Item]:
-    """What the library compiles: without options on several chips, with options on one.
+    """What the library compiles, on one chip; of the jobs that take most, and without options, on several.
 
     Of rows that are not even, which need fewer registers and more instructions, without options on that one.
     """
@@ -59,7 +60,9 @@ def work() -> Iterator[Item]:
 
     for variant in cuda.VARIANTS:
         for chip in PLAIN_CHIPS if variant == "PLAIN" else OTHER_CHIPS:
-            for kernel in cuda.catalogue(chip, variant, even=(True, False) if (variant, chip) == MOST else (True,)):
+            most = (variant, chip) == MOST
+            jobs = cuda.JOBS if most else TELLING if chip == MOST[1] else TELLING[:2]
+            for kernel in cuda.catalogue(chip, variant, jobs, even=(True, False) if most else (True,)):
                 name, *given = re.findall(r"\w+", kernel.line)[1:]
                 job = [*given[1:3], given[3] if kernel.file == "rows.cu" else ""] if kernel.file != "sums.cu" else []
                 yield Item(kernel.file, kernel.text, f"sm_{chip}", name, name.split("_")[1].upper(), given[0], *job)

@@ -201,7 +201,10 @@ class RawKernel:
         assert argument.size == 1  # CuPy takes no other by value
         data = ctypes.string_at(argument.__array_interface__["data"][0], argument.itemsize)
         library = simt.compile(self.code, [self.name])
-        cluster = int(found[1]) if (found := re.search(r"_(\d)_(?:true|false)_\d+_\d+$", self.name)) else 1
+        found = re.search(
+            r"^xent_[wbo]_\w+_(\d)_(?:true|false)_(?:true|false)_\d+_\d+$", self.name
+        )  # (compiled into it)
+        cluster = int(found[1]) if found else 1
         library.launch(self.name, *grid, *block, [simt.Struct(data, {})], shared_bytes=shared_mem, cluster=cluster)
 
 
