@@ -1189,8 +1189,8 @@ BUGS = {
     # problem.cuh
     "a bad label is believed": (
         "problem.cuh",
-        "label = static_cast<u64>(named) < static_cast<u64>(p.classes) ? static_cast<int>(named) : -1;",
-        "label = static_cast<int>(named);",
+        "const bool found = named_one && static_cast<u64>(named) < static_cast<u64>(p.classes);",
+        "const bool found = named_one;",
         "W bad label",
         "PLAIN",
     ),
