@@ -15,11 +15,11 @@ typedef unsigned int u32;
 typedef long long i64;
 typedef unsigned long long u64;
 
+#ifndef XE_EMULATE  // ------------------------------------------------------------------------------ hardware
+
 // 16-bit logits: bits with a type, so that overloads and templates can tell the two apart.
 struct f16 { u16 bits; };
 struct bf16 { u16 bits; };
-
-#ifndef XE_EMULATE  // ------------------------------------------------------------------------------ hardware
 
 #define XE_DEVICE __device__ __forceinline__
 #define XE_SHARED(T, name, n) __shared__ T name[n]  // the type carries the alignment

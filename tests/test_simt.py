@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 import simt
@@ -147,6 +148,23 @@ def one_byte_each():
 
 @kernel(
     """
+extern "C" __global__ void two_bytes_each(const f16* x, bf16* y) {
+    XE_SHARED(bf16, held, 64);
+    held[threadIdx.x] = y[threadIdx.x];
+    sync_block();
+    y[threadIdx.x] = from_acc(to_acc(held[63 - threadIdx.x]) + to_acc(x[threadIdx.x]), bf16());
+}
+""",
+    grid=1,
+    block=64,
+)
+def two_bytes_each():
+    x, y = np.arange(64, dtype=np.float16), np.arange(64).astype(ml_dtypes.bfloat16)
+    return [x, y], {1: np.full(64, 63)}
+
+
+@kernel(
+    """
 extern "C" __global__ void last_block(double* parts, u32* ticket, double* out) {
     XE_SHARED(u32, taken, 1);
     if (threadIdx.x == 0) {
@@ -275,6 +293,14 @@ MISTAKES = [
      ("i += blockDim.x) st16(x + 4 * i", "i += blockDim.x) st16(x + 4 * (i + 1)")),
     ("neighbours", "no barrier between lanes", "race uninitialised",
      ("sync_warp();", "")),
+    ("two_bytes_each", "no barrier between store and load", "race uninitialised",
+     ("sync_block();", "")),
+    ("two_bytes_each", "an argument from past the end", "bounds",
+     ("to_acc(x[threadIdx.x])", "to_acc(x[threadIdx.x + 1])")),
+    ("two_bytes_each", "a result past the end", "bounds",
+     ("y[threadIdx.x] = from", "y[threadIdx.x + 1] = from")),
+    ("two_bytes_each", "misaligned", "misaligned",
+     ("y[threadIdx.x] = from", "reinterpret_cast<bf16*>(reinterpret_cast<char*>(y) + 1)[threadIdx.x / 2] = from")),
     ("last_block", "no fence before the ticket", "race",
      ("fence_gpu();", "")),
     ("last_block", "fence before the write", "race",

@@ -37,7 +37,8 @@ counts as written. `simt.patch(source, old, new)` plants a bug: it insists that 
 
 What this cannot show: that the PTX in the wrappers of device.cuh is right; the accuracy of ex2.approx and of the GPU's
 libm; fused multiply-adds; __launch_bounds__ and the attributes that a launch needs; two clusters at once; any time. The
-checker remembers two readers of a byte, so it may miss the third.
+checker remembers two readers of a byte, so it may miss the third; and of a struct of a kernel's own it misses the copy
+that is a call's argument or result (`f(x[i])`, `x[i] = f()`), but not that of a variable (`T v = x[i]`).
 """
 
 from __future__ import annotations

@@ -110,6 +110,21 @@ template <class To, class From> To simt_bits(From x) {
 }
 
 // -------------------------------------------------------------------------------------------------- device.cuh's words
+// g++ instruments no copy of a plain struct where a call takes it from memory or returns it into memory. These copy
+// themselves, in the line that asks for it.
+#define SIMT_INLINE __attribute__((always_inline))
+#define SIMT_16BIT(name)                                                       \
+    struct name {                                                              \
+        u16 bits;                                                              \
+        name() = default;                                                      \
+        SIMT_INLINE name(const name& from) : bits(from.bits) {}                \
+        SIMT_INLINE name& operator=(const name& from) {                        \
+            bits = from.bits;                                                  \
+            return *this;                                                      \
+        }                                                                      \
+    }
+SIMT_16BIT(f16);
+SIMT_16BIT(bf16);
 #define XE_DEVICE inline
 #define XE_CLUSTERS
 #define XE_CLUSTER(n)
