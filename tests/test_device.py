@@ -57,28 +57,33 @@ def kernels(wrappers, attribute=""):
     return DEVICE + "".join(f"{head}{i}{parameters} {{ {case[0]} }}\n" for i, case in enumerate(wrappers))
 
 
-def words(code):
-    """The names in C++ code, which its comments and texts do not count for."""
-    return set(re.findall(r"\b[A-Za-z_]\w*", re.sub(r'//[^\n]*|/\*.*?\*/|"[^"\n]*"', "", code, flags=re.DOTALL)))
+def without_comments(code):
+    """C++ code without its comments and texts."""
+    return re.sub(r'//[^\n]*|/\*.*?\*/|"[^"\n]*"', "", code, flags=re.DOTALL)
+
+
+def called(code):
+    return set(re.findall(r"\b(\w+)(?:<[^<>()]*>)?\(", code))
 
 
 def test_every_wrapper_is_there_for_a_kernel():
-    """By name: a kernel uses it, or another wrapper that a kernel uses does. Of the macros, `#if` counts too."""
-    macros = set(re.findall(r"#define (\w+)", DEVICE))
-    named = {}  # by a wrapper, in all of its forms
-    for form in re.split(r"(?<!#define )\bXE_DEVICE ", re.sub("//[^\n]*", "", DEVICE))[1:]:
+    """By name: a kernel calls it, or another wrapper does that a kernel calls; and macros are used anywhere."""
+    here = without_comments(DEVICE)
+    kernels = [without_comments(file.read_text("utf-8")) for file in KERNELS.glob("*.cu*") if file.name != "device.cuh"]
+    calls = {}  # of a wrapper, in all of its forms
+    for form in re.split(r"(?<!#define )\bXE_DEVICE ", here)[1:]:
         head, _, body = form.partition("(")
         name = head.split()[-1].lstrip("*&")
-        named[name] = named.get(name, set()) | words(body)
-    assert len(named) > 40
-    assert {"ld16", "reciprocal", "mbar_wait", "lanes_sum", "max2"} <= set(named)
-    used = set()
-    todo = set().union(*(words(file.read_text("utf-8")) for file in KERNELS.glob("*.cu*") if file.name != "device.cuh"))
-    while todo:
-        used |= todo
-        todo = set().union(*(named[name] for name in used & set(named))) - used
-    used |= words("\n".join(re.findall(r"(?m)^#if.*", DEVICE)))
-    assert (set(named) | macros) - used == set()
+        calls[name] = calls.get(name, set()) | called(body)
+    assert len(calls) > 40
+    assert {"ld16", "reciprocal", "mbar_wait", "lanes_sum", "max2"} <= set(calls)
+    used, new = set(), called("\n".join(kernels))
+    while new:
+        used |= new
+        new = set().union(*(calls[name] for name in used & set(calls))) - used
+    assert set(calls) - used == set()
+    elsewhere = re.sub(r"#define \w+", "", "\n".join([here, *kernels]))
+    assert set(re.findall(r"#define (\w+)", here)) - set(re.findall(r"\w+", elsewhere)) == set()
 
 
 @needs_compiler
