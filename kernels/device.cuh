@@ -7,44 +7,33 @@
 // The emulation asks this of every kernel (and a GPU does not mind): blockDim.x is a multiple of 32 and the only
 // dimension of a block; shuffles and votes are executed by whole warps; data passes between lanes by shuffle, or
 // through memory with a barrier between; no thread returns before a barrier that others reach; 8- and 16-byte accesses
-// of words go through ld8/st8 and ld16/st16; shared memory is declared by XE_SHARED and XE_DYN.
+// of words go through ld8/st8 and ld16/st16 (g++ does not instrument copies of uint2 and uint4 where a call takes them
+// from memory or returns them into it); shared memory is declared by XE_SHARED.
 
 typedef unsigned short u16;
 typedef unsigned int u32;
 typedef long long i64;
 typedef unsigned long long u64;
 
+#ifndef XE_EMULATE  // ------------------------------------------------------------------------------ hardware
+
 // 16-bit logits: bits with a type, so that overloads and templates can tell the two apart.
 struct f16 { u16 bits; };
 struct bf16 { u16 bits; };
 
-#ifndef XE_EMULATE  // ------------------------------------------------------------------------------ hardware
-
 #define XE_DEVICE __device__ __forceinline__
 #define XE_SHARED(T, name, n) __shared__ T name[n]  // the type carries the alignment
-#define XE_DYN(T, name) extern __shared__ uint4 xe_dynamic[]; T* const name = reinterpret_cast<T*>(xe_dynamic)
 
-// Memory. `_once`: touched by nobody afterwards, so evict it first. `_l2`: past this SM's L1, for what other
-// blocks wrote in this launch. The plain forms take shared memory too; the others are for global memory.
+// Memory, shared or global. ld_l2: global, past this SM's L1, for what other blocks wrote in this launch.
 XE_DEVICE uint2 ld8(const void* p) { return *reinterpret_cast<const uint2*>(p); }
 XE_DEVICE void st8(void* p, uint2 v) { *reinterpret_cast<uint2*>(p) = v; }
 XE_DEVICE uint4 ld16(const void* p) { return *reinterpret_cast<const uint4*>(p); }
-XE_DEVICE uint4 ld16_once(const void* p) { return __ldcs(reinterpret_cast<const uint4*>(p)); }
 XE_DEVICE void st16(void* p, uint4 v) { *reinterpret_cast<uint4*>(p) = v; }
-XE_DEVICE void st16_once(void* p, uint4 v) { __stcs(reinterpret_cast<uint4*>(p), v); }
-template <class T> XE_DEVICE T ld_once(const T* p) { return __ldcs(p); }
-XE_DEVICE f16 ld_once(const f16* p) { return {__ldcs(&p->bits)}; }
-XE_DEVICE bf16 ld_once(const bf16* p) { return {__ldcs(&p->bits)}; }
 template <class T> XE_DEVICE T ld_l2(const T* p) { return __ldcg(p); }
-template <class T> XE_DEVICE void st_once(T* p, T v) { __stcs(p, v); }
-XE_DEVICE void st_once(f16* p, f16 v) { __stcs(&p->bits, v.bits); }
-XE_DEVICE void st_once(bf16* p, bf16 v) { __stcs(&p->bits, v.bits); }
 
 // Warp: every lane takes part. T is a 32- or 64-bit integer, float or double.
 template <class T> XE_DEVICE T shfl(T v, int lane) { return __shfl_sync(0xffffffffu, v, lane); }
 template <class T> XE_DEVICE T shfl_xor(T v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
-template <class T> XE_DEVICE T shfl_down(T v, int by) { return __shfl_down_sync(0xffffffffu, v, by); }
-template <class T> XE_DEVICE T shfl_up(T v, int by) { return __shfl_up_sync(0xffffffffu, v, by); }
 XE_DEVICE u32 ballot(bool yes) { return __ballot_sync(0xffffffffu, yes); }
 XE_DEVICE int lowest_bit(u32 bits) { return __ffs(static_cast<int>(bits)) - 1; }  // of bits that are not 0
 XE_DEVICE bool any_lane(bool yes) { return __any_sync(0xffffffffu, yes); }
@@ -55,7 +44,6 @@ XE_DEVICE void sync_block() { __syncthreads(); }
 XE_DEVICE bool any_thread(bool yes) { return __syncthreads_or(yes); }  // a sync_block too
 XE_DEVICE void fence_gpu() { __threadfence(); }                        // this thread's writes, seen by the GPU
 XE_DEVICE u32 take_ticket(u32* counter) { return atomicAdd(counter, 1u); }
-XE_DEVICE u64 atomic_min(u64* p, u64 v) { return atomicMin(p, v); }
 
 // Arithmetic. ex2: 2 units in the last place; results below 2^-126 are 0 (CuPy compiles with -ftz=true anyhow).
 XE_DEVICE float exp2_fast(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
@@ -79,7 +67,7 @@ XE_DEVICE u32 max2(u32 a, u32 b, f16) { u32 y; asm("max.f16x2 %0, %1, %2;" : "=r
 XE_DEVICE u32 max2(u32 a, u32 b, bf16) { u32 y; asm("max.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b)); return y; }
 #endif
 
-// Clusters, transaction barriers and bulk copies: compute capability 9.0 and above.
+// Clusters, transaction barriers and messages: compute capability 9.0 and above.
 #if __CUDA_ARCH__ >= 900
 #define XE_CLUSTERS      // they are there
 #define XE_CLUSTER(n) __cluster_dims__(n, 1, 1)  // goes where __launch_bounds__ goes; gridDim.x is a multiple of n
@@ -89,11 +77,8 @@ XE_DEVICE u32 shared_address(const void* p, int rank) {  // of the same variable
     u32 y; asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(y) : "r"(shared_address(p)), "r"(rank)); return y;
 }
 
-// The relaxed arrive orders nothing but execution, and costs no MEMBAR: enough before the first remote access
-// (the other block has started) and after the last (it may leave).
 XE_DEVICE int cluster_rank() { int y; asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(y)); return y; }
 XE_DEVICE void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-XE_DEVICE void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 XE_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
 // A transaction barrier in shared memory: a phase ends when `count` arrivals and all expected bytes are in.
@@ -102,9 +87,6 @@ XE_DEVICE void mbar_init(u64* bar, u32 count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(count) : "memory");
 }
 XE_DEVICE void mbar_init_fence() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-XE_DEVICE void mbar_arrive(u64* bar) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(bar)) : "memory");
-}
 XE_DEVICE void mbar_expect(u64* bar, u32 bytes) {  // arrives once, and lets the phase wait for `bytes` more
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
                  ::"r"(shared_address(bar)), "r"(bytes) : "memory");
@@ -117,36 +99,13 @@ XE_DEVICE bool mbar_try(u64* bar, u32 parity) {
 }
 XE_DEVICE void mbar_wait(u64* bar, u32 parity) { while (!mbar_try(bar, parity)) {} }  // parity 0 for the first phase
 
-// Writes 8 or 16 bytes to `to` in the shared memory of block `rank` and counts them on `bar` there. Both are this
+// Writes 16 bytes to `to` in the shared memory of block `rank` and counts them on `bar` there. Both are this
 // block's addresses of the variables.
-XE_DEVICE void st_async8(void* to, int rank, uint2 v, u64* bar) {
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.b32 [%0], {%1, %2}, [%3];"
-                 ::"r"(shared_address(to, rank)), "r"(v.x), "r"(v.y), "r"(shared_address(bar, rank)) : "memory");
-}
 XE_DEVICE void st_async16(void* to, int rank, uint4 v, u64* bar) {
     asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];"
                  ::"r"(shared_address(to, rank)), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w),
                  "r"(shared_address(bar, rank)) : "memory");
 }
-
-// Bulk copies by one thread: addresses and bytes are multiples of 16. A load ends on `bar`; stores end in groups.
-XE_DEVICE void bulk_load(void* shared, const void* global, u32 bytes, u64* bar) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                 ::"r"(shared_address(shared)), "l"(__cvta_generic_to_global(global)), "r"(bytes),
-                 "r"(shared_address(bar)) : "memory");
-}
-XE_DEVICE void bulk_store(void* global, const void* shared, u32 bytes) {
-    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;"
-                 ::"l"(__cvta_generic_to_global(global)), "r"(shared_address(shared)), "r"(bytes) : "memory");
-}
-XE_DEVICE void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-// All but the last N groups of this thread have been read from shared memory; and written.
-template <int N> XE_DEVICE void bulk_wait_read() {
-    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(N) : "memory");
-}
-template <int N> XE_DEVICE void bulk_wait() { asm volatile("cp.async.bulk.wait_group %0;" ::"n"(N) : "memory"); }
-// This thread's writes to shared memory, before a bulk_store reads them (and before the barrier between the two).
-XE_DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 #endif
 
 #endif  // ------------------------------------------------------------------------------ in both places

@@ -41,6 +41,8 @@ class Emulator:
         return pointer, (array.shape, array.strides, array.dtype, array.flags.writeable, pointer % 16)
 
     def ready(self, kernel, blocks, threads, shared=0, cluster=1):
+        assert shared == 0  # kernels declare what they share
+
         def run(words, slots, arrays):
             text = kernel.text
             for old, new in self.patches:
@@ -52,7 +54,7 @@ class Emulator:
             argument = simt.Struct(words.tobytes(), {at: arrays[k] for at, k in slots})
             simt.compile(text, [kernel.name], self.mode).launch(
                 kernel.name, blocks, threads, [argument],
-                shared_bytes=shared, cluster=cluster, order=self.order, seed=self.seed, flush=self.flush,
+                cluster=cluster, order=self.order, seed=self.seed, flush=self.flush,
             )  # fmt: skip
 
         return run

@@ -34,6 +34,7 @@ class Emulated:
     def __call__(self, grid, block, args, shared_mem):
         from cupy.cuda.function import CNumpyArray
 
+        assert shared_mem == 0  # kernels declare what they share
         (argument,) = args
         assert isinstance(argument, np.ndarray)
         assert argument.size == 1  # CuPy takes no other by value
@@ -43,7 +44,7 @@ class Emulated:
         found = re.search(r"^XE_ROWS\((?:[^,]+, ){6}(\d)", self.kernel.line)  # in CUDA the compiled code says so
         cluster = int(found[1]) if found else 1
         argument = simt.Struct(data, {})
-        library.launch(self.kernel.name, *grid, *block, [argument], shared_bytes=shared_mem, cluster=cluster)
+        library.launch(self.kernel.name, *grid, *block, [argument], cluster=cluster)
         Emulated.launches += 1
 
 

@@ -196,16 +196,15 @@ class RawKernel:
     def __call__(self, grid, block, args, *, shared_mem=0):
         import simt
 
+        assert shared_mem == 0  # kernels declare what they share
         (argument,) = args
         assert isinstance(argument, np.ndarray)
         assert argument.size == 1  # CuPy takes no other by value
         data = ctypes.string_at(argument.__array_interface__["data"][0], argument.itemsize)
         library = simt.compile(self.code, [self.name])
-        found = re.search(
-            r"^xent_[wbo]_\w+_(\d)_(?:true|false)_(?:true|false)_\d+_\d+$", self.name
-        )  # (compiled into it)
-        cluster = int(found[1]) if found else 1
-        library.launch(self.name, *grid, *block, [simt.Struct(data, {})], shared_bytes=shared_mem, cluster=cluster)
+        found = re.search(r"^xent_[wbo]_\w+_(\d)_(?:true|false)_(?:true|false)_\d+_\d+$", self.name)
+        cluster = int(found[1]) if found else 1  # on a GPU the compiled code says so
+        library.launch(self.name, *grid, *block, [simt.Struct(data, {})], cluster=cluster)
 
 
 def _signature(function):

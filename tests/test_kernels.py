@@ -64,7 +64,7 @@ FAMILIES = {
     "W 32 lanes": (5, 2500, 90, "apart", {"family": "W", "lanes": 32}),
     "B": (3, 6000, 90, "apart", {"family": "B", "cluster": 1}),
     "B 2 blocks": (2, 60_000, 90, "flat", {"family": "B", "cluster": 2}),
-    "B 8 blocks": (1, 140_000, 90, "flat", {"cluster": 8}),
+    "B 8 blocks": (1, 260_000, 90, "flat", {"cluster": 8}),
     "B 16 vectors": (1, 600_000, 90, "apart", {"family": "B", "vectors": 16}),
     "B of an older chip": (2, 15_000, 75, "flat", {"family": "B", "cluster": 1}),
     "O": (2, 150_000, 80, "apart", {"family": "O", "cluster": 1}),

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 import simt
@@ -73,15 +74,13 @@ def block_sum():
     """
 extern "C" __global__ void lanes(u32* out) {
     const int lane = threadIdx.x % 32;
-    u32* mine = out + threadIdx.x * 8;
+    u32* mine = out + threadIdx.x * 6;
     mine[0] = shfl(lane * 10, 5);
     mine[1] = shfl(lane * 10, (lane + 1) % 32);
     mine[2] = shfl_xor(lane, 9);
-    mine[3] = shfl_down(lane, 3);
-    mine[4] = shfl_up(lane, 3);
-    mine[5] = ballot(lane % 3 == 0);
-    mine[6] = any_lane(threadIdx.x == 40);
-    mine[7] = static_cast<u32>(shfl_xor(1ll << lane, 31) >> 3);
+    mine[3] = ballot(lane % 3 == 0);
+    mine[4] = any_lane(threadIdx.x == 40);
+    mine[5] = static_cast<u32>(shfl_xor(1ll << lane, 31) >> 3);
 }
 """,
     grid=1,
@@ -93,28 +92,25 @@ def lanes():
         np.full(64, 50),
         (lane + 1) % 32 * 10,
         lane ^ 9,
-        np.where(lane + 3 < 32, lane + 3, lane),
-        np.where(lane - 3 >= 0, lane - 3, lane),
         np.full(64, sum(1 << i for i in range(0, 32, 3))),
         np.arange(64) // 32 == 1,
         (1 << (31 - lane)) >> 3,
     ]
-    return [simt.empty((64, 8), np.uint32)], {0: np.stack(columns, 1)}
+    return [simt.empty((64, 6), np.uint32)], {0: np.stack(columns, 1)}
 
 
 @kernel(
     """
-extern "C" __global__ void reversed(float* x, i64 vectors) {  // in place, by way of dynamic shared memory
-    XE_DYN(uint4, tile);
-    for (i64 i = threadIdx.x; i < vectors; i += blockDim.x) st16(&tile[i], ld16_once(x + 4 * i));
+extern "C" __global__ void reversed(float* x, i64 vectors) {  // in place, by way of shared memory
+    XE_SHARED(uint4, tile, 100);
+    for (i64 i = threadIdx.x; i < vectors; i += blockDim.x) st16(&tile[i], ld16(x + 4 * i));
     const bool last = any_thread(threadIdx.x == 31);
-    for (i64 i = threadIdx.x; i < vectors; i += blockDim.x) st16_once(x + 4 * i, ld16(&tile[vectors - 1 - i]));
+    for (i64 i = threadIdx.x; i < vectors; i += blockDim.x) st16(x + 4 * i, ld16(&tile[vectors - 1 - i]));
     if (!last) x[0] = -1;
 }
 """,
     grid=1,
     block=64,
-    shared_bytes=100 * 16,
 )
 def reversed():
     x = np.arange(400, dtype=np.float32)
@@ -152,6 +148,23 @@ def one_byte_each():
 
 @kernel(
     """
+extern "C" __global__ void two_bytes_each(const f16* x, bf16* y) {
+    XE_SHARED(bf16, held, 64);
+    held[threadIdx.x] = y[threadIdx.x];
+    sync_block();
+    y[threadIdx.x] = from_acc(to_acc(held[63 - threadIdx.x]) + to_acc(x[threadIdx.x]), bf16());
+}
+""",
+    grid=1,
+    block=64,
+)
+def two_bytes_each():
+    x, y = np.arange(64, dtype=np.float16), np.arange(64).astype(ml_dtypes.bfloat16)
+    return [x, y], {1: np.full(64, 63)}
+
+
+@kernel(
+    """
 extern "C" __global__ void last_block(double* parts, u32* ticket, double* out) {
     XE_SHARED(u32, taken, 1);
     if (threadIdx.x == 0) {
@@ -177,7 +190,7 @@ def last_block():
 @kernel(
     """
 extern "C" __global__ void cluster_sum(const int* x, int* out, i64 rounds) {  // all blocks of a cluster tell all
-    XE_SHARED(uint2, inbox, 2 * 4);
+    XE_SHARED(uint4, inbox, 2 * 4);
     XE_SHARED(u64, arrived, 2);
     const int rank = cluster_rank();
     if (threadIdx.x == 0) {
@@ -185,13 +198,14 @@ extern "C" __global__ void cluster_sum(const int* x, int* out, i64 rounds) {  //
         mbar_init(&arrived[1], 1);
         mbar_init_fence();
     }
-    cluster_arrive_relaxed();
+    cluster_arrive();
     cluster_wait();
     for (int round = 0; round < rounds; ++round) {
         const int stage = round % 2;
         const int s = lanes_sum<32>(x[(round * gridDim.x + blockIdx.x) * 32 + threadIdx.x]);
-        if (threadIdx.x == 0) mbar_expect(&arrived[stage], 4 * 8);
-        if (threadIdx.x < 4) st_async8(&inbox[stage * 4 + rank], threadIdx.x, make_uint2(s, rank), &arrived[stage]);
+        if (threadIdx.x == 0) mbar_expect(&arrived[stage], 4 * 16);
+        const uint4 says = make_uint4(s, rank, round, 0);
+        if (threadIdx.x < 4) st_async16(&inbox[stage * 4 + rank], threadIdx.x, says, &arrived[stage]);
         mbar_wait(&arrived[stage], round / 2 % 2);
         int sum = 0;
         for (int r = 0; r < 4; ++r) sum += inbox[stage * 4 + r].x;
@@ -207,39 +221,6 @@ extern "C" __global__ void cluster_sum(const int* x, int* out, i64 rounds) {  //
 def cluster_sum():
     x = np.random.default_rng(0).integers(-99, 99, (7, 2, 4, 32), dtype=np.int32)
     return [x, simt.empty((7, 8), np.int32), 7], {1: np.repeat(x.sum((2, 3)), 4, axis=1)}
-
-
-@kernel(
-    """
-extern "C" __global__ void bulk(const float* x, float* y, i64 rows) {  // two stages, one row of 64 floats each
-    XE_DYN(float, tile);
-    XE_SHARED(u64, full, 2);
-    if (threadIdx.x == 0) { mbar_init(&full[0], 1); mbar_init(&full[1], 1); mbar_init_fence(); }
-    sync_block();
-    for (int row = 0; row < rows; ++row) {
-        const int stage = row % 2;
-        float* mine = tile + stage * 64;
-        if (threadIdx.x == 0) {
-            bulk_wait_read<1>();  // the store of two rows ago
-            mbar_expect(&full[stage], 256);
-            bulk_load(mine, x + row * 64, 256, &full[stage]);
-        }
-        mbar_wait(&full[stage], row / 2 % 2);
-        mine[threadIdx.x] *= 2;
-        fence_async();
-        sync_block();
-        if (threadIdx.x == 0) { bulk_store(y + row * 64, mine, 256); bulk_commit(); }
-    }
-    if (threadIdx.x == 0) bulk_wait<0>();
-}
-""",
-    grid=1,
-    block=64,
-    shared_bytes=512,
-)
-def bulk():
-    x = np.random.default_rng(0).normal(size=(9, 64)).astype(np.float32)
-    return [x, simt.empty(x.shape, np.float32), 9], {1: 2 * x}
 
 
 @kernel(
@@ -288,6 +269,8 @@ MISTAKES = [
      ("i < n;", "i <= n;")),
     ("block_sum", "shared array too small", "bounds",
      ("parts, 8", "parts, 7")),
+    ("block_sum", "more shared memory than a block can declare", "shared",
+     ("parts, 8", "parts, 12 * 1024 + 1")),
     ("block_sum", "write to the input", "bounds",
      ("out[blockIdx.x +", "const_cast<int*>(x)[blockIdx.x +")),
     ("block_sum", "all threads write the same", "race",
@@ -298,18 +281,26 @@ MISTAKES = [
      ("mine[2] = shfl_xor(lane, 9);",
       "if (lane < 16) mine[2] = shfl_xor(lane, 9);\nelse mine[2] = shfl_xor(lane, 9);")),
     ("lanes", "write past the end", "bounds",
-     ("threadIdx.x * 8", "threadIdx.x * 8 + 8")),
+     ("threadIdx.x * 6", "threadIdx.x * 6 + 6")),
     ("reversed", "no barrier between load and use", "race uninitialised",
      ("any_thread(threadIdx.x == 31)", "true")),
     ("reversed", "misaligned vector", "misaligned",
-     ("ld16_once(x + 4 * i)", "ld16_once(x + 4 * i + 1)")),
+     ("ld16(x + 4 * i)", "ld16(x + 4 * i + 1)")),
     ("reversed", "misaligned scalar", "misaligned",
      ("x[0] = -1;", ""),
      ("if (!last)", "*reinterpret_cast<float*>(reinterpret_cast<char*>(x) + 2) = 1;")),
     ("reversed", "vector past the end", "bounds race",
-     ("i += blockDim.x) st16_once(x + 4 * i", "i += blockDim.x) st16_once(x + 4 * (i + 1)")),
+     ("i += blockDim.x) st16(x + 4 * i", "i += blockDim.x) st16(x + 4 * (i + 1)")),
     ("neighbours", "no barrier between lanes", "race uninitialised",
      ("sync_warp();", "")),
+    ("two_bytes_each", "no barrier between store and load", "race uninitialised",
+     ("sync_block();", "")),
+    ("two_bytes_each", "an argument from past the end", "bounds",
+     ("to_acc(x[threadIdx.x])", "to_acc(x[threadIdx.x + 1])")),
+    ("two_bytes_each", "a result past the end", "bounds",
+     ("y[threadIdx.x] = from", "y[threadIdx.x + 1] = from")),
+    ("two_bytes_each", "misaligned", "misaligned",
+     ("y[threadIdx.x] = from", "reinterpret_cast<bf16*>(reinterpret_cast<char*>(y) + 1)[threadIdx.x / 2] = from")),
     ("last_block", "no fence before the ticket", "race",
      ("fence_gpu();", "")),
     ("last_block", "fence before the write", "race",
@@ -330,29 +321,23 @@ MISTAKES = [
      ("round / 2 % 2);", "round % 2);"),
      ("sync_warp();  // everyone has read", "")),
     ("cluster_sum", "too few bytes expected", "race uninitialised deadlock mbarrier cluster",
-     ("4 * 8);", "3 * 8);")),
+     ("4 * 16);", "3 * 16);")),
     ("cluster_sum", "too many bytes expected", "deadlock",
-     ("4 * 8);", "5 * 8);")),
+     ("4 * 16);", "5 * 16);")),
+    ("cluster_sum", "more arrivals than counted", "mbarrier",
+     ("if (threadIdx.x == 0) mbar_expect", "mbar_expect")),
     ("cluster_sum", "barrier not initialised", "mbarrier",
      ("mbar_init(&arrived[1], 1);", "")),
     ("cluster_sum", "message before the first cluster barrier", "cluster mbarrier",
-     ("cluster_arrive_relaxed();\n    cluster_wait();\n    for", "sync_block();\n    for")),
+     ("cluster_arrive();\n    cluster_wait();\n    for", "sync_block();\n    for")),
     ("cluster_sum", "arrive without wait", "cluster mbarrier",
      ("cluster_wait();\n    for", "for")),
     ("cluster_sum", "a block that is not there", "cluster",
      ("(&inbox[stage * 4 + rank], threadIdx.x,", "(&inbox[stage * 4 + rank], threadIdx.x + 1,")),
     ("cluster_sum", "message past the inbox", "bounds",
      ("inbox[stage * 4 + rank]", "inbox[stage * 8 + rank]")),
-    ("bulk", "no wait for the load", "race uninitialised",
-     ("mbar_wait(&full[stage], row / 2 % 2);", "")),
-    ("bulk", "no barrier before the store", "race uninitialised",
-     ("fence_async();\n        sync_block();", "")),
-    ("bulk", "misaligned copy", "misaligned",
-     ("bulk_store(y + row * 64, mine, 256)", "bulk_store(y + row * 64 + 1, mine, 240)")),
-    ("bulk", "store past the end", "bounds",
-     ("y + row * 64,", "y + row * 64 + 4,")),
-    ("bulk", "more arrivals than counted", "mbarrier race uninitialised",
-     ("mbar_expect(&full[stage], 256);", "mbar_arrive(&full[stage]); mbar_expect(&full[stage], 256);")),
+    ("cluster_sum", "misaligned message", "misaligned",
+     ("&inbox[stage * 4 + rank]", "&inbox[stage * 4 + rank].z")),
     ("scaled", "local array too small", "ubsan",
      ("held[4]", "held[3]")),
     ("scaled", "offset in 32 bits", "ubsan",
@@ -382,9 +367,6 @@ EXPOSED = [
     ("neighbours", ("sync_warp();", "")),
     ("cluster_sum", ("mbar_wait(&arrived[stage], round / 2 % 2);", "")),
     ("cluster_sum", ("const int stage = round % 2", "const int stage = 0"), ("round / 2 % 2);", "round % 2);")),
-    ("bulk", ("bulk_wait_read<1>();", "")),
-    ("bulk", ("if (threadIdx.x == 0) bulk_wait<0>();", "")),
-    ("bulk", ("fence_async();\n        sync_block();", "")),
     ("scaled", ("x[ld * i", "x[(1ll << 40) + ld * i")),
 ]
 # fmt: on
@@ -436,7 +418,7 @@ def test_a_report_names_thread_and_line():
     with pytest.raises(simt.SimtError, match=race):
         run("block_sum", "check", patches=[("sync_block();  // read", "")])
     with pytest.raises(simt.SimtError, match=r"(?s)deadlock: .* 128 threads .* in mbar_wait, line \d+"):
-        run("cluster_sum", "check", patches=[("4 * 8);", "5 * 8);")])
+        run("cluster_sum", "check", patches=[("4 * 16);", "5 * 16);")])
     run("cluster_sum", "check")  # and the next launch is as if nothing had been
 
 
@@ -504,7 +486,7 @@ for name in test_simt.KERNELS:
 for name, patches, kind in [
     ("block_sum", [("i < n;", "i <= n;")], "asan"),
     ("block_sum", [("parts, 8", "parts, 7")], "asan"),
-    ("lanes", [("threadIdx.x * 8", "threadIdx.x * 8 + 8")], "asan"),
+    ("lanes", [("threadIdx.x * 6", "threadIdx.x * 6 + 6")], "asan"),
     ("scaled", [("held[i] = x", "(&held[0])[i + 1] = x")], "asan"),
     ("scaled", [("y[ld * i +", "y[(ld + 2147483647) * i +")], "ubsan"),
 ]:

@@ -4,7 +4,7 @@
 
     library = simt.compile(source, ["entry"], mode="check")     # once per text and mode; cached on disk
     simt.prepare([(source, ["entry"], "check"), …])              # many of them, in parallel
-    library.launch("entry", grid, block, args, shared_bytes=0, cluster=1, order="fifo", seed=0, flush=False)
+    library.launch("entry", grid, block, args, cluster=1, order="fifo", seed=0, flush=False)
 
 source   the text that NVRTC would get: local includes inlined, entry lines appended. Kernels keep to the names and
          rules of kernels/device.cuh.
@@ -22,12 +22,12 @@ args     as to a CuPy RawKernel: arrays (anything `simt.address` takes) are poin
          A kind or size that the kernel's parameter does not have is a TypeError here (and would be garbage on a GPU).
 order    which of the runnable threads goes on: "fifo" (warp after warp, lane after lane), "lifo", "random", or
          "priority": warps have random priorities that change now and then, which lets some run far ahead of
-         others. The last two follow from `seed`. Messages between blocks and bulk copies are delivered early in
-         "fifo", late in "lifo", else at random moments; blocks (clusters) run one after another, in that order.
+         others. The last two follow from `seed`. Messages between blocks are delivered early in "fifo", late in
+         "lifo", else at random moments; blocks (clusters) run one after another, in that order.
 flush    whether subnormal numbers are 0, as floats are under CuPy's -ftz=true (but doubles too, unlike on a GPU)
 
 Whatever a GPU would not forgive raises SimtError with .kind, one of
-    deadlock, divergence, barrier, cluster, mbarrier, bulk, misaligned, bounds, shared        in every mode
+    deadlock, divergence, barrier, cluster, mbarrier, misaligned, bounds, shared              in every mode
     race, uninitialised, l1 (another block's result, read past no fence), ubsan               in "check"
     asan, ubsan                                                                               in "asan"
 and a text that names the thread and the line of the source.
@@ -36,9 +36,9 @@ and a text that names the thread and the line of the source.
 counts as written. `simt.patch(source, old, new)` plants a bug: it insists that `old` is there (once unless told).
 
 What this cannot show: that the PTX in the wrappers of device.cuh is right; the accuracy of ex2.approx and of the GPU's
-libm; fused multiply-adds; proxy fences (fence_async) and the strength of relaxed and acquire; __launch_bounds__ and
-the attributes that a launch needs; two clusters at once; any time. The checker remembers two readers of a byte,
-so it may miss the third.
+libm; fused multiply-adds; __launch_bounds__ and the attributes that a launch needs; two clusters at once; any time. The
+checker remembers two readers of a byte, so it may miss the third; and of a struct of a kernel's own it misses the copy
+that is a call's argument or result (`f(x[i])`, `x[i] = f()`), but not that of a variable (`T v = x[i]`).
 """
 
 from __future__ import annotations
@@ -102,7 +102,6 @@ class _Launch(ctypes.Structure):
         ("cluster", ctypes.c_uint32),
         ("order", ctypes.c_uint32),
         ("flush", ctypes.c_uint32),
-        ("shared_bytes", ctypes.c_int64),
         ("seed", ctypes.c_uint64),
         ("regions", ctypes.POINTER(_Region)),
         ("n_regions", ctypes.c_int64),
@@ -176,7 +175,7 @@ class Library:
         self._kernels[f"simt_kinds_{entry}"](kinds)
         return [f"{kind[0]}{int(kind[1:])}" for kind in re.findall(r"\w\d{4}", kinds.value.decode())]
 
-    def launch(self, entry, grid, block, args, shared_bytes=0, cluster=1, order="fifo", seed=0, flush=False):
+    def launch(self, entry, grid, block, args, cluster=1, order="fifo", seed=0, flush=False):
         """Run a kernel to its end; see the top of this file."""
         grid = (grid,) if isinstance(grid, int) else tuple(grid)
         grid += (1,) * (3 - len(grid))
@@ -206,7 +205,6 @@ class Library:
             cluster,
             ORDERS.index(order),
             flush,
-            shared_bytes,
             seed,
             (_Region * max(1, len(regions)))(*regions),
             len(regions),

@@ -3,7 +3,7 @@
 // Happens-before. Every thread of a cluster has a number and a time that goes on whenever it lets others know
 // something. A Clock says up to which time each of them is known; a thread keeps one, shared with those it last met.
 // An access leaves a stamp (cluster, thread, time) on the memory; a later access of another thread is a race unless
-// its clock covers that stamp. Messages (st_async, bulk_load) write as their barrier, whose time is its phase.
+// its clock covers that stamp. Messages (st_async16) write as their barrier, whose time is its phase.
 
 #pragma once
 #include <cstdint>

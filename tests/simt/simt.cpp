@@ -1,8 +1,8 @@
 // The machine: runs the blocks of a grid, one fiber for each thread, and lets threads meet where CUDA lets them.
 //
 // A thread runs until it has to wait: at a barrier, in a warp operation, for a message. Then the scheduler chooses who
-// goes on, in one of four orders (see pick). Messages between blocks and bulk copies are under way for a while and
-// arrive when the scheduler says so. A cluster runs to its end before the next one starts.
+// goes on, in one of four orders (see pick). Messages between blocks are under way for a while and arrive when the
+// scheduler says so. A cluster runs to its end before the next one starts.
 
 #define SIMT_MACHINE
 #include <dlfcn.h>
@@ -154,7 +154,6 @@ struct Thread {
     int by = 0;
     bool arrived = false;    // at the cluster barrier, without having waited
     int cluster_phases = 0;  // cluster barriers passed
-    int group = 0;           // bulk stores committed
 };
 
 struct Warp {
@@ -187,7 +186,7 @@ struct Block {
     Place place;
     std::vector<Thread> threads;
     std::deque<Warp> warps;
-    std::map<const void*, Array> arrays;  // by the place of their declaration; nullptr: dynamic
+    std::map<const void*, Array> arrays;  // by the place of their declaration
     std::map<u64*, Barrier> barriers;
     int arrived = 0, done = 0, line = 0, syncs = 0;  // at sync_block
     bool vote = false, outcome = false;
@@ -197,15 +196,12 @@ struct Block {
     }
 };
 
-struct Message {  // data or a source, to one address, and a barrier or the bulk store's sender that learns of it
+struct Message {  // to one address, and a barrier that learns of it
     Block* to;
     void* at;
-    std::string data;
-    const void* source;
-    u64 bytes;
+    uint4 value;
     Barrier* barrier;
-    Thread* sender;
-    int group, line;
+    int line;
     check::Clock known;
 };
 
@@ -213,7 +209,6 @@ struct Launch {
     void (*call)(void**);
     void** args;
     u32 grid[3], block, cluster, order, flush;
-    i64 shared_bytes;
     u64 seed;
     const Region* regions;
     i64 n_regions;
@@ -295,21 +290,13 @@ void complete(Barrier& b) {  // a phase, if nothing is missing
 
 void deliver(size_t i) {
     const Message m = take(messages, i);
-    if (m.to && m.to->done == static_cast<int>(m.to->threads.size()))
+    if (m.to->done == static_cast<int>(m.to->threads.size()))
         fail("cluster", m.line, "this message came to block %d of the cluster after that had ended", m.to->rank);
-    if (m.barrier) {
-        check::message(m.at, m.bytes, m.known, m.barrier->id, m.barrier->phase + 1, m.line);
-        m.barrier->meeting.add(m.known);
-    } else if (m.sender->block->done == static_cast<int>(m.sender->block->threads.size())) {
-        fail("bulk", m.line, "the block ended before its shared memory was read by this bulk store");
-    }
-    memcpy(m.at, m.source ? m.source : m.data.data(), m.bytes);
-    if (m.barrier) {
-        m.barrier->bytes -= static_cast<i64>(m.bytes);
-        complete(*m.barrier);
-    } else if (m.sender->waits && !strcmp(m.sender->waits, "bulk_wait")) {
-        wake(m.sender);
-    }
+    check::message(m.at, sizeof m.value, m.known, m.barrier->id, m.barrier->phase + 1, m.line);
+    m.barrier->meeting.add(m.known);
+    memcpy(m.at, &m.value, sizeof m.value);
+    m.barrier->bytes -= static_cast<i64>(sizeof m.value);
+    complete(*m.barrier);
 }
 
 bool deliver_now() {
@@ -432,13 +419,12 @@ Array& array(Block& b, const void* key, i64 bytes, int align) {
     if (found == b.arrays.end()) {
         i64 total = bytes;
         for (auto& [k, a] : b.arrays) total += a.bytes;
-        if (total > 227 << 10) fail("shared", 0, "is in a block with %lld bytes of shared memory", total);
+        if (total > 48 << 10) fail("shared", 0, "is in a block with %lld bytes of shared memory", total);
         void* p = nullptr;
         // The exact size, so that AddressSanitizer sees the end; what is never written reads as NaN.
         if (posix_memalign(&p, static_cast<size_t>(std::max(align, 16)), static_cast<size_t>(bytes))) abort();
         memset(p, 0xff, static_cast<size_t>(bytes));
-        check::declare(p, static_cast<u64>(bytes),
-                       (key ? "a shared array of block " : "dynamic shared memory of block ") + std::to_string(b.rank));
+        check::declare(p, static_cast<u64>(bytes), "a shared array of block " + std::to_string(b.rank));
         found = b.arrays.emplace(key, Array{p, bytes}).first;
     }
     return found->second;
@@ -468,11 +454,6 @@ Barrier& barrier(Block& b, u64* at, int line) {
     if (bar.by != self && !synced && !met)
         fail("mbarrier", line, "uses a barrier of block %d, and nothing says that it has been initialised", b.rank);
     return found->second;
-}
-
-void copy_needs(const void* a, const void* b, u64 bytes, int line) {
-    if ((reinterpret_cast<u64>(a) | reinterpret_cast<u64>(b) | bytes) & 15)
-        fail("misaligned", line, "copies %llu bytes in bulk; addresses and bytes must be multiples of 16", bytes);
 }
 
 }  // namespace
@@ -505,10 +486,9 @@ void access(const void* p, int bytes, Access kind, int line) {
 void fence() { check::fence(); }
 void ticket() { check::ticket(); }
 void* shared(const void* key, i64 bytes, int align) { return array(*self->block, key, bytes, align).base; }
-void* dynamic() { return array(*self->block, nullptr, launch->shared_bytes, 128).base; }
 
 u64 collective(Collective what, u64 value, int by, int line) {
-    static const char* const names[] = {"shfl", "shfl_xor", "shfl_down", "shfl_up", "ballot", "sync_warp"};
+    static const char* const names[] = {"shfl", "shfl_xor", "ballot", "sync_warp"};
     Thread& t = *self;
     Warp& w = *t.warp;
     if (w.done) fail("divergence", line, "is in %s, and a lane of its warp has returned", names[what]);
@@ -530,10 +510,7 @@ u64 collective(Collective what, u64 value, int by, int line) {
     const check::Clock known = w.meeting.close();
     for (int i = 0; i < 32; ++i) {
         Thread& lane = *w.lanes[i];
-        const int from = what == SHFL        ? lane.by & 31
-                         : what == SHFL_XOR  ? i ^ lane.by
-                         : what == SHFL_DOWN ? i + lane.by
-                                             : i - lane.by;
+        const int from = what == SHFL ? lane.by & 31 : i ^ lane.by;
         if (what == BALLOT)
             lane.value = votes;
         else if (what == SYNC_WARP)
@@ -574,13 +551,13 @@ bool block_barrier(bool yes, int line) {
 
 int cluster_rank() { return self->block->rank; }
 
-void cluster_arrive(bool release, int line) {
+void cluster_arrive(int line) {
     Thread& t = *self;
     if (t.arrived) fail("cluster", line, "arrives twice without cluster_wait");
     for (Block& b : cluster)
         if (b.done) fail("cluster", line, "is at the cluster barrier, and a thread of block %d has returned", b.rank);
     t.arrived = true;
-    if (release) cluster_meeting.add(t.known);
+    cluster_meeting.add(t.known);
     if (++cluster_arrived < static_cast<int>(cluster.size() * launch->block)) return;
     cluster_arrived = 0;
     ++cluster_phase;
@@ -602,29 +579,30 @@ void cluster_wait(int line) {
     yield();
 }
 
-void mbarrier(Mbarrier what, u64* at, u32 n, int line) {
+void mbarrier_init(u64* at, u32 count, int line) {
     Thread& t = *self;
     in_block(at, 8, t.block->rank, line);
-    if (what == MBAR_INIT) {
-        if (t.block->barriers.count(at)) fail("mbarrier", line, "initialises a barrier again");
-        Barrier& b = t.block->barriers[at];
-        b.count = b.pending = n;
-        b.by = &t;
-        b.syncs = t.block->syncs;
-        b.cluster_phases = t.cluster_phases;
-        b.id = static_cast<u32>(cluster.size()) * launch->block + barriers_made++;
-        return;
-    }
-    Barrier& b = barrier(*t.block, at, line);
-    if (b.pending == 0) fail("mbarrier", line, "arrives more often than the barrier counts");
-    b.meeting.add(t.known);
-    --b.pending;
-    if (what == MBAR_EXPECT) b.bytes += n;
-    complete(b);
+    if (t.block->barriers.count(at)) fail("mbarrier", line, "initialises a barrier again");
+    Barrier& b = t.block->barriers[at];
+    b.count = b.pending = count;
+    b.by = &t;
+    b.syncs = t.block->syncs;
+    b.cluster_phases = t.cluster_phases;
+    b.id = static_cast<u32>(cluster.size()) * launch->block + barriers_made++;
 }
 
 void mbarrier_fence() {
     for (auto& [at, b] : self->block->barriers) b.fenced |= b.by == self;
+}
+
+void mbarrier_expect(u64* at, u32 bytes, int line) {
+    Thread& t = *self;
+    Barrier& b = barrier(*t.block, at, line);
+    if (b.pending == 0) fail("mbarrier", line, "arrives more often than the barrier counts");
+    b.meeting.add(t.known);
+    --b.pending;
+    b.bytes += bytes;
+    complete(b);
 }
 
 void mbarrier_wait(u64* at, u32 parity, int line) {
@@ -637,48 +615,18 @@ void mbarrier_wait(u64* at, u32 parity, int line) {
     check::knows(t.known, b.done, false);
 }
 
-void store_async(void* to, int rank, const void* value, int bytes, u64* at, int line) {
+void store_async(void* to, int rank, uint4 value, u64* at, int line) {
     Thread& t = *self;
     if (t.cluster_phases == 0)
         fail("cluster", line, "writes to another block before a cluster barrier: has that block started?");
-    if (reinterpret_cast<u64>(to) % static_cast<u64>(bytes))
-        fail("misaligned", line, "sends %d bytes to an address that is no multiple of that", bytes);
-    char* there = in_block(to, static_cast<u64>(bytes), rank, line);
+    if (reinterpret_cast<u64>(to) % sizeof value)
+        fail("misaligned", line, "sends 16 bytes to an address that is no multiple of that");
+    char* there = in_block(to, sizeof value, rank, line);
     u64* bar = reinterpret_cast<u64*>(in_block(at, 8, rank, line));
     Block& target = cluster[static_cast<size_t>(rank)];
     check::Meeting known;
     known.add(t.known);
-    messages.push_back({&target, there, std::string(static_cast<const char*>(value), static_cast<size_t>(bytes)),
-                        nullptr, static_cast<u64>(bytes), &barrier(target, bar, line), &t, 0, line, known.close()});
-}
-
-void bulk_load(void* to, const void* from, u32 bytes, u64* at, int line) {
-    Thread& t = *self;
-    copy_needs(to, from, bytes, line);
-    in_block(to, bytes, t.block->rank, line);
-    check::access(from, bytes, READ, line);
-    check::Meeting known;
-    known.add(t.known);
-    messages.push_back({t.block, to, "", from, bytes, &barrier(*t.block, at, line), &t, 0, line, known.close()});
-}
-
-void bulk_store(void* to, const void* from, u32 bytes, int line) {
-    Thread& t = *self;
-    copy_needs(to, from, bytes, line);
-    in_block(from, bytes, t.block->rank, line);
-    check::access(from, bytes, READ, line);
-    check::access(to, bytes, WRITE, line);
-    messages.push_back({nullptr, to, "", from, bytes, nullptr, &t, t.group, line, {}});
-}
-void bulk_commit() { ++self->group; }
-void bulk_wait(int groups, int line) {
-    Thread& t = *self;
-    for (;;) {
-        bool under_way = false;
-        for (const Message& m : messages) under_way |= !m.barrier && m.sender == &t && m.group < t.group - groups;
-        if (!under_way) return;
-        wait("bulk_wait", line);
-    }
+    messages.push_back({&target, there, value, &barrier(target, bar, line), line, known.close()});
 }
 
 namespace {

@@ -25,28 +25,23 @@ namespace simt {
 struct Index { u32 x, y, z; };
 struct Place { Index thread, block, block_dim, grid_dim; };  // of a thread
 enum Access { READ = 0, WRITE = 1, READ_L2 = 2, ATOMIC = 3 };
-enum Collective { SHFL, SHFL_XOR, SHFL_DOWN, SHFL_UP, BALLOT, SYNC_WARP };
-enum Mbarrier { MBAR_INIT, MBAR_ARRIVE, MBAR_EXPECT };
+enum Collective { SHFL, SHFL_XOR, BALLOT, SYNC_WARP };
 
 Place place();  // of the one that runs
 void access(const void* p, int bytes, Access kind, int line);  // a multiple of its size? the checker looks closer
 void* shared(const void* key, i64 bytes, int align);  // one array per block and place of declaration
-void* dynamic();
 u64 collective(Collective what, u64 value, int by, int line);
 bool block_barrier(bool yes, int line);
 void fence();
 void ticket();
 int cluster_rank();
-void cluster_arrive(bool release, int line);
+void cluster_arrive(int line);
 void cluster_wait(int line);
-void mbarrier(Mbarrier what, u64* bar, u32 n, int line);
+void mbarrier_init(u64* bar, u32 count, int line);
 void mbarrier_fence();
+void mbarrier_expect(u64* bar, u32 bytes, int line);
 void mbarrier_wait(u64* bar, u32 parity, int line);
-void store_async(void* to, int rank, const void* value, int bytes, u64* bar, int line);
-void bulk_load(void* shared, const void* global, u32 bytes, u64* bar, int line);
-void bulk_store(void* global, const void* shared, u32 bytes, int line);
-void bulk_commit();
-void bulk_wait(int groups, int line);
+void store_async(void* to, int rank, uint4 value, u64* bar, int line);
 
 // An entry called with the addresses of its arguments, as cuLaunchKernel has them, and the kinds of its parameters:
 // p(ointer), i(nteger), f(loat), b(ool), s(truct), each followed by its size in four digits.
@@ -115,13 +110,27 @@ template <class To, class From> To simt_bits(From x) {
 }
 
 // -------------------------------------------------------------------------------------------------- device.cuh's words
+// g++ instruments no copy of a plain struct where a call takes it from memory or returns it into memory. These copy
+// themselves, in the line that asks for it.
+#define SIMT_INLINE __attribute__((always_inline))
+#define SIMT_16BIT(name)                                                       \
+    struct name {                                                              \
+        u16 bits;                                                              \
+        name() = default;                                                      \
+        SIMT_INLINE name(const name& from) : bits(from.bits) {}                \
+        SIMT_INLINE name& operator=(const name& from) {                        \
+            bits = from.bits;                                                  \
+            return *this;                                                      \
+        }                                                                      \
+    }
+SIMT_16BIT(f16);
+SIMT_16BIT(bf16);
 #define XE_DEVICE inline
 #define XE_CLUSTERS
 #define XE_CLUSTER(n)
 #define XE_SHARED(T, name, n) \
     static char name##_key;   \
     T* const name = static_cast<T*>(simt::shared(&name##_key, sizeof(T) * (n), alignof(T)))
-#define XE_DYN(T, name) T* const name = static_cast<T*>(simt::dynamic())
 
 XE_RAW inline uint2 ld8(const void* p, XE_HERE) {
     simt::access(p, 8, simt::READ, line);
@@ -139,21 +148,11 @@ XE_RAW inline void st16(void* p, uint4 v, XE_HERE) {
     simt::access(p, 16, simt::WRITE, line);
     *static_cast<uint4*>(p) = v;
 }
-XE_RAW inline uint4 ld16_once(const void* p, XE_HERE) { return ld16(p, line); }
-XE_RAW inline void st16_once(void* p, uint4 v, XE_HERE) { st16(p, v, line); }
-template <class T> XE_RAW T ld_once(const T* p, XE_HERE) { simt::access(p, sizeof(T), simt::READ, line); return *p; }
 template <class T> XE_RAW T ld_l2(const T* p, XE_HERE) { simt::access(p, sizeof(T), simt::READ_L2, line); return *p; }
-template <class T> XE_RAW void st_once(T* p, T v, XE_HERE) { simt::access(p, sizeof(T), simt::WRITE, line); *p = v; }
 XE_RAW inline u32 take_ticket(u32* p, XE_HERE) {
     simt::access(p, 4, simt::ATOMIC, line);
     simt::ticket();
     return (*p)++;
-}
-XE_RAW inline u64 atomic_min(u64* p, u64 v, XE_HERE) {
-    simt::access(p, 8, simt::ATOMIC, line);
-    const u64 old = *p;
-    if (v < old) *p = v;
-    return old;
 }
 
 template <class T> T simt_shuffle(simt::Collective what, T v, int by, int line) {
@@ -165,8 +164,6 @@ template <class T> T simt_shuffle(simt::Collective what, T v, int by, int line) 
 }
 template <class T> T shfl(T v, int lane, XE_HERE) { return simt_shuffle(simt::SHFL, v, lane, line); }
 template <class T> T shfl_xor(T v, int mask, XE_HERE) { return simt_shuffle(simt::SHFL_XOR, v, mask, line); }
-template <class T> T shfl_down(T v, int by, XE_HERE) { return simt_shuffle(simt::SHFL_DOWN, v, by, line); }
-template <class T> T shfl_up(T v, int by, XE_HERE) { return simt_shuffle(simt::SHFL_UP, v, by, line); }
 inline u32 ballot(bool yes, XE_HERE) { return static_cast<u32>(simt::collective(simt::BALLOT, yes, 0, line)); }
 inline int lowest_bit(u32 bits) { return __builtin_ctz(bits); }
 inline bool any_lane(bool yes, XE_HERE) { return simt::collective(simt::BALLOT, yes, 0, line) != 0; }
@@ -186,27 +183,14 @@ inline u64 double_bits(double x) { return simt_bits<u64>(x); }
 inline double bits_double(u64 x) { return simt_bits<double>(x); }
 
 inline int cluster_rank() { return simt::cluster_rank(); }
-inline void cluster_arrive(XE_HERE) { simt::cluster_arrive(true, line); }
-inline void cluster_arrive_relaxed(XE_HERE) { simt::cluster_arrive(false, line); }
+inline void cluster_arrive(XE_HERE) { simt::cluster_arrive(line); }
 inline void cluster_wait(XE_HERE) { simt::cluster_wait(line); }
-inline void mbar_init(u64* bar, u32 count, XE_HERE) { simt::mbarrier(simt::MBAR_INIT, bar, count, line); }
+inline void mbar_init(u64* bar, u32 count, XE_HERE) { simt::mbarrier_init(bar, count, line); }
 inline void mbar_init_fence() { simt::mbarrier_fence(); }
-inline void mbar_arrive(u64* bar, XE_HERE) { simt::mbarrier(simt::MBAR_ARRIVE, bar, 0, line); }
-inline void mbar_expect(u64* bar, u32 bytes, XE_HERE) { simt::mbarrier(simt::MBAR_EXPECT, bar, bytes, line); }
+inline void mbar_expect(u64* bar, u32 bytes, XE_HERE) { simt::mbarrier_expect(bar, bytes, line); }
 inline void mbar_wait(u64* bar, u32 parity, XE_HERE) { simt::mbarrier_wait(bar, parity, line); }
-inline void st_async8(void* to, int rank, uint2 v, u64* bar, XE_HERE) { simt::store_async(to, rank, &v, 8, bar, line); }
 inline void st_async16(void* to, int rank, uint4 v, u64* bar, XE_HERE) {
-    simt::store_async(to, rank, &v, 16, bar, line);
+    simt::store_async(to, rank, v, bar, line);
 }
-inline void bulk_load(void* shared, const void* global, u32 bytes, u64* bar, XE_HERE) {
-    simt::bulk_load(shared, global, bytes, bar, line);
-}
-inline void bulk_store(void* global, const void* shared, u32 bytes, XE_HERE) {
-    simt::bulk_store(global, shared, bytes, line);
-}
-inline void bulk_commit() { simt::bulk_commit(); }
-template <int N> void bulk_wait_read(XE_HERE) { simt::bulk_wait(N, line); }
-template <int N> void bulk_wait(XE_HERE) { simt::bulk_wait(N, line); }
-inline void fence_async() {}
 
 #endif
