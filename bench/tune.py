@@ -69,7 +69,7 @@ def _others(
     most = 1024 if chosen.chip == 75 else 2048
     plan = replace(
         chosen, family=family, vectors=vectors, lanes=lanes, cluster=cluster, stream=family == "O", threads=threads,
-        blocks=-(-chosen.rows // per_block) * cluster, rows_per_block=per_block, shared=0,
+        blocks=-(-chosen.rows // per_block) * cluster, rows_per_block=per_block,
         bound=(threads, max(1, min(512, most) // threads)),
     )  # fmt: skip
     if plan != chosen:

@@ -40,8 +40,7 @@ class Emulator:
         pointer = simt.address(array)
         return pointer, (array.shape, array.strides, array.dtype, array.flags.writeable, pointer % 16)
 
-    def ready(self, kernel, blocks, threads, shared=0, cluster=1):
-        assert shared == 0  # kernels declare what they share
+    def ready(self, kernel, blocks, threads, cluster=1):
 
         def run(words, slots, arrays):
             text = kernel.text

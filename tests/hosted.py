@@ -26,15 +26,13 @@ class Emulated:
     """What stands for `cupy.RawKernel`: takes arguments as CuPy does, and what they lead to as CUDA does."""
 
     launches = 0
-    max_dynamic_shared_size_bytes = 48 << 10
 
     def __init__(self, kernel):
         self.kernel = kernel
 
-    def __call__(self, grid, block, args, shared_mem):
+    def __call__(self, grid, block, args):
         from cupy.cuda.function import CNumpyArray
 
-        assert shared_mem == 0  # kernels declare what they share
         (argument,) = args
         assert isinstance(argument, np.ndarray)
         assert argument.size == 1  # CuPy takes no other by value

@@ -185,18 +185,15 @@ class Generator:
 class RawKernel:
     """A kernel that the emulation runs."""
 
-    max_dynamic_shared_size_bytes = 48 << 10
-
     def __init__(self, code, name, options=(), backend="nvrtc"):
         self.code, self.name = code, name
 
     def compile(self, log_stream=None):
         pass
 
-    def __call__(self, grid, block, args, *, shared_mem=0):
+    def __call__(self, grid, block, args):
         import simt
 
-        assert shared_mem == 0  # kernels declare what they share
         (argument,) = args
         assert isinstance(argument, np.ndarray)
         assert argument.size == 1  # CuPy takes no other by value

@@ -95,10 +95,12 @@ class Launch(NamedTuple):
     def of(cls, plan: cuda.Plan, job: str, more: int = 0) -> Launch:
         """Where `more` bytes must move beside what the plan knows of."""
         logits = plan.rows * plan.classes * cuda.DTYPES[plan.dtype][1]
-        stream = plan.stream or (plan.family == "P" and not plan.shared)
+        vectors, lanes = plan.vectors, plan.lanes
+        if plan.family == "P":  # whose threads hold classes of several rows, and whose warps wait if they share rows
+            vectors, lanes = 0, int(plan.lanes == 1)
         return cls(
-            plan.rows, logits, plan.bytes(job) + more, more, job not in ("LOSS", "STATS"), stream,
-            plan.vectors, plan.lanes, plan.threads, plan.blocks, plan.shared,
+            plan.rows, logits, plan.bytes(job) + more, more, job not in ("LOSS", "STATS"), plan.stream,
+            vectors, lanes, plan.threads, plan.blocks, 0,
         )  # fmt: skip
 
 

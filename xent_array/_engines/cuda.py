@@ -82,7 +82,6 @@ class Plan:
     rows_per_block: int
     even: bool  # whether rows are evenly spaced, and what has a number per class is aligned like the logits
     bound: tuple[int, int]  # __launch_bounds__
-    shared: int = 0  # dynamic shared memory, bytes
     width: int = 1  # neighbouring rows that one access moves
 
     def kernel(self, job: str) -> Kernel:
@@ -110,8 +109,7 @@ class Plan:
         if self.family == "P":
             who += f" {'streams' if self.stream else 'holds'} {self.width} neighbouring rows, {self.vectors} classes"
             who += " at a time (a gradient reads them again)" if self.stream else " at most"
-        shared = f", {self.shared:,} bytes of shared memory" if self.shared else ""
-        return f"  {self.family}: {who}\n  {self.blocks:,} blocks of {self.threads} threads{shared}"
+        return f"  {self.family}: {who}\n  {self.blocks:,} blocks of {self.threads} threads"
 
     def bytes(self, job: str) -> int:
         """What must move between the device's memory and the chip: the logits, the gradient, the numbers per row."""
@@ -142,12 +140,12 @@ def plan(
 
     def spread(
         family: str, vectors: int, lanes: int, threads: int, bound: tuple[int, int],
-        cluster: int = 1, stream: bool = False, shared: int = 0, width: int = 1,
+        cluster: int = 1, stream: bool = False, width: int = 1,
     ) -> Plan:  # fmt: skip
         per_block = threads // lanes * width if lanes else 1
         return Plan(
             family, rows, classes, dtype, chip, variant, vectors, lanes, cluster, stream, threads,
-            -(-rows // per_block) * cluster, per_block, even, bound, shared, width,
+            -(-rows // per_block) * cluster, per_block, even, bound, width,
         )  # fmt: skip
 
     size = classes * itemsize
@@ -426,7 +424,7 @@ class Launcher(Protocol):
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array: ...
     def copy(self, array: Array, to: Array) -> None: ...
     def look(self, array: Array) -> tuple[int, Hashable]: ...  # (its pointer, all else that a launch may depend on)
-    def ready(self, kernel: Kernel, blocks: int, threads: int, shared: int = 0, cluster: int = 1) -> Run: ...
+    def ready(self, kernel: Kernel, blocks: int, threads: int, cluster: int = 1) -> Run: ...
 
 
 class Cupy:
@@ -455,15 +453,13 @@ class Cupy:
         pointer = memory.ptr
         return pointer, (array.shape, array.strides, array.dtype, memory.device_id, pointer % 16)
 
-    def ready(self, kernel: Kernel, blocks: int, threads: int, shared: int = 0, cluster: int = 1) -> Run:
+    def ready(self, kernel: Kernel, blocks: int, threads: int, cluster: int = 1) -> Run:
         function = _kernels.compiled(kernel, _cupy().cuda.runtime.getDevice())  # the cluster is compiled into it
-        if shared > 48 << 10 and function.max_dynamic_shared_size_bytes < shared:
-            function.max_dynamic_shared_size_bytes = shared
         grid, block = (blocks,), (threads,)
 
         def run(words: Words, slots: Slots, arrays: Sequence[Array]) -> None:
             # A NumPy array of size 1 is an argument by value: CUDA copies as many bytes as the kernel's struct has.
-            function(grid, block, (np.frombuffer(words, _void(8 * len(words))),), shared_mem=shared)
+            function(grid, block, (np.frombuffer(words, _void(8 * len(words))),))
 
         return run
 
@@ -512,8 +508,8 @@ class Tape:
         self.rooms.append(self._launcher.empty(shape, dtype))
         return self.rooms[-1]
 
-    def ready(self, kernel: Kernel, blocks: int, threads: int, shared: int = 0, cluster: int = 1) -> Run:
-        run = self._launcher.ready(kernel, blocks, threads, shared, cluster)
+    def ready(self, kernel: Kernel, blocks: int, threads: int, cluster: int = 1) -> Run:
+        run = self._launcher.ready(kernel, blocks, threads, cluster)
 
         def noted(words: Words, slots: Slots, arrays: Sequence[Array]) -> None:
             self.launches.append(Noted(run, words, slots, list(arrays)))
@@ -671,17 +667,15 @@ class Cuda:
                 word(1 - smoothing), word(smoothing / classes), word(rows.z_loss), word(rows.softcap or 0.0), correct,
                 partials,
             )  # fmt: skip
-            self._launch(problem, kernel, chosen.blocks, chosen.threads, chosen.shared, chosen.cluster)
+            self._launch(problem, kernel, chosen.blocks, chosen.threads, chosen.cluster)
         if out is not None and grad is not out:
             self.launcher.copy(grad, out)
             return out
         return grad
 
-    def _launch(
-        self, argument: Problem | Sum, kernel: Kernel, blocks: int, threads: int, shared: int = 0, cluster: int = 1
-    ) -> None:
+    def _launch(self, argument: Problem | Sum, kernel: Kernel, blocks: int, threads: int, cluster: int = 1) -> None:
         words, slots, arrays = _taken_apart(argument)
-        run = self.launcher.ready(kernel, blocks, threads, shared, cluster)
+        run = self.launcher.ready(kernel, blocks, threads, cluster)
         send(run, words, slots, [self.launcher.look(array)[0] for array in arrays], arrays)
 
     def _mean(self, rows: Rows) -> _Mean:
