@@ -90,17 +90,19 @@ class Launch(NamedTuple):
     threads: int
     blocks: int
     shared: int
+    turn: int = 0  # bytes that a thread moves in one turn of the loop over a row; 0: any loop may be it
 
     @classmethod
     def of(cls, plan: cuda.Plan, job: str, more: int = 0) -> Launch:
         """Where `more` bytes must move beside what the plan knows of."""
         logits = plan.rows * plan.classes * cuda.DTYPES[plan.dtype][1]
-        vectors, lanes = plan.vectors, plan.lanes
+        vectors, lanes, turn = plan.vectors, plan.lanes, max(1, 16 * plan.vectors)
         if plan.family == "P":  # whose threads hold classes of several rows, and whose warps wait if they share rows
+            turn = plan.vectors * plan.width * cuda.DTYPES[plan.dtype][1]
             vectors, lanes = 0, int(plan.lanes == 1)
         return cls(
             plan.rows, logits, plan.bytes(job) + more, more, job not in ("LOSS", "STATS"), plan.stream,
-            vectors, lanes, plan.threads, plan.blocks, 0,
+            vectors, lanes, plan.threads, plan.blocks, 0, turn,
         )  # fmt: skip
 
 
@@ -143,8 +145,10 @@ def times(launch: Launch, code: Code, chip: Chip) -> Times:
     instructions, special = EXECUTED * code.instructions, float(code.mufu)
     for body, mufu, moved, widest in code.loops:
         over_the_row = moved > 0 and not (wide and 0 < widest < 16)  # else over its ragged ends, or for a barrier
-        if launch.vectors and moved < 16 * launch.vectors:  # ... or over what a thread holds, in a row in which p > 1/2
-            over_the_row = False
+        if launch.turn and not (launch.stream and moved >= launch.turn):
+            over_the_row = (
+                False  # but over what a thread holds once more, where p > 1/2 or products are beyond the range
+            )
         again = max(1.0, per_thread / moved) - 1 if over_the_row else 0
         instructions, special = instructions + again * body, special + again * mufu
     if launch.gradient and launch.vectors and not launch.stream:
