@@ -48,6 +48,7 @@ template <class T> struct Problem {
     alignas(8) A z_loss; alignas(8) A softcap;
     bool* correct;                                   // one per row, of labels; null: not wanted
     u32* ticket;                                     // null, or what `open` sets to 0 for the launch after this one
+    A* of_parts; i64 parts, part;                    // a row in `parts` of `part` classes: 4 numbers for each, as stats
 };
 
 // What a kernel over rows does first: sums.cu counts its blocks with a ticket, and this launch comes before it.
@@ -133,6 +134,16 @@ template <class T, int VARIANT> struct Row {
         each = VARIANT == SMOOTH || VARIANT == SOFT || (any_target(VARIANT) && (found || kind >= OF_LOGITS)) ? p.each : 0;
     }
     static XE_DEVICE int kind_of(const Problem<T>& p) { return VARIANT == SOFT ? OF_LOGITS : static_cast<int>(p.kind); }
+
+    // Only `count` of its classes, which lie side by side. The label may be none of them.
+    XE_DEVICE void narrow(i64 start, int count) {
+        x += start, g += start;
+        if (kind == OF_FLOAT32) q = static_cast<const float*>(q) + start;
+        else if (by_class(VARIANT)) q = static_cast<const T*>(q) + start;
+        if (w) w += start;
+        const i64 named = label - start;
+        label = label >= 0 && 0 <= named && named < count ? static_cast<int>(named) : -1;
+    }
 
     // Class k's share of the weighted, smoothed target.
     XE_DEVICE A a(int k) const { return k == label ? beside_label(k) + on_label : beside_label(k); }

@@ -10,8 +10,10 @@
  *   W  LANES = 4 to 32      a row is held by so many lanes of a warp
  *   B  LANES = 0            a row is held by a block, or by a cluster of CLUSTER blocks (compute capability 9.0)
  *   O  LANES = 0, STREAM    a row of any length is read through a block or a cluster, twice for a gradient
+ *   S  CLUSTER = 0          a row is read in parts by as many blocks as there are: STATS leaves those of each part, which
+ *                           merge.cu merges; GRAD and LOG_SOFTMAX then read the parts once more
  *
- * Launch   W: blockDim.x / LANES rows per block; B, O: one row per block or cluster, of whole warps. A thread holds K
+ * Launch   W: blockDim.x / LANES rows per block; B, O: one row per block or cluster, of whole warps; S: one part. A thread holds K
  *          vectors of 16 bytes; in W and B K·16·threads must cover the row. THREADS, BLOCKS: __launch_bounds__. EVEN:
  *          rows are evenly spaced, and what else has a number per class is aligned like the logits. All numbers come
  *          from `plan` in xent_array/_engines/cuda.py.
@@ -422,35 +424,46 @@ template <class T, int JOB, int VARIANT, int K, int LANES, int CLUSTER, bool STR
 XE_DEVICE void xent_rows(const Problem<T>& p) {
     typedef typename Acc<T>::type A;
     typedef Vector<T> V;
-    constexpr bool READS_STATS = JOB == GRAD, WRITES = writes_grad(JOB);
+    constexpr bool PARTS = CLUSTER == 0, OF_PART = PARTS && JOB == STATS;
+    constexpr bool READS_STATS = JOB == GRAD || (PARTS && JOB == LOG_SOFTMAX), WRITES = writes_grad(JOB);
+    constexpr int BLOCKS = PARTS ? 1 : CLUSTER;  // that hold or stream the row
     constexpr int STEP = LANES ? LANES : 32, SIZE = V::SIZE;
     // Exponentials are kept where there is room, and made again elsewhere.
     constexpr bool KEEP = WRITES && !READS_STATS && JOB != LOG_SOFTMAX && !STREAM && VARIANT != CAPPED_GENERAL
                           && K * SIZE <= (VARIANT == CAPPED ? 64 : 32);
     typedef Held<T, VARIANT, K, STEP, EVEN> H;
-    typedef Team<A, VARIANT, LANES, CLUSTER> Of;
+    typedef Team<A, VARIANT, LANES, BLOCKS> Of;
     XE_SHARED(Part<A>, parts, LANES ? 1 : 32);
-    XE_SHARED(uint4, inbox, CLUSTER > 1 ? CLUSTER * Of::WORDS : 1);
-    XE_SHARED(uint4, second, CLUSTER);
+    XE_SHARED(uint4, inbox, BLOCKS > 1 ? BLOCKS * Of::WORDS : 1);
+    XE_SHARED(uint4, second, BLOCKS);
     XE_SHARED(u64, barriers, 2);
     Of team(parts, inbox, second, barriers);
     if (!READS_STATS) team.open();
 
+    // What was read last is still in cache, so that parts are read again from the last to the first.
+    const u32 block = PARTS && READS_STATS ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
     // The threads of a row are numbered through all blocks of its cluster.
-    const int threads = LANES ? STEP : static_cast<int>(blockDim.x) * CLUSTER;
+    const int threads = LANES ? STEP : static_cast<int>(blockDim.x) * BLOCKS;
     const u32 lane = LANES ? threadIdx.x % STEP : team.rank * blockDim.x + threadIdx.x;
     const i64 mine = LANES ? static_cast<i64>(blockIdx.x) * (blockDim.x / STEP) + threadIdx.x / STEP
-                           : blockIdx.x / CLUSTER;
+                           : block / (PARTS ? static_cast<u32>(p.parts) : CLUSTER);
     const bool exists = !LANES || mine < p.rows;  // lanes without a row take part in the shuffles
     const i64 r = exists ? mine : p.rows - 1;
-    const Row<T, VARIANT> row = EVEN ? Row<T, VARIANT>(p, r, r, 0) : Row<T, VARIANT>(p, r);
-    const Cut<T> cut(row.x, static_cast<int>(p.classes));
+    Row<T, VARIANT> row = EVEN ? Row<T, VARIANT>(p, r, r, 0) : Row<T, VARIANT>(p, r);
+    int classes = static_cast<int>(p.classes);
+    if (PARTS) {
+        const i64 start = block % static_cast<u32>(p.parts) * p.part;
+        classes = static_cast<int>(min(p.part, p.classes - start));
+        row.narrow(start, classes);
+        if (OF_PART && row.label < 0) row.on_label = 0;
+    }
+    const Cut<T> cut(row.x, classes);
     const Cap<A> cap(p.softcap);
     const bool needed = exists && row.needs_logits(JOB);
 
     // A group of STEP lanes owns stretches of STEP·K vectors. A warp whose stretch is beyond the row only takes part in
     // the merging; the first always has the edges.
-    const bool busy = CLUSTER == 1 || static_cast<int>(lane / STEP * (STEP * K)) < max(cut.vectors, 1);
+    const bool busy = BLOCKS == 1 || static_cast<int>(lane / STEP * (STEP * K)) < max(cut.vectors, 1);
     const int first = static_cast<int>(lane / STEP * (STEP * K) + lane % STEP), stride = threads * K;
     H held(p, row, cut, static_cast<int>(lane), first);
     held.load_edge(needed);
@@ -514,6 +527,15 @@ XE_DEVICE void xent_rows(const Problem<T>& p) {
     Answer<T, VARIANT> answer(p, row, stats, READS_STATS);
     if (!READS_STATS && row.label >= 0) answer.add_label(row, label.x);
 
+    if (OF_PART) {
+        if (owner) {
+            A* const at = p.of_parts + block;
+            const i64 all = p.rows * p.parts;
+            at[0] = answer.stats.max, at[all] = answer.stats.rest;
+            at[2 * all] = answer.stats.gap, at[3 * all] = row.has_target ? answer.stats.mass : 0;
+        }
+        return;
+    }
     bool beaten = false;
     if (writes_stats(JOB) && p.correct) {
         beaten = label.x < stats.max;
@@ -555,6 +577,7 @@ XE_DEVICE void xent_rows(const Problem<T>& p) {
     }
 }
 
+#define XE_CLUSTER_0
 #define XE_CLUSTER_1
 #define XE_CLUSTER_2 XE_CLUSTER(2)
 #define XE_CLUSTER_4 XE_CLUSTER(4)

@@ -68,9 +68,10 @@ FAMILIES = {
     "B 16 vectors": (1, 600_000, 90, "apart", {"family": "B", "vectors": 16}),
     "B of an older chip": (2, 15_000, 75, "flat", {"family": "B", "cluster": 1}),
     "O": (2, 150_000, 80, "apart", {"family": "O", "cluster": 1}),
-    "O 8 blocks": (1, 1_100_000, 90, "apart", {"family": "O", "cluster": 8}),
+    "O 8 blocks": (1, 600_000, 90, "apart", {"family": "O", "cluster": 8}),
+    "S": (2, 1_100_000, 90, "apart", {"family": "S"}),
 }  # fmt: skip
-LARGE = {"B 8 blocks", "B 16 vectors", "O", "O 8 blocks"}  # run without the checker, except in float32
+LARGE = {"B 8 blocks", "B 16 vectors", "O", "O 8 blocks", "S"}  # run without the checker, except in float32
 
 
 def problem(family, dtype, variant, seed=0):

@@ -17,7 +17,7 @@ import sys
 from array import array as words_of
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache, partial
 from typing import Any, NamedTuple, Protocol, get_type_hints
 
@@ -55,6 +55,9 @@ CLUSTERS = (
     (128 << 10, 4),
     (1 << 62, 8),
 )  # bytes of a longer row, and how many blocks hold it for a gradient
+# Longer rows are read in parts, each by a block: bytes of a row that takes none for a loss, nor for a gradient; bytes of
+# a part, or a multiple of them where there would be more parts than that; threads of what merges them.
+WHOLE_LOSS, WHOLE_GRAD, PART, MOST_PARTS, MERGE_THREADS = 128 << 10, 1 << 20, 64 << 10, 1024, 128
 SUM_THREADS, SUM_BLOCKS = 1024, 64
 PARTIALS = (2 * SUM_BLOCKS + 1,)  # doubles: two for each block, after the ticket
 SUM_ALONE, COUNT_ALONE = 1 << 13, 1 << 16  # rows up to which one block is as fast; and no slower than a second launch
@@ -67,7 +70,7 @@ SUM_ALONE, COUNT_ALONE = 1 << 13, 1 << 16  # rows up to which one block is as fa
 class Plan:
     """How the rows of one problem are spread over the device."""
 
-    family: str  # W, B, O: lanes, a block, a block again and again; T: a thread; P: warps, each many rows
+    family: str  # W, B, O: lanes, a block, a block again and again; S: blocks apart; T: a thread; P: warps, each many rows
     rows: int
     classes: int
     dtype: str
@@ -75,7 +78,7 @@ class Plan:
     variant: str
     vectors: int  # of 16 bytes, held by a thread; in P classes, of each of its rows
     lanes: int  # that share a row; 0: the block, or the cluster; in P one of each warp
-    cluster: int  # blocks that share a row
+    cluster: int  # blocks that share a row, and speak to each other; 0: they do not
     stream: bool  # whether the row is read in several pieces, and once more for a gradient
     threads: int
     blocks: int
@@ -83,8 +86,11 @@ class Plan:
     even: bool  # whether rows are evenly spaced, and what has a number per class is aligned like the logits
     bound: tuple[int, int]  # __launch_bounds__
     width: int = 1  # neighbouring rows that one access moves
+    parts: int = 1  # in which a row is read, each by a block of its own
+    part: int = 0  # classes of one
 
     def kernel(self, job: str) -> Kernel:
+        """What is launched for a job: where rows are read in parts, one of `jobs_of_parts`."""
         ctype = DTYPES[self.dtype][0]
         if self.family == "T":
             return _kernels.kernel("tiny.cu", "XE_TINY", "T", ctype, job, self.variant, self.classes, *self.bound)
@@ -103,6 +109,8 @@ class Plan:
             "B": f"{'a block holds' if alone else f'{self.cluster} blocks hold'} a row, {held}",
             "O": f"{'a block streams' if alone else f'{self.cluster} blocks stream'} a row, {held} at a time"
             " (a gradient reads the row again, from cache where it fits)",
+            "S": f"{self.parts} blocks read a row in parts of {self.part:,} classes, {held} at a time; what they found is"
+            " merged by one more (a gradient reads the row again, from cache where it fits)",
             "T": "a thread holds a row, in registers",
             "P": f"a thread of each of {self.lanes} warps" if self.lanes > 1 else "a thread",
         }[self.family]
@@ -156,6 +164,13 @@ def plan(
         variant = "GENERAL" if variant == "SOFT" else variant
         warps, held, width, bound, stream = _columns(classes, itemsize, chip, variant, width)
         return spread("P", held, warps, bound[0], bound, stream=stream, width=width)
+    if size > (WHOLE_GRAD if writes_grad(job) else WHOLE_LOSS):
+        variant = {"SMOOTH": "GENERAL", "SOFT": "GENERAL"}.get(variant, variant)  # neither has class weights
+        vectors, most, blocks = _held(itemsize, variant, job)
+        part = -(-size // (PART * MOST_PARTS)) * PART
+        found = spread("S", vectors, 0, ALONE, (ALONE, most * blocks // ALONE), cluster=0, stream=True)
+        parts = -(-size // part)
+        return replace(found, parts=parts, part=part // itemsize, blocks=rows * parts)
     vectors, most, blocks = _held(itemsize, variant, job)
     for limit, wanted, lanes in WARP_ROWS:
         if size <= limit and wanted * lanes <= vectors * 32:
@@ -270,10 +285,10 @@ def catalogue(
                     how: dict[str, Any] = {"layout": layout, "variant": variant, "job": job}
                     how |= {"even": evenly, "width": width}
                     found = plan(1, classes, dtype, chip, **how)
-                    if found.variant == variant and is_named(found):
+                    if found.variant == variant and is_named(found) and (found.parts == 1 or job in jobs_of_parts(job)):
                         seen.add(found.kernel(job))
         if variant == "PLAIN":
-            seen.add(sums_kernel(dtype))
+            seen |= {sums_kernel(dtype), merge_kernel(dtype)}
     yield from sorted(seen, key=lambda kernel: kernel.name)
 
 
@@ -297,6 +312,12 @@ def writes_grad(job: str) -> bool:
     return job not in ("STATS", "LOSS")
 
 
+def jobs_of_parts(job: str) -> tuple[str, ...]:
+    """The launches over the rows that a job takes where they are read in parts; after STATS these are merged."""
+    first = () if job == "GRAD" else ("STATS",)
+    return first + (("LOG_SOFTMAX" if job == "LOG_SOFTMAX" else "GRAD",) if writes_grad(job) else ())
+
+
 @lru_cache(maxsize=1024)
 def _chosen(
     job: str, rows: int, classes: int, dtype: str, chip: int, layout: str, variant: str, even: bool, width: int
@@ -304,6 +325,11 @@ def _chosen(
     how: dict[str, Any] = {"layout": layout, "variant": variant, "job": job, "even": even, "width": width}
     chosen = plan(rows, classes, dtype, chip, **how)
     return chosen, chosen.kernel(job)
+
+
+@cache
+def merge_kernel(dtype: str) -> Kernel:
+    return _kernels.kernel("merge.cu", "XE_MERGE", "M", DTYPES[dtype][0])
 
 
 @cache
@@ -351,6 +377,9 @@ class Problem(NamedTuple):
     softcap: int
     correct: Array | None
     ticket: Array | None
+    of_parts: Array | None = None
+    parts: int = 1
+    part: int = 0
 
 
 class Sum(NamedTuple):
@@ -652,7 +681,7 @@ class Cuda:
             variant = _variant(rows, kind)
             even = inner == 1 and _is_even(rows, variant, placed)
             count, width = rows.shape[0] * rows.shape[1], _width(logits, grad) if layout == "columns" else 1
-            chosen, kernel = _chosen(job, count, classes, dtype, chip, layout, variant, even, width)
+            chosen, kernel = _chosen(job, *(how := (count, classes, dtype, chip, layout, variant, even, width)))
             smoothing, word = rows.label_smoothing, partial(_word, rows.acc)
             max_, rest, gap, mass, correct = (None,) * 5 if stats is None else stats
             problem = Problem(
@@ -667,11 +696,30 @@ class Cuda:
                 word(1 - smoothing), word(smoothing / classes), word(rows.z_loss), word(rows.softcap or 0.0), correct,
                 partials,
             )  # fmt: skip
-            self._launch(problem, kernel, chosen.blocks, chosen.threads, chosen.cluster)
+            if chosen.parts > 1:
+                self._in_parts(job, rows, problem, how)
+            else:
+                self._launch(problem, kernel, chosen.blocks, chosen.threads, chosen.cluster)
         if out is not None and grad is not out:
             self.launcher.copy(grad, out)
             return out
         return grad
+
+    def _in_parts(self, job: str, rows: Rows, problem: Problem, how: tuple[Any, ...]) -> None:
+        """A job whose rows are read in parts: what the parts say, that merged, and what follows from it."""
+        for step in jobs_of_parts(job):
+            chosen, kernel = _chosen(step, *how)
+            given = problem._replace(parts=chosen.parts, part=chosen.part)
+            if step == "STATS":
+                given = given._replace(of_parts=self._empty(rows, (4, chosen.blocks)))
+                self._launch(given, kernel, chosen.blocks, chosen.threads)
+                if problem.max is None:
+                    max_, rest, gap, mass, _ = self._stats(rows)
+                    problem = problem._replace(max=max_, rest=rest, gap=gap, mass=mass)
+                merged = given._replace(max=problem.max, rest=problem.rest, gap=problem.gap, mass=problem.mass)
+                self._launch(merged, merge_kernel(chosen.dtype), problem.rows, MERGE_THREADS)
+            else:
+                self._launch(given, kernel, chosen.blocks, chosen.threads)
 
     def _launch(self, argument: Problem | Sum, kernel: Kernel, blocks: int, threads: int, cluster: int = 1) -> None:
         words, slots, arrays = _taken_apart(argument)
