@@ -83,7 +83,7 @@ class Launches(NamedTuple):
         """What it is there for."""
         jobs = [job for job in cuda.JOBS if job != "LOG_SOFTMAX" or self.variant == "PLAIN"]
         sums = {cuda.sums_kernel(self.dtype).name} if self.reduction != "none" else set()
-        return {self.plan(job).kernel(job).name for job in jobs} | sums
+        return {kernel.name for job in jobs for kernel in self.plan(job).kernels(job)} | sums
 
 
 def problems(chip: int) -> list[Launches]:

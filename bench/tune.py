@@ -44,7 +44,7 @@ def plans_for(problem: Problem, job: str = "LOSS_AND_GRAD") -> Iterator[cuda.Pla
     """The plan's own first, then every other of the families W, B and O that keeps the rules of tests/test_plan.py."""
     chosen = problem.plan(job)
     yield chosen
-    if chosen.family not in "WBO":
+    if chosen.family not in "WBOS":
         return
     itemsize = cuda.DTYPES[problem.dtype][1]
     size = problem.classes * itemsize
@@ -69,6 +69,7 @@ def _others(
     most = 1024 if chosen.chip == 75 else 2048
     plan = replace(
         chosen, family=family, vectors=vectors, lanes=lanes, cluster=cluster, stream=family == "O", threads=threads,
+        parts=1, part=0,
         blocks=-(-chosen.rows // per_block) * cluster, rows_per_block=per_block,
         bound=(threads, max(1, min(512, most) // threads)),
     )  # fmt: skip
@@ -79,7 +80,7 @@ def _others(
 def words(plan: cuda.Plan) -> str:
     return (
         f"{plan.family} {plan.vectors} vectors, {plan.lanes or plan.threads} threads, "
-        f"{plan.cluster} of {plan.threads} x {plan.bound[1]}"
+        f"{plan.cluster or plan.parts} of {plan.threads} x {plan.bound[1]}"
     )
 
 
@@ -94,7 +95,7 @@ def compile_ahead(wanted: list[Problem]) -> int:
     import cupy
 
     device = cupy.cuda.Device().id
-    kernels = {plan.kernel(job) for problem in wanted for job in JOBS for plan in plans_for(problem, job)}
+    kernels = {k for problem in wanted for job in JOBS for plan in plans_for(problem, job) for k in plan.kernels(job)}
 
     def compile_(kernel: Kernel) -> None:
         with cupy.cuda.Device(device), contextlib.suppress(Exception):
@@ -140,7 +141,7 @@ def each(
         if right is not None and time.monotonic() > end:
             return
         row: dict[str, Any] = {"problem": list(problem.shape), "dtype": problem.dtype, "job": job, "plan": words(plan)}
-        row |= {"kernel": plan.kernel(job).name, "right": False, "seconds": None, "of_copy": None}
+        row |= {"kernel": plan.kernels(job)[0].name, "right": False, "seconds": None, "of_copy": None}
         with only(plan):
             try:
                 loss, grad = run()

@@ -64,7 +64,7 @@ def work() -> Iterator[Item]:
             jobs = cuda.JOBS if most else TELLING if chip == MOST[1] else TELLING[:2]
             for kernel in cuda.catalogue(chip, variant, jobs, even=(True, False) if most else (True,)):
                 name, *given = re.findall(r"\w+", kernel.line)[1:]
-                job = [*given[1:3], given[3] if kernel.file == "rows.cu" else ""] if kernel.file != "sums.cu" else []
+                job = [*given[1:3], given[3] if kernel.file == "rows.cu" else ""] if len(given) > 1 else []
                 yield Item(kernel.file, kernel.text, f"sm_{chip}", name, name.split("_")[1].upper(), given[0], *job)
 
 

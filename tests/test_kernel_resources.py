@@ -75,13 +75,17 @@ def test_a_part_of_the_table_is_made_and_the_rest_kept(tmp_path, monkeypatch):
 def test_the_matrix_is_whole():
     """Every family × dtype × job without options on five chips; with options, on one, but for logarithms."""
     families, dtypes = "TPWBO", ("f16", "bf16", "float", "double")
-    have = {(i.family, i.dtype, i.job, i.variant, i.chip) for i in ITEMS if i.family != "D"}
+    have = {(i.family, i.dtype, i.job, i.variant, i.chip) for i in ITEMS if i.family not in "DM"}
     chips = [f"sm_{chip}" for chip in kernel_resources.PLAIN_CHIPS]
     wanted = set(itertools.product(families, dtypes, cuda.JOBS, ["PLAIN"], chips))
     for family in families:  # a row in one thread takes two of the variants for others that ask less
         variants = ["GENERAL", "CAPPED_GENERAL"] if family in "TP" else cuda.VARIANTS[1:]
         wanted |= set(itertools.product([family], dtypes, cuda.JOBS[:-1], variants, ["sm_90"]))
+    wanted |= set(itertools.product("S", dtypes, ["STATS", "GRAD"], ["PLAIN"], chips))
+    wanted |= set(itertools.product("S", dtypes, ["LOG_SOFTMAX"], ["PLAIN"], ["sm_90"]))
+    wanted |= set(itertools.product("S", dtypes, ["STATS", "GRAD"], ["GENERAL", "CAPPED", "CAPPED_GENERAL"], ["sm_90"]))
     assert have == wanted
+    assert {(i.dtype, i.chip) for i in ITEMS if i.family == "M"} == set(itertools.product(dtypes, chips))
     assert {(i.dtype, i.chip) for i in ITEMS if i.family == "D"} == set(itertools.product(["float", "double"], chips))
 
 
@@ -110,10 +114,10 @@ def test_rows_are_read_and_written_in_16_bytes():
     for row in ROWS:
         if row["file"] != "rows.cu" or row["chip"] != kernel_resources.SHIPPED:
             continue
-        vectors, lanes, _, stream = parameters(row)
+        vectors, lanes, cluster, stream = parameters(row)
         job = re.search("loss_and_grad|stats_and_grad|log_softmax|grad|loss|stats", row["kernel"])[0]
         twice = stream and job in ("loss_and_grad", "stats_and_grad", "log_softmax")
-        passes = 2 if twice or (job == "log_softmax" and not lanes) else 1
+        passes = 2 if cluster and (twice or (job == "log_softmax" and not lanes)) else 1  # in parts, by two launches
         assert row["loads128"] == passes * vectors, row
         assert row["stores128"] == (vectors if job not in ("loss", "stats") else 0), row
 

@@ -55,8 +55,8 @@ CLUSTERS = (
     (128 << 10, 4),
     (1 << 62, 8),
 )  # bytes of a longer row, and how many blocks hold it for a gradient
-# Longer rows are read in parts, each by a block: bytes of a row that takes none for a loss, nor for a gradient; bytes of
-# a part, or a multiple of them where there would be more parts than that; threads of what merges them.
+# Rows of more bytes, for a loss and for a gradient, are read in parts, each by a block: bytes of a part, or a multiple
+# of them where there would be more parts than that; threads of what merges them.
 WHOLE_LOSS, WHOLE_GRAD, PART, MOST_PARTS, MERGE_THREADS = 128 << 10, 1 << 20, 64 << 10, 1024, 128
 SUM_THREADS, SUM_BLOCKS = 1024, 64
 PARTIALS = (2 * SUM_BLOCKS + 1,)  # doubles: two for each block, after the ticket
@@ -70,7 +70,9 @@ SUM_ALONE, COUNT_ALONE = 1 << 13, 1 << 16  # rows up to which one block is as fa
 class Plan:
     """How the rows of one problem are spread over the device."""
 
-    family: str  # W, B, O: lanes, a block, a block again and again; S: blocks apart; T: a thread; P: warps, each many rows
+    family: (
+        str  # W, B, O: lanes, a block, a block again and again; S: blocks apart; T: a thread; P: warps, each many rows
+    )
     rows: int
     classes: int
     dtype: str
@@ -89,8 +91,24 @@ class Plan:
     parts: int = 1  # in which a row is read, each by a block of its own
     part: int = 0  # classes of one
 
+    def over_rows(self, job: str) -> list[tuple[str, Plan]]:
+        """The launches over the rows that a job takes: itself; in parts, their stats, then what follows from them."""
+        if self.parts == 1:
+            return [(job, self)]
+        steps = [] if job == "GRAD" else ["STATS"]
+        if writes_grad(job):
+            steps.append("LOG_SOFTMAX" if job == "LOG_SOFTMAX" else "GRAD")
+        how: dict[str, Any] = {"layout": "rows", "variant": self.variant, "even": self.even}
+        return [(step, plan(self.rows, self.classes, self.dtype, self.chip, job=step, **how)) for step in steps]
+
+    def kernels(self, job: str) -> list[Kernel]:
+        """Of all launches, but the sums."""
+        steps = self.over_rows(job)
+        merged = [merge_kernel(self.dtype)] if self.parts > 1 and steps[0][0] == "STATS" else []
+        return [chosen.kernel(step) for step, chosen in steps] + merged
+
     def kernel(self, job: str) -> Kernel:
-        """What is launched for a job: where rows are read in parts, one of `jobs_of_parts`."""
+        """Of one launch over the rows."""
         ctype = DTYPES[self.dtype][0]
         if self.family == "T":
             return _kernels.kernel("tiny.cu", "XE_TINY", "T", ctype, job, self.variant, self.classes, *self.bound)
@@ -109,8 +127,8 @@ class Plan:
             "B": f"{'a block holds' if alone else f'{self.cluster} blocks hold'} a row, {held}",
             "O": f"{'a block streams' if alone else f'{self.cluster} blocks stream'} a row, {held} at a time"
             " (a gradient reads the row again, from cache where it fits)",
-            "S": f"{self.parts} blocks read a row in parts of {self.part:,} classes, {held} at a time; what they found is"
-            " merged by one more (a gradient reads the row again, from cache where it fits)",
+            "S": f"{self.parts} blocks read a row in parts of {self.part:,} classes, {held} at a time, and one more"
+            " merges their stats (a gradient reads the row again, from cache where it fits)",
             "T": "a thread holds a row, in registers",
             "P": f"a thread of each of {self.lanes} warps" if self.lanes > 1 else "a thread",
         }[self.family]
@@ -285,10 +303,10 @@ def catalogue(
                     how: dict[str, Any] = {"layout": layout, "variant": variant, "job": job}
                     how |= {"even": evenly, "width": width}
                     found = plan(1, classes, dtype, chip, **how)
-                    if found.variant == variant and is_named(found) and (found.parts == 1 or job in jobs_of_parts(job)):
-                        seen.add(found.kernel(job))
+                    if found.variant == variant and is_named(found):
+                        seen.update(found.kernels(job))
         if variant == "PLAIN":
-            seen |= {sums_kernel(dtype), merge_kernel(dtype)}
+            seen.add(sums_kernel(dtype))
     yield from sorted(seen, key=lambda kernel: kernel.name)
 
 
@@ -310,12 +328,6 @@ def is_even_anyhow(job: str, variant: str) -> bool:
 def writes_grad(job: str) -> bool:
     """Or what takes its place."""
     return job not in ("STATS", "LOSS")
-
-
-def jobs_of_parts(job: str) -> tuple[str, ...]:
-    """The launches over the rows that a job takes where they are read in parts; after STATS these are merged."""
-    first = () if job == "GRAD" else ("STATS",)
-    return first + (("LOG_SOFTMAX" if job == "LOG_SOFTMAX" else "GRAD",) if writes_grad(job) else ())
 
 
 @lru_cache(maxsize=1024)
@@ -681,7 +693,7 @@ class Cuda:
             variant = _variant(rows, kind)
             even = inner == 1 and _is_even(rows, variant, placed)
             count, width = rows.shape[0] * rows.shape[1], _width(logits, grad) if layout == "columns" else 1
-            chosen, kernel = _chosen(job, *(how := (count, classes, dtype, chip, layout, variant, even, width)))
+            chosen, kernel = _chosen(job, count, classes, dtype, chip, layout, variant, even, width)
             smoothing, word = rows.label_smoothing, partial(_word, rows.acc)
             max_, rest, gap, mass, correct = (None,) * 5 if stats is None else stats
             problem = Problem(
@@ -697,7 +709,7 @@ class Cuda:
                 partials,
             )  # fmt: skip
             if chosen.parts > 1:
-                self._in_parts(job, rows, problem, how)
+                self._in_parts(job, rows, problem, chosen)
             else:
                 self._launch(problem, kernel, chosen.blocks, chosen.threads, chosen.cluster)
         if out is not None and grad is not out:
@@ -705,21 +717,18 @@ class Cuda:
             return out
         return grad
 
-    def _in_parts(self, job: str, rows: Rows, problem: Problem, how: tuple[Any, ...]) -> None:
+    def _in_parts(self, job: str, rows: Rows, problem: Problem, chosen: Plan) -> None:
         """A job whose rows are read in parts: what the parts say, that merged, and what follows from it."""
-        for step in jobs_of_parts(job):
-            chosen, kernel = _chosen(step, *how)
-            given = problem._replace(parts=chosen.parts, part=chosen.part)
+        problem = problem._replace(parts=chosen.parts, part=chosen.part)
+        for step, spread in chosen.over_rows(job):
             if step == "STATS":
-                given = given._replace(of_parts=self._empty(rows, (4, chosen.blocks)))
-                self._launch(given, kernel, chosen.blocks, chosen.threads)
+                problem = problem._replace(of_parts=self._empty(rows, (4, spread.blocks)))
+            self._launch(problem, spread.kernel(step), spread.blocks, spread.threads)
+            if step == "STATS":
                 if problem.max is None:
                     max_, rest, gap, mass, _ = self._stats(rows)
                     problem = problem._replace(max=max_, rest=rest, gap=gap, mass=mass)
-                merged = given._replace(max=problem.max, rest=problem.rest, gap=problem.gap, mass=problem.mass)
-                self._launch(merged, merge_kernel(chosen.dtype), problem.rows, MERGE_THREADS)
-            else:
-                self._launch(given, kernel, chosen.blocks, chosen.threads)
+                self._launch(problem, merge_kernel(spread.dtype), problem.rows, MERGE_THREADS)
 
     def _launch(self, argument: Problem | Sum, kernel: Kernel, blocks: int, threads: int, cluster: int = 1) -> None:
         words, slots, arrays = _taken_apart(argument)
