@@ -15,6 +15,7 @@ from simt.build import ORDERS
 
 from xent_array import (
     _again,
+    _api,
     cross_entropy,
     cross_entropy_grad,
     cross_entropy_value_and_grad,
@@ -243,6 +244,24 @@ def test_the_launches_of_a_call():
     assert launched(cross_entropy_value_and_grad, x, y, reduction="none") == ["s", "m", "s"]
     stats = row_stats(x, y, **options)
     assert launched(cross_entropy_grad, x, y, stats=stats, reduction="sum") == ["s"]
+
+
+def test_a_kept_call_makes_the_same_launches_for_other_numbers(monkeypatch):
+    """And the room between them is asked for anew."""
+    rng = np.random.default_rng(4)
+    engine, n = emulated.engine(), 700
+    for reduction in ("none", "mean"):
+        for function in (lambda *a, **k: (cross_entropy(*a, **k),), cross_entropy_value_and_grad):
+            for turn in range(3):
+                x, y = rng.standard_normal((2, n), dtype=np.float32), rng.integers(n, size=2)
+                options = {"reduction": reduction, "validate": False}
+                wanted = function(x, y, engine=emulated.engine(), **options)
+                with monkeypatch.context() as m:
+                    if turn == 2:
+                        m.setattr(_api, "problem_of", lambda *a, **k: pytest.fail("the call went the whole way"))
+                    found = function(x, y, engine=engine, **options)
+                for one, other in zip(found, wanted, strict=True):
+                    assert one.tobytes() == other.tobytes()
 
 
 BUGS = {  # (file, what it says, what it says then, options, whether the target is a distribution)
