@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-LAUNCHERS = 8  # processes that share the launches, beside the tests
+LAUNCHERS = 14  # processes that share the launches, beside the tests
 TESTERS = 12
 PARTS = 30  # of the launches, of which a sanitizer takes one at a time
 BEGIN = 5  # seconds before the first piece and between them
@@ -76,7 +76,7 @@ def _tests() -> Piece:
 
 def _launches() -> Iterator[Piece]:
     for i in range(1, LAUNCHERS + 1):
-        command = ("python", "-m", "bench.launches", "--part", f"{i}/{LAUNCHERS}")
+        command = ("python", "-m", "bench.launches", "--part", f"{i}/{LAUNCHERS}", "--most", "80")
         yield Piece(
             f"launches {i}/{LAUNCHERS}", command, "every launch that the plan can choose, against the oracle", 90
         )
@@ -96,7 +96,7 @@ def _engines() -> Piece:
 
 def _sanitizer(tool: str, part: int) -> Piece:
     command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1")
-    command += ("python", "-m", "bench.launches", "--no-pool", "--part", f"{part}/{PARTS}")
+    command += ("python", "-m", "bench.launches", "--no-pool", "--part", f"{part}/{PARTS}", "--most", "20")
     return Piece(f"sanitizer {tool} {part}/{PARTS}", command, f"under {tool}", 30)
 
 

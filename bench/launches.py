@@ -7,14 +7,17 @@
 A problem is one way of spreading rows over the device (a kernel for each job) on one kind of memory: rows that start
 off 16 bytes, rows with room between them, classes along axis 1, labels of every integer dtype, distributions, weights,
 a gradient in a new array, in the logits' place, or in a buffer that is aligned otherwise. All jobs are done on each.
-Exits 1 where a result is wrong, or a kernel that a problem is there for was not launched.
+Exits 1 where a result is wrong, or a kernel that a problem is there for was not launched. Problems without options come
+first, for a GPU that is there for minutes (`--most`).
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -259,10 +262,12 @@ def three(where: Where, x: Any, y: Any, options: dict[str, Any]) -> tuple[Any, A
     return problem.loss(loss), problem.view.from_logits(where.xp, grad), problem.user_stats(stats)
 
 
-def run(cases: list[Launches], where: Where) -> int:
-    """How many went wrong; each is said as it is met."""
-    wrong = 0
-    for case in cases:
+def run(cases: list[Launches], where: Where, most: float = math.inf) -> tuple[int, int]:
+    """How many were run within so many seconds, and how many went wrong; each of these is said as it is met."""
+    wrong, end = 0, time.monotonic() + most
+    for number, case in enumerate(cases):
+        if time.monotonic() > end:
+            return number, wrong
         before = len(where.launched)
         try:
             check(case, where)
@@ -272,7 +277,7 @@ def run(cases: list[Launches], where: Where) -> int:
         except AssertionError as error:
             wrong += 1
             print(f"WRONG {case.name}\n{error}", flush=True)
-    return wrong
+    return len(cases), wrong
 
 
 def known(chip: int) -> Iterator[str]:
@@ -289,6 +294,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--emulated", action="store_true", help="under the emulation, without a GPU")
     parser.add_argument("--mode", choices=("plain", "check"), default="check", help="of the emulation")
     parser.add_argument("--chip", type=int, default=90, help="what the emulation says it is")
+    parser.add_argument("--most", type=float, default=math.inf, metavar="S", help="seconds after which none is begun")
     parser.add_argument("--list", action="store_true", help="print the problems and stop")
     given = parser.parse_args(arguments)
     chip = given.chip
@@ -300,10 +306,11 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         where, chip = on_gpu(not given.no_pool)
     cases = part_of(problems(chip), given.part)
-    wrong = run(cases, where)
+    done, wrong = run(cases, where, given.most)
     print(
-        f"part {given.part} on sm_{chip}{' (emulated)' if given.emulated else ''}: {len(cases)} problems,"
-        f" {len(set(where.launched))} kernels, {len(where.launched)} launches, {wrong} wrong"
+        f"part {given.part} on sm_{chip}{' (emulated)' if given.emulated else ''}: {len(cases)} problems"
+        f"{f', the first {done} in {given.most:g} s' if done < len(cases) else ''}, {len(set(where.launched))} kernels,"
+        f" {len(where.launched)} launches, {wrong} wrong"
     )
     return int(wrong > 0)
 

@@ -110,14 +110,19 @@ def test_launches_under_emulation(capsys):
 @pytest.mark.full
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the emulation needs g++")
 def test_a_wrong_kernel_is_told_and_so_is_one_that_is_missing(capsys):
-    cases = launches.part_of(launches.problems(90), "1/90")[:1]
+    cases = [case for case in launches.problems(90) if case.plan("LOSS").family == "W" and case.classes > 9][:1]
     where = launches.emulation(90, "check")
-    where.engine.launcher.patches = [("sum + (at_max - 1)", "sum + at_max")]
-    assert launches.run(cases, where) == 1
+    where.engine.launcher.patches = [("tail = log1p_acc(rest);", "tail = rest;")]
+    assert launches.run(cases, where) == (1, 1)
     assert "WRONG" in capsys.readouterr().out
-    other = cases[0]._replace(plan=launches.problems(90)[50].plan)
-    assert launches.run([other], launches.emulation(90, "check")._replace(launched=[])) == 1
+    assert launches.run(cases, launches.emulation(90, "check")._replace(launched=[])) == (1, 1)
     assert "not launched" in capsys.readouterr().out
+    assert launches.run(cases, where, -1) == (0, 0)
+
+
+def test_launches_say_how_far_they_came(capsys):
+    assert launches.main(["--emulated", "--part", "2/60", "--most", "-1"]) == 0
+    assert re.search(r"\d+ problems, the first 0 in -1 s, 0 kernels, 0 launches, 0 wrong", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(
