@@ -16,7 +16,7 @@ MEASURED = [dict(zip(DATA["row"], row, strict=True)) for row in DATA["rows"]]
 WITHOUT_SPILLS = [row for row in MEASURED if KERNELS[row["kernel"]].spill_stores == 0]
 
 
-OF_A_LAUNCH = Launch._fields[:-1]  # the kernels that were measured had no loop but that over a row
+OF_A_LAUNCH = Launch._fields[:-2]  # the kernels that were measured had no loop but that over a row
 
 
 def times(row, chip=H200):
@@ -198,9 +198,8 @@ def test_explain(shape):
     assert text.startswith(f"{problem.rows} rows of {problem.classes} {problem.dtype} logits, ")
     for job in ("LOSS_AND_GRAD", "LOSS"):
         plan = problem.plan(job)
-        assert f" {plan.kernel(job).name}\n" in text
-        launch = Launch.of(plan, job)
-        took = _model.times(launch, SOME, _model.card(problem.chip))
+        assert all(f" {kernel.name}\n" in text for kernel in plan.kernels(job))
+        launch, took = _model.times_of(plan, job, lambda name: SOME, _model.card(problem.chip))
         assert f" limited by {took.decides}: about " in text
         share = _model.share(launch, took, _model.card(problem.chip))
         assert f" {share:.0%} of a {'copy' if launch.gradient else 'read'}" in text
@@ -209,6 +208,16 @@ def test_explain(shape):
     assert (" on H200 (measured)" in text) == (problem.chip == 90)
     assert ("(88% of its data sheet)" in text) == (problem.chip != 90)
     assert text.isascii()  # where the output goes has an encoding that may have no µ
+
+
+def test_a_job_of_several_launches_takes_what_they_take():
+    plan = Problem.parse("2x10000000:fp32").plan("LOSS_AND_GRAD")
+    _, took = _model.times_of(plan, "LOSS_AND_GRAD", lambda name: SOME, H200)
+    steps = [_model.times(Launch.of(p, step), SOME, H200) for step, p in plan.over_rows("LOSS_AND_GRAD")]
+    assert took.memory == pytest.approx(sum(step.memory for step in steps))
+    assert took.all == pytest.approx(sum(step.all for step in steps) + 2 * _model.STARTED)
+    assert took.memory > 3 * 4 * 2e7 / 4240e9
+    assert _model.times_of(plan, "LOSS_AND_GRAD", {}.get, H200) is None
 
 
 def test_explain_says_so_where_a_kernel_is_not_counted(monkeypatch):

@@ -41,7 +41,7 @@ OPTIONS = {
 @pytest.fixture(autouse=True)
 def short_parts(monkeypatch):
     """Every row of more than 128 bytes is read in parts."""
-    for name, value in {"WHOLE_LOSS": 0, "WHOLE_GRAD": 0, "PART": PART, "MOST_PARTS": MOST}.items():
+    for name, value in {"WHOLE": 0, "WHOLE_LOSS": 0, "WHOLE_GRAD": 0, "PART": PART, "MOST_PARTS": MOST}.items():
         monkeypatch.setattr(cuda, name, value)
     cuda.plan.cache_clear()
     cuda._chosen.cache_clear()

@@ -82,7 +82,9 @@ def test_bytes_are_the_logits_the_gradient_and_little_else(problem):
     size = cuda.DTYPES[p.dtype][1]
     for job, arrays in {"STATS": 1, "LOSS": 1, "GRAD": 2, "LOSS_AND_GRAD": 2, "STATS_AND_GRAD": 2}.items():
         numbers = 5 if job == "STATS_AND_GRAD" else 4
-        assert 0 <= p.bytes(job) - arrays * p.rows * p.classes * size <= p.rows * (9 + numbers * max(4, size))
+        if p.parts > 1:  # a gradient reads the logits once more, and the stats of parts are written and read
+            arrays, numbers = arrays + (arrays == 2 and job != "GRAD"), numbers + 8 * p.parts + 4
+        assert 0 <= p.bytes(job) - arrays * p.rows * p.classes * size <= p.rows * (18 + numbers * max(4, size))
 
 
 @pytest.mark.parametrize("chip", CHIPS)
@@ -140,4 +142,5 @@ def test_the_loss_of_a_few_long_rows_keeps_many_blocks_busy():
     """However few they are: 32 rows of a vocabulary, and one row that is all there is."""
     for rows, classes in ((32, 128_256), (8, 262_144), (1, 1 << 27)):
         assert cuda.plan(rows, classes, "bfloat16", 90, job="LOSS").blocks >= 64
-        assert cuda.plan(rows, classes, "float32", 90, job="LOSS").blocks >= 128
+        assert cuda.plan(rows, classes, "float32", 90, job="LOSS").blocks >= 64
+        assert cuda.plan(rows, classes, "float32", 80, job="LOSS").blocks >= 128

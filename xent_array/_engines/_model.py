@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -91,6 +91,7 @@ class Launch(NamedTuple):
     blocks: int
     shared: int
     turn: int = 0  # bytes that a thread moves in one turn of the loop over a row; 0: any loop may be it
+    twice: bool = True  # whether what is streamed for a gradient is read twice, by one launch
 
     @classmethod
     def of(cls, plan: cuda.Plan, job: str, more: int = 0) -> Launch:
@@ -102,7 +103,7 @@ class Launch(NamedTuple):
             vectors, lanes = 0, int(plan.lanes == 1)
         return cls(
             plan.rows, logits, plan.bytes(job) + more, more, job not in ("LOSS", "STATS"), plan.stream,
-            vectors, lanes, plan.threads, plan.blocks, 0, turn,
+            vectors, lanes, plan.threads, plan.blocks, 0, turn, plan.parts == 1,
         )  # fmt: skip
 
 
@@ -168,6 +169,21 @@ def times(launch: Launch, code: Code, chip: Chip) -> Times:
     return Times(*three, together + TURNS * lesser / (apart**POWER * pieces))
 
 
+def times_of(
+    plan: cuda.Plan, job: str, known: Callable[[str], Code | None], chip: Chip, more: int = 0
+) -> tuple[Launch, Times] | None:
+    """A job as a whole, and the times of its launches over the rows together; None where a kernel is not known."""
+    each = []
+    for step, chosen in plan.over_rows(job):
+        code = known(chosen.kernel(step).name)
+        if code is None:
+            return None
+        each.append(times(Launch.of(chosen, step, more), code, chip))
+    waits = STARTED * (len(plan.kernels(job)) - 1)
+    memory, instructions, special, whole = map(sum, zip(*each, strict=True))
+    return Launch.of(plan, job, more), Times(memory, instructions, special, whole + waits)
+
+
 def _resident(launch: Launch, code: Code, chip: Chip) -> int:
     """Blocks that a processor holds at a time."""
     warps = -(-launch.threads // 32)
@@ -181,7 +197,7 @@ def _bytes(launch: Launch, code: Code, blocks: int, chip: Chip) -> float:
     moved = float(launch.bytes)
     if code.once and not launch.shared:
         moved += SECTOR * launch.rows
-    if launch.stream and launch.gradient:
+    if launch.stream and launch.gradient and launch.twice:
         in_work = launch.logits / launch.blocks * min(launch.blocks, blocks * chip.processors)
         moved += launch.logits / (1 + (chip.cache * 1e6 / in_work) ** 1.4)
     return moved
@@ -295,15 +311,16 @@ def explain(text: str) -> str:
         plan = problem.plan(job)
         if plan.words() != said:
             lines.append(said := plan.words())
-        launch, kernel = Launch.of(plan, job, problem.more), plan.kernel(job).name
+        launch = Launch.of(plan, job, problem.more)
         least = f"{launch.bytes / chip.bandwidth / 1e3:.3g} microseconds at the {chip.bandwidth:.0f} GB/s of a copy"
         lines.append(f"  {job.lower().replace('_', ' '):14} {launch.bytes:,} bytes")
-        lines += [f"{margin}at least {least} on {chip.name} ({told})", f"{margin}{kernel}"]
-        code = counts().get(kernel)
-        if code is None:
+        lines.append(f"{margin}at least {least} on {chip.name} ({told})")
+        lines += [f"{margin}{kernel.name}" for kernel in plan.kernels(job)]
+        found = times_of(plan, job, counts().get, chip, problem.more)
+        if found is None:
             lines.append(f"{margin}(the instructions of this kernel have not been counted)")
             continue
-        took = times(launch, code, chip)
+        _, took = found
         memory, instructions, special, whole = (1e6 * t for t in took)
         reached = f"{share(launch, took, chip):.0%} of a {'copy' if launch.gradient else 'read'}"
         lines += [

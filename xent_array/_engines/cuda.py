@@ -55,9 +55,11 @@ CLUSTERS = (
     (128 << 10, 4),
     (1 << 62, 8),
 )  # bytes of a longer row, and how many blocks hold it for a gradient
-# Rows of more bytes, for a loss and for a gradient, are read in parts, each by a block: bytes of a part, or a multiple
-# of them where there would be more parts than that; threads of what merges them.
-WHOLE_LOSS, WHOLE_GRAD, PART, MOST_PARTS, MERGE_THREADS = 128 << 10, 1 << 20, 64 << 10, 1024, 128
+STREAMING = ((128 << 10, 1, ALONE), (256 << 10, 4, 256), (1 << 62, 8, 256))  # the same for a loss, and their threads
+# Rows of more bytes are read in parts, each by a block: where there are clusters, or else by what is wanted; bytes of a
+# part, or a multiple of them where there would be more parts than that; threads of what merges them.
+WHOLE, WHOLE_LOSS, WHOLE_GRAD = 1 << 20, 128 << 10, 256 << 10
+PART, MOST_PARTS, MERGE_THREADS = 64 << 10, 1024, 128
 SUM_THREADS, SUM_BLOCKS = 1024, 64
 PARTIALS = (2 * SUM_BLOCKS + 1,)  # doubles: two for each block, after the ticket
 SUM_ALONE, COUNT_ALONE = 1 << 13, 1 << 16  # rows up to which one block is as fast; and no slower than a second launch
@@ -141,6 +143,10 @@ class Plan:
         """What must move between the device's memory and the chip: the logits, the gradient, the numbers per row."""
         itemsize = DTYPES[self.dtype][1]
         accumulator = max(4, itemsize)
+        steps = self.over_rows(job)
+        if steps != [(job, self)]:  # and the stats of the parts, which are written and read
+            of_parts = 8 * accumulator * self.rows * self.parts if steps[0][0] == "STATS" else 0
+            return of_parts + sum(chosen.bytes(step) for step, chosen in steps)
         numbers = {"STATS": 4, "GRAD": 3, "STATS_AND_GRAD": 5}.get(job, 1)
         arrays = 1 if job in ("STATS", "LOSS") else 2
         return self.rows * (arrays * self.classes * itemsize + 8 + numbers * accumulator + ("STATS" in job))
@@ -182,7 +188,7 @@ def plan(
         variant = "GENERAL" if variant == "SOFT" else variant
         warps, held, width, bound, stream = _columns(classes, itemsize, chip, variant, width)
         return spread("P", held, warps, bound[0], bound, stream=stream, width=width)
-    if size > (WHOLE_GRAD if writes_grad(job) else WHOLE_LOSS):
+    if size > (WHOLE if chip >= 90 else WHOLE_GRAD if writes_grad(job) else WHOLE_LOSS):
         variant = {"SMOOTH": "GENERAL", "SOFT": "GENERAL"}.get(variant, variant)  # neither has class weights
         vectors, most, blocks = _held(itemsize, variant, job)
         part = -(-size // (PART * MOST_PARTS)) * PART
@@ -199,7 +205,8 @@ def plan(
     if threads <= ALONE:
         return spread("B", vectors, 0, threads, (most, blocks))
     if not writes_grad(job):  # which is read once anyhow
-        return spread("O", vectors, 0, ALONE, (ALONE, most * blocks // ALONE), stream=True)
+        cluster, threads = next(how for limit, *how in STREAMING if size <= limit) if chip >= 90 else (1, ALONE)
+        return spread("O", vectors, 0, threads, (threads, most * blocks // threads), cluster, stream=True)
     if variant == "PLAIN" and job == "LOSS_AND_GRAD" and itemsize < 8 and chip >= 90:
         most, blocks = 512, 2  # as the rows that clusters hold need fewer registers there
     for cluster in _clusters(size) if chip >= 90 else (1,):
