@@ -50,12 +50,10 @@ STREAMED = ((1024, 16, 8, 4, (512, 2)), (1 << 31, 16, 16, 4, (512, 1)))
 # that is not per logit.
 WARP_ROWS = ((64, 1, 4), (128, 2, 4), (256, 4, 4), (512, 8, 4), (1024, 8, 8), (2048, 8, 16), (4096, 8, 32))
 ALONE = 128  # threads of the longest row that one block holds where there are clusters, and that streams one for a loss
-CLUSTERS = (
-    (64 << 10, 2),
-    (128 << 10, 4),
-    (1 << 62, 8),
-)  # bytes of a longer row, and how many blocks hold it for a gradient
-STREAMING = ((128 << 10, 1, ALONE), (256 << 10, 4, 256), (1 << 62, 8, 256))  # the same for a loss, and their threads
+# Bytes of a longer row, and how many blocks hold it for a gradient. Blocks of few threads, several on a multiprocessor,
+# load for each other; of a cluster the more blocks wait for each other, the less each has to do.
+CLUSTERS = ((24 << 10, 1), (64 << 10, 2), (128 << 10, 4), (1 << 62, 8))
+STREAMING = ((128 << 10, 1, ALONE), (256 << 10, 4, 256), (1 << 62, 8, 256))  # for a loss, and their threads
 # Rows of more bytes are read in parts, each by a block: where there are clusters, or else by what is wanted; bytes of a
 # part, or a multiple of them where there would be more parts than that; threads of what merges them.
 WHOLE, WHOLE_LOSS, WHOLE_GRAD = 1 << 20, 128 << 10, 256 << 10
@@ -209,7 +207,8 @@ def plan(
         return spread("O", vectors, 0, threads, (threads, most * blocks // threads), cluster, stream=True)
     if variant == "PLAIN" and job == "LOSS_AND_GRAD" and itemsize < 8 and chip >= 90:
         most, blocks = 512, 2  # as the rows that clusters hold need fewer registers there
-    for cluster in _clusters(size) if chip >= 90 else (1,):
+    usual = next(cluster for limit, cluster in CLUSTERS if size <= limit)
+    for cluster in (usual, 8) if chip >= 90 else (1,):
         threads = _whole_warps(-(-size // (16 * vectors * cluster)))
         if threads <= most:
             return spread("B", vectors, 0, threads, (most, blocks), cluster)
@@ -221,16 +220,6 @@ def plan(
         return spread("B", wider[0], 0, threads, (wider[1], 1), cluster)
     vectors, most, blocks = _held(itemsize, variant, job)
     return spread("O", vectors, 0, most, (most, blocks), cluster, stream=True)
-
-
-def _clusters(size: int) -> tuple[int, ...]:
-    """How many blocks may hold a row: of what is usual for its bytes, and half of it, first what idles less."""
-    usual = next(cluster for limit, cluster in CLUSTERS if size <= limit)
-
-    def idle(cluster: int) -> int:
-        return _whole_warps(-(-size // (128 * cluster))) * cluster
-
-    return *sorted((usual, max(2, usual // 2)), key=lambda cluster: (idle(cluster), cluster != usual)), 8
 
 
 def _columns(
