@@ -55,7 +55,7 @@ class Backend:
 
             if available() is not None:
                 raise ImportError(f"the emulation {available()}")
-            self.engines = (emulated.engine(),)
+            self.engines = (emulated.engine(jobs=("LOSS_AND_GRAD", "LOSS", "STATS", "GRAD")),)
         self.has_out = name != "jax"  # whose arrays cannot be written
         self.looks_at_labels = name not in ("cupy", "emulated")  # unasked: on a GPU that would wait for it
         self._types = (type(self.xp.asarray(0.0)), np.generic if self.is_numpy else ())

@@ -4,54 +4,65 @@ import contextlib
 import functools
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import simt
 import tally
 
 from xent_array import _kernels
-from xent_array._engines import cuda
+from xent_array._engines.cuda import Cuda
 from xent_array._kernels import Kernel
 
-# What differs in the job alone, and is planned alike: who wants one kernel of these mostly wants the others too.
-TOGETHER = (("LOSS", "STATS"), ("LOSS_AND_GRAD", "GRAD", "STATS_AND_GRAD"))
+_prepared: dict[tuple[Kernel, str], simt.Library] = {}
 
 
-def together(kernel: Kernel) -> list[Kernel]:
-    """The kernels that are compiled with this one, which takes little longer than to compile it alone."""
-    if kernel.file == "sums.cu":
+def prepare(wanted: Iterable[tuple[Sequence[Kernel], str]]) -> None:
+    """Compile (kernels of one file, mode) after (kernels, mode) side by side, for `Emulator` to find.
+
+    Several in one text: the second takes a third of the time of the first.
+    """
+    requests = {}
+    for kernels, mode in wanted:
+        kernels = list(dict.fromkeys(kernels))
+        text = "\n".join([_kernels.source(kernels[0].file), *(kernel.line for kernel in kernels)])
+        requests[text, mode] = text, [kernel.name for kernel in kernels], mode, kernels
+    simt.prepare(request[:3] for request in requests.values())
+    for *request, kernels in requests.values():
+        _prepared.update({(kernel, request[2]): simt.compile(*request) for kernel in kernels})
+
+
+def of_jobs(kernel: Kernel, jobs: Sequence[str]) -> list[Kernel]:
+    """The kernel, and those that differ from it in that they do another of these jobs, if it does one of them."""
+    macro, name, ctype, *how = re.findall(r"\w+", kernel.line)
+    if not how or how[0] not in jobs:
         return [kernel]
-    macro, name, ctype, job, *how = re.findall(r"\w+", kernel.line)
-    jobs = next((jobs for jobs in TOGETHER if job in jobs), (job,))
-    return [_kernels.kernel(kernel.file, macro, name.split("_")[1].upper(), ctype, each, *how) for each in jobs]
-
-
-def request(kernel: Kernel, mode: str, patches: tuple[tuple[str, str], ...] = ()) -> tuple[str, list[str], str]:
-    """What `simt.compile` is asked for a kernel. One in which a bug is planted is compiled alone."""
-    kernels, text = together(kernel), _kernels.source(kernel.file)
-    for old, new in patches:
-        if old in text:
-            kernels, text = [kernel], simt.patch(text, old, new)
-    return "\n".join([text, *(each.line for each in kernels)]), [each.name for each in kernels], mode
-
-
-def requests(kernels: Iterable[tuple[Kernel, str]]) -> list[tuple[str, list[str], str]]:
-    """What `simt.prepare` is asked for (kernel, mode) after (kernel, mode)."""
-    return list({(together(kernel)[0], mode): request(kernel, mode) for kernel, mode in kernels}.values())
+    return [_kernels.kernel(kernel.file, macro, name.split("_")[1].upper(), ctype, each, *how[1:]) for each in jobs]
 
 
 @functools.cache
-def _library(kernel: Kernel, mode: str, patches: tuple[tuple[str, str], ...]) -> simt.Library:
-    return simt.compile(*request(kernel, mode, patches))
+def _library(kernel: Kernel, mode: str, patches: tuple[tuple[str, str], ...], jobs: tuple[str, ...]) -> simt.Library:
+    """Of the kernel as it was prepared, or now. What `patches` do not concern is as without them."""
+    text = kernel.text
+    patches = tuple((old, new) for old, new in patches if old in text)
+    if not patches:
+        if (kernel, mode) not in _prepared:
+            prepare([(of_jobs(kernel, jobs), mode)])
+        return _prepared[kernel, mode]
+    for old, new in patches:
+        text = simt.patch(text, old, new)
+    return simt.compile(text, [kernel.name], mode)
 
 
 class Emulator:
-    """Stands where CuPy stands. `chip` is what it says it is; `patches` plants bugs in the text of a file."""
+    """Stands where CuPy stands. `chip` is what it says it is; `patches` plants bugs in the text of a file.
 
-    def __init__(self, mode="plain", order="fifo", seed=0, chip=90, flush=False, patches=()):
+    `jobs` are what will be wanted of every kernel, which are then compiled together.
+    """
+
+    def __init__(self, mode="plain", order="fifo", seed=0, chip=90, flush=False, patches=(), jobs=()):
         self.mode, self.order, self.seed = os.environ.get("SIMT_MODE", mode), order, seed
-        self.flush, self.patches = flush, tuple(patches)
+        self.flush, self.patches, self.jobs = flush, patches, jobs
         self.compute = chip
         self.launches, self.rooms, self.copies = [], 0, 0
 
@@ -83,7 +94,7 @@ class Emulator:
             tally.KERNELS.add(kernel.name)
             tally.COUNTS["launches"] += 1
             argument = simt.Struct(words.tobytes(), {at: arrays[k] for at, k in slots})
-            _library(kernel, self.mode, tuple(self.patches)).launch(
+            _library(kernel, self.mode, tuple(self.patches), self.jobs).launch(
                 kernel.name, blocks, threads, [argument],
                 cluster=cluster, order=self.order, seed=self.seed, flush=self.flush,
             )  # fmt: skip
@@ -92,4 +103,4 @@ class Emulator:
 
 
 def engine(**how):
-    return cuda.Cuda(Emulator(**how))
+    return Cuda(Emulator(**how))

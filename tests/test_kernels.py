@@ -247,7 +247,7 @@ def mode_of(family, dtype):
 
 @pytest.fixture(scope="module")
 def compiled(request):
-    """What the cases of this run need, most of it, compiled side by side."""
+    """What the cases of this run need, most of it: for each case one text, and those side by side."""
     wanted = []
     for item in request.session.items:
         if not item.name.startswith("test_every_job["):
@@ -256,8 +256,8 @@ def compiled(request):
         mode = os.environ.get("SIMT_MODE", mode_of(family, dtype))
         of_jobs = plans(family, dtype, variant).items()
         kernels = [chosen.kernel(job) for (job, even), chosen in of_jobs if even == is_even(family, variant, job)]
-        wanted += [(kernel, mode) for kernel in (*kernels, cuda.sums_kernel(dtype))]
-    simt.prepare(emulated.requests(wanted))
+        wanted += [(kernels, mode), ([cuda.sums_kernel(dtype)], mode)]
+    emulated.prepare(wanted)
 
 
 @pytest.mark.full(but_one_per="family")
@@ -330,6 +330,7 @@ def test_the_first_of_the_largest_logits_is_correct(family, variant, compiled):
     assert {True, False} <= set(seen) or logits.shape[1] < 4  # all of which may be ignored
 
 
+@pytest.mark.full(but_one_per="classes")
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("classes", [6, 60, 3000])
 def test_correct_in_rows_that_are_special(classes, softcap):
@@ -419,6 +420,7 @@ def test_confident_rows(family, variant, dtype):
     assert_confident(loss, grad, truth_of(logits, target, options), exact=False)
 
 
+@pytest.mark.full(but_one_per="classes")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "classes"), [(600, 70), (300, 300), (80, 2500), (20, 9000)])
 def test_rows_around_the_threshold(rows, classes, dtype):
