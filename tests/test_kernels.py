@@ -1,7 +1,8 @@
 """The CUDA kernels, run from their source by the emulation in simt/ through the public functions, against the oracle.
 
-Every family of kernels × variant × job in float32 and in 16 bits, every dtype of every letter; every order in which threads may run; the checker that sees races,
-bounds and unwritten memory. Then the same with bugs planted in the source, each of which must be caught.
+Every family of kernels × variant × job, in float32 and in 16 bits, and every letter of them × dtype × variant; every
+order in which threads may run; the checker that sees races, bounds and unwritten memory. Then the same with bugs
+planted in the source, each of which must be caught.
 """
 
 import dataclasses
