@@ -405,7 +405,7 @@ def confident(family, dtype, variant="PLAIN"):
     return logits, target, {"axis": 1, "reduction": "none", "validate": False}, chip
 
 
-@pytest.mark.full(but_one_per="family")
+@pytest.mark.full(but_one_per="dtype")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("variant", ["PLAIN", "GENERAL"])
 @pytest.mark.parametrize(
@@ -552,6 +552,7 @@ def test_products_beyond_the_range(family, variant):
     check(emulated.engine(mode="check", jobs=cuda.JOBS[:-1]), *vast(family, variant))
 
 
+@pytest.mark.full(but_one_per="classes")
 @pytest.mark.parametrize("start", range(4))
 @pytest.mark.parametrize("classes", [5, 40, 300])
 def test_neighbouring_rows_are_read_by_what_both_ends_allow(classes, start):
@@ -655,6 +656,7 @@ def denominators(d):
     return {"number": d, "float64": np.array(d), "float32": np.array(d, np.float32)}
 
 
+@pytest.mark.full(but_one_per="kind")
 @pytest.mark.parametrize("upstream", [None, 3.0, np.array(3.0, np.float32)], ids=["none", "number", "array"])
 @pytest.mark.parametrize("kind", denominators(1.0))
 @pytest.mark.parametrize("options", ["ignored", "weights", "distributions"])
