@@ -80,9 +80,10 @@ def test_every_case_for_a_gpu_is_timed_in_one_piece_with_a_file_of_its_own():
     "chip", [90, *(pytest.param(chip, marks=pytest.mark.full) for chip in (75, 80, 86, 89, 100, 120))]
 )
 def test_every_kernel_of_the_catalogue_is_launched_in_some_part(chip):
-    parts = [launches.part_of(launches.problems(chip), f"{i}/{gpu.LAUNCHERS}") for i in range(1, gpu.LAUNCHERS + 1)]
+    every = launches.problems(chip)
+    parts = [launches.part_of(every, f"{i}/{gpu.LAUNCHERS}") for i in range(1, gpu.LAUNCHERS + 1)]
     cases = [case for part in parts for case in part]
-    assert sorted(cases) == sorted(launches.problems(chip))
+    assert sorted(cases) == sorted(every)
     assert {name for case in cases for name in case.kernels()} == set(launches.known(chip))
     for part in parts:
         assert {case.out for case in part} <= set(launches.OUTS)

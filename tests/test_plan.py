@@ -87,7 +87,9 @@ def test_bytes_are_the_logits_the_gradient_and_little_else(problem):
         assert 0 <= p.bytes(job) - arrays * p.rows * p.classes * size <= p.rows * (18 + numbers * max(4, size))
 
 
-@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize(
+    "chip", [chip if chip in (75, 90) else pytest.param(chip, marks=pytest.mark.full) for chip in CHIPS]
+)
 def test_the_catalogue_has_every_kernel_of_a_random_plan(chip):
     """But T, which is compiled for each number of classes: some of them stand for it, and are met more often here.
 

@@ -47,6 +47,7 @@ const size_t STACK = 256 << 10;
 
 struct Fiber {
     char* stack;
+    size_t bytes;  // of it that are used: each starts in another line of a page, or all would share few lines of a cache
     bool begun = false;
     void* at[5];  // __builtin_setjmp
     void* shadow = nullptr;
@@ -71,7 +72,7 @@ void begin() {
     if (f->begun) leap(f->at);
     f->begun = true;
     getcontext(&f->start);
-    f->start.uc_stack = {f->stack, 0, STACK};
+    f->start.uc_stack = {f->stack, 0, f->bytes};
     f->start.uc_link = nullptr;
     makecontext(&f->start, begin, 0);
     setcontext(&f->start);
@@ -98,13 +99,14 @@ void go_home() {  // to the scheduler
     leave(f);
     __sanitizer_finish_switch_fiber(f->shadow, nullptr, nullptr);
 }
-Fiber* new_fiber() {
+Fiber* new_fiber(size_t number) {
     char* memory = static_cast<char*>(
         mmap(nullptr, STACK + 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
     if (memory == MAP_FAILED) throw std::runtime_error("no memory for the stack of a thread");
     mprotect(memory, 4096, PROT_NONE);  // a stack that overflows ends here
     Fiber* f = new Fiber;
     f->stack = memory + 4096;
+    f->bytes = STACK - number % 64 * 64;
     return f;
 }
 
@@ -364,7 +366,7 @@ void make_block(u64 number, int rank) {
         Thread& t = b.threads[i];
         if (i % 32 == 0) b.warps.emplace_back().priority = static_cast<u32>(random_bits());
         const size_t id = static_cast<size_t>(rank) * launch->block + i;
-        while (fibers.size() <= id) fibers.push_back(new_fiber());
+        while (fibers.size() <= id) fibers.push_back(new_fiber(fibers.size()));
         t.fiber = fibers[id];
         t.block = &b;
         t.warp = &b.warps.back();
