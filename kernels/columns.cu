@@ -493,7 +493,7 @@ XE_DEVICE void xent_columns(const Problem<T>& p) {
     bool exact = false;
 #pragma unroll
     for (int c = 0; c < VEC; ++c) exact |= rules[c].label == R::EXACT;
-    if (JOB != LOG_SOFTMAX && exact) {
+    if (JOB != LOG_SOFTMAX && exact) XE_RARE {
 #pragma unroll 1
         for (int c = 0; c < VEC; ++c) {
             const A* const from = known + tile * 3 * ROWS + c * 32 + lane;

@@ -110,6 +110,10 @@ XE_DEVICE void st_async16(void* to, int rank, uint4 v, u64* bar) {
 
 #endif  // ------------------------------------------------------------------------------ in both places
 
+// Stands before a block or a statement that a usual warp does not execute: one of rows without options, with labels in 64
+// bits, whose logits are ordinary numbers in dense arrays. What counts instructions leaves such lines out.
+#define XE_RARE
+
 // The dtype of the arithmetic: float for 16- and 32-bit logits, double for double.
 template <class T> struct Acc { typedef float type; };
 template <> struct Acc<double> { typedef double type; };

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import itertools
 import json
 import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -30,8 +31,8 @@ from typing import Any, NamedTuple
 class Resources:
     """Of one kernel on one chip. Spills and stack in bytes, shared: static bytes, loads and stores of 128 bits.
 
-    once: of the loads those that tell the caches to let go first. instructions, mufu, loops: see `counted`. All from
-    loads128 on are None where the machine code was not looked at.
+    once: of the loads those that tell the caches to let go first. instructions, mufu, loops: of what a usual warp
+    executes, see `counted`. All from loads128 on are None where the machine code was not looked at.
     """
 
     kernel: str
@@ -88,8 +89,9 @@ def resources(
     source: str, chip: str, file: str = "kernel.cu", options: tuple[str, ...] = (), *, disassembled: bool = True
 ) -> list[Resources]:
     """What each kernel of a text takes, in the order of their names; where it is not disassembled, in half the time."""
-    code, log = cubin(source, chip, file, options)
+    code, log = cubin(source, chip, file, (*options, "-lineinfo") if disassembled else options)
     machine_code = disassembly(code) if disassembled else {}
+    rare = rare_lines(source) if disassembled else set()
     found = []
     for kernel, text in _sections(log):
 
@@ -106,24 +108,49 @@ def resources(
                 spill_loads=number(r"(\d+) bytes spill loads"),
                 stack=number(r"(\d+) bytes stack frame"),
                 shared=number(r"(\d+) bytes smem"),
-                **(counted(machine_code[kernel]) if disassembled else {}),
+                **(counted(machine_code[kernel], rare) if disassembled else {}),
             )
         )
     return sorted(found, key=lambda row: row.kernel)
 
 
 def disassembly(code: bytes) -> dict[str, str]:
-    """The machine code of each kernel, as text."""
+    """The machine code of each kernel, as text; between its lines, where there is such information, those of the source."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(code)
         file.flush()
-        command = [str(_nvdisasm()), "-c", "-ndf", file.name]  # -ndf: without looking at the flow of data, for time
+        command = [str(_nvdisasm()), "-c", "-gi", "-ndf", file.name]  # -ndf: without the flow of data, for time
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     parts = re.split(r"(?m)^\s*\.section\s+\.text\.(\w+)", text)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
-_LINE = re.compile(r"(?m)^(\.L\w+):|/\*[0-9a-f]{4,}\*/\s+(@\S+\s+)?([\w.]+)\s*([^;]*);")
+RARE = "XE_RARE"  # stands before what a usual warp does not execute; device.cuh says what is usual
+
+
+def rare_lines(source: str) -> set[int]:
+    """The lines of a text, from 1, that hold a block or a statement after RARE, but for those that it shares."""
+    bare = re.sub(r"//[^\n]*", lambda comment: " " * len(comment[0]), source)
+    lines = set()
+    for mark in re.finditer(rf"\b{RARE}\b", bare):
+        if bare[: mark.start()].rpartition("\n")[2].lstrip().startswith("#"):
+            continue  # where it is defined
+        depth, at = 0, mark.end()
+        while at < len(bare):
+            depth += {"{": 1, "(": 1, "}": -1, ")": -1}.get(bare[at], 0)
+            if depth == 0 and bare[at] in ";}":
+                break
+            at += 1
+        first, last = (bare.count("\n", 0, place) + 1 for place in (mark.end(), at))
+        lines.update(range(first + 1, last + (bare[at] == ";")) if first < last else [first])
+    return lines
+
+
+_LINE = re.compile(
+    r"""(?m)^(?P<label>\.L\w+):|//## File "[^"]*", line (?P<line>\d+)|"""
+    r"""/\*[0-9a-f]{4,}\*/\s+(?P<predicate>@\S+\s+)?(?P<opcode>[\w.]+)\s*(?P<operands>[^;]*);"""
+)
+_JOINING = ("BSSY", "BSYNC", "BRA", "NOP")  # are said to be of the line before, whatever comes together there
 _BYTES = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}  # by a part of the opcode; else 4
 
 
@@ -131,29 +158,33 @@ class _Instruction(NamedTuple):
     opcode: str
     always: bool  # or only where a predicate says so
     names: str | None  # the label that it names
+    lines: frozenset[int]  # of the source: its own, and those where that was put in place of a call
 
     @property
     def operation(self) -> str:
         return self.opcode.partition(".")[0]
 
 
-def counted(machine_code: str) -> dict[str, Any]:
-    """The instructions of a kernel, how many of them are MUFU (special functions), its loops, and its wide accesses.
+def counted(machine_code: str, rare: Set[int] = frozenset()) -> dict[str, Any]:
+    """The instructions that a usual warp executes, how many of them are MUFU (special functions), loops, wide accesses.
 
-    NOP is no instruction. Every one of the text counts once: also what runs in rare cases only (behind a branch, in the
-    functions that are called for a division), and what is predicated off. Where nothing is a loop, that is about what a
-    warp executes.
+    NOP is no instruction. What is executed once counts once, also where a predicate turns it off: it is issued all the
+    same. What is not executed: blocks (from a place that something branches to, to a branch) most of whose instructions
+    are of `rare` lines of the source, what is reached through these alone or leads to these alone, and the functions
+    that are called (for a division of large or of subnormal numbers). Of two ways that are both usual, both count.
 
     A loop is what a branch back repeats, to an instruction that all ways into the loop lead through; that leaves out
-    the rare code at the end of a text that branches back to where it came from. Of each there are, without the loops
-    inside it, [instructions, mufu, bytes, widest]: the bytes that a thread loads in one trip (of global or of shared
-    memory, whichever is more), or stores where it loads nothing; and its widest access to global memory. A loop that
-    waits for a barrier moves none.
+    the code at the end of a text that branches back to where it came from. Of each that is executed there are, without
+    the loops inside it, [instructions, mufu, bytes, widest]: the bytes that a thread loads in one trip (of global or of
+    shared memory, whichever is more), or stores where it loads nothing; and its widest access to global memory. A loop
+    that waits for a barrier moves none.
     """
     code, labels = _parsed(machine_code)
-    bodies = _loops(code, labels)
+    ways = _ways(code, labels)
+    executed = _executed(code, ways, rare)
+    bodies = [body & executed for body in _loops(code, ways)]
     loops = []
-    for body in bodies:
+    for body in filter(None, bodies):
         own = [code[at] for at in sorted(body.difference(*(other for other in bodies if other < body)))]
         moved, widest = dict.fromkeys(("LDG", "LDS", "STG", "STS"), 0), 0
         for instruction in own:
@@ -163,7 +194,7 @@ def counted(machine_code: str) -> dict[str, Any]:
                 widest = max(widest, width if instruction.operation.endswith("G") else 0)
         loads = max(moved["LDG"], moved["LDS"])
         loops.append([*_size(own), loads or max(moved["STG"], moved["STS"]), widest])
-    instructions, mufu = _size(code)
+    instructions, mufu = _size(code[at] for at in executed)
 
     def accesses(pattern: str) -> int:
         return sum(re.fullmatch(pattern, instruction.opcode) is not None for instruction in code)
@@ -182,37 +213,75 @@ def _parsed(machine_code: str) -> tuple[list[_Instruction], dict[str, int]]:
     """(instructions, the number of the one that follows each label)."""
     code: list[_Instruction] = []
     labels = {}
+    lines: set[int] = set()
+    told = True  # whether an instruction has come since the last line of the source
     for found in _LINE.finditer(machine_code):
-        if found[1] is not None:
-            labels[found[1]] = len(code)
-            continue
-        named = re.search(r"`\((\.L\w+)\)", found[4])
-        always = found[2] is None and re.match(r"!?U?P\d", found[4]) is None
-        code.append(_Instruction(found[3], always, named and named[1]))
+        if found["label"] is not None:
+            labels[found["label"]] = len(code)
+        elif found["line"] is not None:
+            lines, told = ({int(found["line"])} | (set() if told else lines)), False
+        else:
+            named = re.search(r"`\((\.L\w+)\)", found["operands"])
+            always = found["predicate"] is None and re.match(r"!?U?P\d", found["operands"]) is None
+            code.append(_Instruction(found["opcode"], always, named and named[1], frozenset(lines)))
+            told = True
     return code, labels
 
 
-def _loops(code: list[_Instruction], labels: dict[str, int]) -> list[set[int]]:
-    """The instructions of every loop, in the order of their first ones."""
-    before: list[list[int]] = [[] for _ in code]  # from where control comes
-    back = []
+def _ways(code: list[_Instruction], labels: dict[str, int]) -> list[list[int]]:
+    """For each instruction, those that may follow, the one that it branches to first; the end is one after the last."""
+    ways: list[list[int]] = []
     for at, instruction in enumerate(code):
-        goes = labels.get(instruction.names or "", len(code)) if instruction.operation == "BRA" else len(code)
-        if goes < len(code):
-            before[goes].append(at)
-            if goes < at:
-                back.append((at, goes))
-        leaves = instruction.operation in ("EXIT", "RET") or instruction.opcode in ("BRA", "BRA.U")
-        if at + 1 < len(code) and not (leaves and instruction.always):
-            before[at + 1].append(at)
+        leaves = instruction.operation in ("EXIT", "RET")
+        goes = [len(code)] if leaves else []
+        if instruction.operation == "BRA" and instruction.names in labels:
+            goes = [labels[instruction.names]]
+        away = instruction.always and (leaves or instruction.opcode in ("BRA", "BRA.U"))
+        ways.append(goes if away else [*goes, at + 1])
+    return ways
+
+
+def _executed(code: list[_Instruction], ways: list[list[int]], rare: Set[int]) -> set[int]:
+    """The instructions that are reached from the first, without the blocks that are mostly of rare lines."""
+    starts = {0, len(code)}
+    for at, onward in enumerate(ways):
+        if onward != [at + 1]:
+            starts |= {at + 1, *onward}
+    bounds = sorted(starts)
+    blocks = {first: range(first, end) for first, end in itertools.pairwise(bounds)}
+    seldom = set()
+    for first, block in reversed(blocks.items()):
+        said = [bool(code[at].lines & rare) for at in block if code[at].operation not in _JOINING]
+        onward = ways[block[-1]]
+        decides = len(onward) > 1 and not code[block[-1]].lines & rare  # whatever is made there for the rare ways
+        stores = {bool(code[at].lines & rare) for at in block if code[at].always and code[at].operation in ("STG", "STS")}
+        most = stores.pop() if len(stores) == 1 else 2 * sum(said) > len(said)
+        if (most and not decides) or seldom.issuperset(onward):
+            seldom.add(first)
+    executed: set[int] = set()
+    reached = [0]
+    while reached:
+        first = reached.pop()
+        if first in blocks and first not in executed and first not in seldom:
+            executed.update(blocks[first])
+            reached += ways[blocks[first][-1]]
+    return executed
+
+
+def _loops(code: list[_Instruction], ways: list[list[int]]) -> list[set[int]]:
+    """The instructions of every loop, in the order of their first ones."""
+    before: list[list[int]] = [[] for _ in range(len(code) + 1)]  # from where control comes
+    for at, onward in enumerate(ways):
+        for to in onward:
+            before[to].append(at)
     bodies: dict[int, set[int]] = {}
-    for latch, head in back:
-        body, ways = {head}, [latch]
-        while ways:
-            at = ways.pop()
+    for latch, head in ((at, onward[0]) for at, onward in enumerate(ways) if onward[0] < at):
+        body, back = {head}, [latch]
+        while back:
+            at = back.pop()
             if at not in body:
                 body.add(at)
-                ways += before[at]
+                back += before[at]
         if 0 not in body:  # which is not of the loop: some way into it does not lead through `head`
             bodies[head] = bodies.get(head, set()) | body
     return [body for _, body in sorted(bodies.items())]

@@ -35,6 +35,7 @@ VARIANTS = ("PLAIN", "SMOOTH", "SOFT", "GENERAL", "CAPPED", "CAPPED_GENERAL")  #
 OLDEST = 75  # compute capability 7.5
 
 TINY = 128  # bytes of a row: up to here a row is one thread's
+TINY_EACH = ((12, 2), (TINY, 1))  # bytes of a row without options, and how many of them a thread has
 TINY_THREADS, WARP_THREADS = 128, 128
 NEIGHBOURS = 8  # rows side by side that make it worth reading them so: a sector of 32 bytes
 # Classes apart: warps that share a row, classes held by a thread, bytes of an access, launch bounds. 16 warps of up to
@@ -82,12 +83,13 @@ class Plan:
     rows_per_block: int
     even: bool  # whether rows are evenly spaced, and what has a number per class is aligned like the logits
     bound: tuple[int, int]  # __launch_bounds__
-    width: int = 1  # neighbouring rows that one access moves
+    width: int = 1  # in P neighbouring rows that one access moves; in T rows of a thread
 
     def kernel(self, job: str) -> Kernel:
         ctype = DTYPES[self.dtype][0]
         if self.family == "T":
-            return _kernels.kernel("tiny.cu", "XE_TINY", "T", ctype, job, self.variant, self.classes, *self.bound)
+            held = self.classes, self.width
+            return _kernels.kernel("tiny.cu", "XE_TINY", "T", ctype, job, self.variant, *held, *self.bound)
         if self.family == "P":
             held = self.width, self.vectors, self.lanes, self.stream
             return _kernels.kernel("columns.cu", "XE_COLUMNS", "P", ctype, job, self.variant, *held, *self.bound)
@@ -103,7 +105,7 @@ class Plan:
             "B": f"{'a block holds' if alone else f'{self.cluster} blocks hold'} a row, {held}",
             "O": f"{'a block streams' if alone else f'{self.cluster} blocks stream'} a row, {held} at a time"
             " (a gradient reads the row again, from cache where it fits)",
-            "T": "a thread holds a row, in registers",
+            "T": f"a thread holds {self.width} rows, in registers" if self.width > 1 else "a thread holds a row, in registers",
             "P": f"a thread of each of {self.lanes} warps" if self.lanes > 1 else "a thread",
         }[self.family]
         if self.family == "P":
@@ -151,7 +153,9 @@ def plan(
     size = classes * itemsize
     if layout == "flat" and size <= TINY:
         variant = {"SMOOTH": "GENERAL", "SOFT": "GENERAL", "CAPPED": "CAPPED_GENERAL"}.get(variant, variant)
-        return spread("T", 0, 1, TINY_THREADS, (TINY_THREADS, _tiny_blocks(classes, itemsize, chip, variant)))
+        each = next(each for limit, each in TINY_EACH if size <= limit) if variant == "PLAIN" else 1
+        bound = TINY_THREADS, _tiny_blocks(classes, each, itemsize, chip, variant)
+        return spread("T", 0, 1, TINY_THREADS, bound, width=each)
     if layout == "columns":
         variant = "GENERAL" if variant == "SOFT" else variant
         warps, held, width, bound, stream = _columns(classes, itemsize, chip, variant, width)
@@ -228,7 +232,7 @@ def _held(itemsize: int, variant: str, job: str) -> tuple[int, int, int]:
     return 8, 384 if variant == "PLAIN" else 320, 2
 
 
-def _tiny_blocks(classes: int, itemsize: int, chip: int, variant: str) -> int:
+def _tiny_blocks(classes: int, each: int, itemsize: int, chip: int, variant: str) -> int:
     """How many blocks of tiny.cu a multiprocessor shall have: as its registers hold, by what is kept of each class.
 
     Of more than 32 classes what is packed lies beside what is not.
@@ -236,7 +240,7 @@ def _tiny_blocks(classes: int, itemsize: int, chip: int, variant: str) -> int:
     words = max(4, itemsize) // 4
     arrays, spare = {"PLAIN": (1, 36), "GENERAL": (2, 52), "CAPPED_GENERAL": (3, 56)}[variant]
     spare += 16 * (words - 1) + (classes // 2 if classes > 32 else 0)
-    registers = -(-(spare + arrays * words * classes) // 8) * 8
+    registers = -(-(spare + arrays * words * classes * each) // 8) * 8
     return max(2, min(8 if chip < 80 else 12, 65536 // (TINY_THREADS * registers)))
 
 
