@@ -24,7 +24,7 @@
  *          Moving words to places with a free word after every 32: 3 to 4 instructions a logit to find them.
  */
 
-#include "stats.cuh"
+#include "lean.cuh"
 
 // Rows of C numbers of a type, EACH times 32 of which a warp has.
 template <class Q, int C, int EACH> struct Rows {
@@ -120,7 +120,8 @@ template <class Q, int C, int EACH> struct Rows {
         for (int i = 0; i < TURNS; ++i) {
             if (i * 32 + lane < vectors) st16(tile + place_of((i * 32 + lane) * SIZE), asked.v[i]);
         }
-        if (vectors * SIZE < here * C) XE_RARE {
+        if (vectors * SIZE < here * C) {
+            seldom();
 #pragma unroll 1
             for (int e = vectors * SIZE + lane; e < here * C; e += 32) tile[place_of(e)] = from[e];
         }
@@ -132,7 +133,8 @@ template <class Q, int C, int EACH> struct Rows {
         for (int i = 0; i < TURNS; ++i) {
             if (i * 32 + lane < vectors) st16(to + (i * 32 + lane) * SIZE, ld16(tile + place_of((i * 32 + lane) * SIZE)));
         }
-        if (vectors * SIZE < here * C) XE_RARE {
+        if (vectors * SIZE < here * C) {
+            seldom();
 #pragma unroll 1
             for (int e = vectors * SIZE + lane; e < here * C; e += 32) to[e] = tile[place_of(e)];
         }
@@ -141,19 +143,11 @@ template <class Q, int C, int EACH> struct Rows {
     // A row where it lies; `aligned`: on WIDTH bytes.
     template <class A> static XE_DEVICE void get_from_memory(const Q* from, bool aligned, A (&x)[C]) {
         if (aligned) get(from, x);
-        else XE_RARE elements(from, x);
+        else {
+            seldom();
+            elements(from, x);
+        }
     }
-};
-
-// e^{x - max} of the classes of a row. Where they are few, what Powers needs beside them costs more than it saves.
-template <class A, bool FEW> struct Exponentials : Powers<A> {
-    XE_DEVICE explicit Exponentials(A max) : Powers<A>(max) {}
-};
-template <> struct Exponentials<float, true> {
-    static constexpr float correction = 1;
-    float max;
-    XE_DEVICE explicit Exponentials(float max) : max(max) {}
-    XE_DEVICE float of(float x) const { return exp_acc(x - max); }
 };
 
 // A row and what is asked of it, by one thread. `x`: its logits, in the end its gradient. `a`: what each class has of the
@@ -224,7 +218,8 @@ template <class T, int JOB, int VARIANT, int C> struct Thread {
             for (int k = 0; k < C; ++k) x[k] = (x[k] - stats.max) - answer.tail;
             return true;
         }
-        if (row.scale != 0 && !answer.products_are_finite()) XE_RARE {
+        if (row.scale != 0 && !answer.products_are_finite()) {
+            seldom();
 #pragma unroll 1
             for (int k = 0; k < C; ++k) {
                 const Capped<A> c = capped(cap, to_acc(again[k]));
@@ -290,21 +285,31 @@ XE_DEVICE void known_of(const Problem<T>& p, i64 r, Row<T, VARIANT> (&rows)[EACH
     typedef typename Acc<T>::type A;
     if constexpr (USUAL) {
         i64 named[EACH];
-        labels_at(p.target, r, 32, INT64, named);
+        A upstream[EACH];
+        labels_at(p.target, r, 32, static_cast<int>(p.kind), named);
 #pragma unroll
-        for (int n = 0; n < EACH; ++n) rows[n] = Row<T, VARIANT>(p, named[n], A(1), p.scale);
+        for (int n = 0; n < EACH; ++n) upstream[n] = p.scale;
+        if (p.upstream) {
+            seldom();
+#pragma unroll
+            for (int n = 0; n < EACH; ++n) upstream[n] = p.upstream[(r + 32 * n) * p.upstream_step];
+        }
+#pragma unroll
+        for (int n = 0; n < EACH; ++n) rows[n] = Row<T, VARIANT>(p, named[n], A(1), upstream[n]);
     } else {
 #pragma unroll
         for (int n = 0; n < EACH; ++n) {
             const i64 at = min(r + 32 * n, p.rows - 1);
             if (p.inner == 1) rows[n] = Row<T, VARIANT>(p, at, at, 0);
-            else XE_RARE rows[n] = Row<T, VARIANT>(p, at);
+            else {
+                seldom();
+                rows[n] = Row<T, VARIANT>(p, at);
+            }
         }
     }
 }
 
-// USUAL: all rows of the warp are there, all arrays start on 16 bytes, labels have 64 bits, lie side by side and are given
-// no option; `p` has what follows of that as constants.
+// USUAL: all rows of the warp are there, logits and gradient start on 16 bytes, and labels lie side by side.
 template <bool USUAL, int JOB, int VARIANT, int C, int EACH, class T>
 XE_DEVICE void xent_tiny(const Problem<T>& p, i64 first, uint4* shared) {
     typedef typename Acc<T>::type A;
@@ -351,7 +356,8 @@ XE_DEVICE void xent_tiny(const Problem<T>& p, i64 first, uint4* shared) {
         const bool silent = JOB != LOG_SOFTMAX && rows[n].scale == 0;
         if (aligned) {
             Of::put(g, x[n], silent);
-        } else XE_RARE {
+        } else {
+            seldom();
 #pragma unroll
             for (int k = 0; k < C; ++k) g[k] = from_acc(silent ? 0 : x[n][k], T());
         }
@@ -371,18 +377,14 @@ template <class T, int JOB, int VARIANT, int C, int EACH, int THREADS> XE_DEVICE
     const i64 first = (static_cast<i64>(blockIdx.x) * THREADS + threadIdx.x / 32 * 32) * EACH;
     if (first >= p.rows) return;  // the whole warp
 
-    // Several rows are worked on twice over in the text, so that usual ones need not ask row by row what options there are.
     if constexpr (EACH > 1) {
         const u64 places = reinterpret_cast<u64>(p.logits) | (writes_grad(JOB) ? reinterpret_cast<u64>(p.grad) : 0);
-        const u64 options = reinterpret_cast<u64>(p.weight) | reinterpret_cast<u64>(p.sample_weight) |
-                            (writes_grad(JOB) ? reinterpret_cast<u64>(p.upstream) : 0);
-        const bool is_usual = static_cast<int>(p.kind) == INT64 && p.inner == 1 && p.target_outer == 1 && p.z_loss == 0;
-        if (is_usual && options == 0 && places % 16 == 0 && p.rows - first >= 32 * EACH) {
-            Problem<T> usual = p;
-            usual.kind = INT64, usual.weight = usual.sample_weight = usual.upstream = nullptr, usual.z_loss = 0;
-            return xent_tiny<true, JOB, VARIANT, C, EACH>(usual, first, shared);
+        const bool dense = p.inner == 1 && p.target_outer == 1 && places % 16 == 0;
+        if (dense && p.rows - first >= 32 * EACH && is_usual(p)) {
+            return xent_tiny<true, JOB, VARIANT, C, EACH>(as_usual(p), first, shared);
         }
-        XE_RARE {
+        {
+            seldom();
             xent_tiny<false, JOB, VARIANT, C, EACH>(p, first, shared);
         }
     } else {

@@ -20,7 +20,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -89,9 +89,8 @@ def resources(
     source: str, chip: str, file: str = "kernel.cu", options: tuple[str, ...] = (), *, disassembled: bool = True
 ) -> list[Resources]:
     """What each kernel of a text takes, in the order of their names; where it is not disassembled, in half the time."""
-    code, log = cubin(source, chip, file, (*options, "-lineinfo") if disassembled else options)
+    code, log = cubin(source, chip, file, options)
     machine_code = disassembly(code) if disassembled else {}
-    rare = rare_lines(source) if disassembled else set()
     found = []
     for kernel, text in _sections(log):
 
@@ -108,49 +107,25 @@ def resources(
                 spill_loads=number(r"(\d+) bytes spill loads"),
                 stack=number(r"(\d+) bytes stack frame"),
                 shared=number(r"(\d+) bytes smem"),
-                **(counted(machine_code[kernel], rare) if disassembled else {}),
+                **(counted(machine_code[kernel]) if disassembled else {}),
             )
         )
     return sorted(found, key=lambda row: row.kernel)
 
 
 def disassembly(code: bytes) -> dict[str, str]:
-    """The machine code of each kernel, as text; between its lines, where there is such information, those of the source."""
+    """The machine code of each kernel, as text."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(code)
         file.flush()
-        command = [str(_nvdisasm()), "-c", "-gi", "-ndf", file.name]  # -ndf: without the flow of data, for time
+        command = [str(_nvdisasm()), "-c", "-ndf", file.name]  # -ndf: without looking at the flow of data, for time
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     parts = re.split(r"(?m)^\s*\.section\s+\.text\.(\w+)", text)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
-RARE = "XE_RARE"  # stands before what a usual warp does not execute; device.cuh says what is usual
-
-
-def rare_lines(source: str) -> set[int]:
-    """The lines of a text, from 1, that hold a block or a statement after RARE, but for those that it shares."""
-    bare = re.sub(r"//[^\n]*", lambda comment: " " * len(comment[0]), source)
-    lines = set()
-    for mark in re.finditer(rf"\b{RARE}\b", bare):
-        if bare[: mark.start()].rpartition("\n")[2].lstrip().startswith("#"):
-            continue  # where it is defined
-        depth, at = 0, mark.end()
-        while at < len(bare):
-            depth += {"{": 1, "(": 1, "}": -1, ")": -1}.get(bare[at], 0)
-            if depth == 0 and bare[at] in ";}":
-                break
-            at += 1
-        first, last = (bare.count("\n", 0, place) + 1 for place in (mark.end(), at))
-        lines.update(range(first + 1, last + (bare[at] == ";")) if first < last else [first])
-    return lines
-
-
-_LINE = re.compile(
-    r"""(?m)^(?P<label>\.L\w+):|//## File "[^"]*", line (?P<line>\d+)|"""
-    r"""/\*[0-9a-f]{4,}\*/\s+(?P<predicate>@\S+\s+)?(?P<opcode>[\w.]+)\s*(?P<operands>[^;]*);"""
-)
-_JOINING = ("BSSY", "BSYNC", "BRA", "NOP")  # are said to be of the line before, whatever comes together there
+_LINE = re.compile(r"(?m)^(\.L\w+):|/\*[0-9a-f]{4,}\*/\s+(@\S+\s+)?([\w.]+)\s*([^;]*);")
+_SELDOM = "PMTRIG"  # what `seldom` of device.cuh is
 _BYTES = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}  # by a part of the opcode; else 4
 
 
@@ -158,20 +133,19 @@ class _Instruction(NamedTuple):
     opcode: str
     always: bool  # or only where a predicate says so
     names: str | None  # the label that it names
-    lines: frozenset[int]  # of the source: its own, and those where that was put in place of a call
 
     @property
     def operation(self) -> str:
         return self.opcode.partition(".")[0]
 
 
-def counted(machine_code: str, rare: Set[int] = frozenset()) -> dict[str, Any]:
+def counted(machine_code: str) -> dict[str, Any]:
     """The instructions that a usual warp executes, how many of them are MUFU (special functions), loops, wide accesses.
 
     NOP is no instruction. What is executed once counts once, also where a predicate turns it off: it is issued all the
-    same. What is not executed: blocks (from a place that something branches to, to a branch) most of whose instructions
-    are of `rare` lines of the source, what is reached through these alone or leads to these alone, and the functions
-    that are called (for a division of large or of subnormal numbers). Of two ways that are both usual, both count.
+    same. Not executed are blocks (from a place that something branches to, to a branch) with a `seldom`, what is reached
+    through these alone or leads to these alone, and the functions that are called (for a division of large or of
+    subnormal numbers). Of two ways that are both usual, both count.
 
     A loop is what a branch back repeats, to an instruction that all ways into the loop lead through; that leaves out
     the code at the end of a text that branches back to where it came from. Of each that is executed there are, without
@@ -181,7 +155,7 @@ def counted(machine_code: str, rare: Set[int] = frozenset()) -> dict[str, Any]:
     """
     code, labels = _parsed(machine_code)
     ways = _ways(code, labels)
-    executed = _executed(code, ways, rare)
+    executed = _executed(code, ways)
     bodies = [body & executed for body in _loops(code, ways)]
     loops = []
     for body in filter(None, bodies):
@@ -213,18 +187,13 @@ def _parsed(machine_code: str) -> tuple[list[_Instruction], dict[str, int]]:
     """(instructions, the number of the one that follows each label)."""
     code: list[_Instruction] = []
     labels = {}
-    lines: set[int] = set()
-    told = True  # whether an instruction has come since the last line of the source
     for found in _LINE.finditer(machine_code):
-        if found["label"] is not None:
-            labels[found["label"]] = len(code)
-        elif found["line"] is not None:
-            lines, told = ({int(found["line"])} | (set() if told else lines)), False
-        else:
-            named = re.search(r"`\((\.L\w+)\)", found["operands"])
-            always = found["predicate"] is None and re.match(r"!?U?P\d", found["operands"]) is None
-            code.append(_Instruction(found["opcode"], always, named and named[1], frozenset(lines)))
-            told = True
+        if found[1] is not None:
+            labels[found[1]] = len(code)
+            continue
+        named = re.search(r"`\((\.L\w+)\)", found[4])
+        always = found[2] is None and re.match(r"!?U?P\d", found[4]) is None
+        code.append(_Instruction(found[3], always, named and named[1]))
     return code, labels
 
 
@@ -241,22 +210,17 @@ def _ways(code: list[_Instruction], labels: dict[str, int]) -> list[list[int]]:
     return ways
 
 
-def _executed(code: list[_Instruction], ways: list[list[int]], rare: Set[int]) -> set[int]:
-    """The instructions that are reached from the first, without the blocks that are mostly of rare lines."""
+def _executed(code: list[_Instruction], ways: list[list[int]]) -> set[int]:
+    """The instructions that are reached from the first without a block that says it is executed seldom."""
     starts = {0, len(code)}
     for at, onward in enumerate(ways):
         if onward != [at + 1]:
             starts |= {at + 1, *onward}
-    bounds = sorted(starts)
-    blocks = {first: range(first, end) for first, end in itertools.pairwise(bounds)}
-    seldom = set()
+    blocks = {first: range(first, end) for first, end in itertools.pairwise(sorted(starts))}
+    seldom: set[int] = set()
     for first, block in reversed(blocks.items()):
-        said = [bool(code[at].lines & rare) for at in block if code[at].operation not in _JOINING]
-        onward = ways[block[-1]]
-        decides = len(onward) > 1 and not code[block[-1]].lines & rare  # whatever is made there for the rare ways
-        stores = {bool(code[at].lines & rare) for at in block if code[at].always and code[at].operation in ("STG", "STS")}
-        most = stores.pop() if len(stores) == 1 else 2 * sum(said) > len(said)
-        if (most and not decides) or seldom.issuperset(onward):
+        says = any(code[at].opcode == _SELDOM and code[at].always for at in block)
+        if says or seldom.issuperset(ways[block[-1]]):
             seldom.add(first)
     executed: set[int] = set()
     reached = [0]

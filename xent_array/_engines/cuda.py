@@ -41,8 +41,8 @@ NEIGHBOURS = 8  # rows side by side that make it worth reading them so: a sector
 # Classes apart: warps that share a row, classes held by a thread, bytes of an access, launch bounds. 16 warps of up to
 # 24 accesses of 8 bytes under way are more than an SM needs; more classes are shared by more warps.
 COLUMNS = (
-    (1, 4, 16, (128, 5)), (1, 12, 8, (128, 4)), (1, 24, 8, (128, 4)),
-    (8, 4, 16, (256, 3)), (8, 12, 8, (256, 2)), (8, 24, 8, (256, 2)),
+    (1, 2, 16, (128, 10)), (1, 4, 16, (128, 5)), (1, 12, 8, (128, 5)), (1, 20, 8, (128, 5)), (1, 24, 8, (128, 5)),
+    (8, 4, 16, (256, 3)), (8, 12, 8, (256, 2)), (8, 20, 8, (256, 3)), (8, 24, 8, (256, 2)),
 )  # fmt: skip
 # Still more are streamed: classes of the row, and as above. Two blocks of up to 1024 classes on each SM, or one of
 # 2048, find in L2 what they read again for a gradient; beyond, memory is read twice.
