@@ -162,11 +162,11 @@ template <class A, int JOB, int VARIANT, bool FEW> struct Rule {
     A top, scale, mass, more, lost;       // by class
     int label;
 
-    static constexpr int NUMBERS = JOB == LOG_SOFTMAX ? 2 : by_class(VARIANT) ? 8 : every_class(VARIANT) ? 4 : 3;
+    static constexpr int AT_LABEL = 2, NUMBERS = JOB == LOG_SOFTMAX ? 2 : by_class(VARIANT) ? 8 : every_class(VARIANT) ? 4 : 3;
     template <class F> XE_DEVICE void numbers(F f) {
         f(0, max), f(1, coef);
         if (JOB == LOG_SOFTMAX) return;
-        f(2, at_label);
+        f(AT_LABEL, at_label);
         if (by_class(VARIANT)) f(3, top), f(4, scale), f(5, mass), f(6, more), f(7, lost);
         else if (every_class(VARIANT)) f(3, each);
     }
@@ -253,6 +253,19 @@ template <class T, int JOB, int VARIANT, int VEC, int K, int WARPS> struct Held 
             else v[j].be_nothing();
             from += step;
         }
+    }
+
+    // The logit of class k in row c, which is `c·row_step` elements on.
+    XE_DEVICE A at(int k, int c, i64 row_step) const {
+        if (!FEW) return to_acc(x[static_cast<i64>(k) * class_step + c * row_step]);
+        A found = 0;
+#pragma unroll
+        for (int j = 0; j < K; ++j) {
+            A y[VEC];
+            v[j].unpack(y);
+            found = k == j ? y[c] : found;
+        }
+        return found;
     }
 
     // Calls f(k, v) for each class that is there.
@@ -385,10 +398,12 @@ XE_DEVICE void xent_columns(const Problem<T>& p) {
         o = r / p.inner;
         i = r - o * p.inner;
     }
+    const i64 x_step = VEC > 1 ? 1 : p.logits_inner, g_step = VEC > 1 ? 1 : p.grad_inner;  // from row to row
+    T* const g = p.grad + (o * p.grad_outer + i * g_step);
     const Cap<A> cap(p.softcap);
     const Shares<T, VARIANT> shares(p, o, i);
     H held;
-    held.x = p.logits + (o * p.logits_outer + i * p.logits_inner), held.class_step = p.logits_class;
+    held.x = p.logits + (o * p.logits_outer + i * x_step), held.class_step = p.logits_class;
     held.first = warp, held.classes = exists ? static_cast<int>(p.classes) : 0;
     const int pieces = held.left() > 0 ? (held.left() - 1) / (WARPS * K) + 1 : 0;
     if (!STREAM) held.load();
@@ -431,6 +446,7 @@ XE_DEVICE void xent_columns(const Problem<T>& p) {
     }
 
     R rules[VEC];
+    const bool scaled = WRITES && p.upstream;
     const auto finish = [&](const Problem<T>& p, int n) {
         const int c = ALONE ? n : warp, at = c * 32 + lane;
         A weight = 1, upstream = p.scale;
@@ -438,13 +454,12 @@ XE_DEVICE void xent_columns(const Problem<T>& p) {
             seldom();
             weight = p.sample_weight[r + c];
         }
-        if (WRITES && p.upstream) {
+        if (scaled) {
             seldom();
             upstream = p.upstream[(r + c) * p.upstream_step];
         }
         const Row<T, VARIANT> row(p, named[n], weight, upstream);
-        const T* const at_row = held.x + c * (VEC > 1 ? 1 : p.logits_inner);  // where there is no label, class 0 is read
-        const A at_label = to_acc(at_row[static_cast<i64>(max(row.label, 0)) * p.logits_class]);
+        const A at_label = held.at(max(row.label, 0), c, x_step);  // of no label, of class 0
         Stats<A> stats;
         P whole;
         if (READS_STATS) {
@@ -507,7 +522,7 @@ XE_DEVICE void xent_columns(const Problem<T>& p) {
 #pragma unroll 1
         for (int c = 0; c < VEC; ++c) {
             const A* const from = known + tile * 3 * ROWS + c * 32 + lane;
-            const Row<T, VARIANT> row(p, r + c, o, i + c);
+            const Row<T, VARIANT> row(p, r + c);
             const Answer<T, VARIANT> answer(p, row, {from[0], from[ROWS], 0, from[2 * ROWS]}, true);
 #pragma unroll 1
             for (int k = warp; k < held.classes; k += WARPS) {
@@ -519,8 +534,7 @@ XE_DEVICE void xent_columns(const Problem<T>& p) {
         return;
     }
 
-    constexpr bool LABEL_LAST = STREAM && JOB != LOG_SOFTMAX && !by_class(VARIANT);
-    T* const g = p.grad + (o * p.grad_outer + i * p.grad_inner);
+    constexpr bool LABEL_LAST = !ALONE && JOB != LOG_SOFTMAX && !by_class(VARIANT);
     if constexpr (STREAM) {
 #pragma unroll 1
         for (int n = pieces - 1; n >= 0; --n) {
@@ -528,15 +542,15 @@ XE_DEVICE void xent_columns(const Problem<T>& p) {
             held.load();
             held.template store<LABEL_LAST>(g, p.grad_class, cap, shares, rules);
         }
-        if (!LABEL_LAST) return;
-#pragma unroll
-        for (int c = 0; c < VEC; ++c) {  // by the thread that has written something else there
-            const int label = rules[c].label;
-            if (label < 0 || label % WARPS != warp) continue;
-            g[static_cast<i64>(label) * p.grad_class + c * (VEC > 1 ? 1 : p.grad_inner)] = from_acc(rules[c].at_label, T());
-        }
     } else {
-        held.template store<false>(g, p.grad_class, cap, shares, rules);
+        held.template store<LABEL_LAST>(g, p.grad_class, cap, shares, rules);
+    }
+    if (!LABEL_LAST) return;
+#pragma unroll
+    for (int c = 0; c < VEC; ++c) {  // by the thread that has written something else there
+        const int at = c * 32 + lane, label = labels[at];
+        if (label < 0 || label % WARPS != warp) continue;
+        g[static_cast<i64>(label) * p.grad_class + c * g_step] = from_acc(board[R::AT_LABEL * ROWS + at], T());
     }
 }
 

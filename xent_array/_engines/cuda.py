@@ -41,12 +41,12 @@ NEIGHBOURS = 8  # rows side by side that make it worth reading them so: a sector
 # Classes apart: warps that share a row, classes held by a thread, bytes of an access, launch bounds. 16 warps of up to
 # 24 accesses of 8 bytes under way are more than an SM needs; more classes are shared by more warps.
 COLUMNS = (
-    (1, 2, 16, (128, 10)), (1, 4, 16, (128, 5)), (1, 12, 8, (128, 5)), (1, 20, 8, (128, 5)), (1, 24, 8, (128, 5)),
+    (1, 2, 16, (128, 9)), (1, 4, 16, (128, 5)), (1, 12, 8, (128, 5)), (1, 20, 8, (128, 5)), (1, 24, 8, (128, 5)),
     (8, 4, 16, (256, 3)), (8, 12, 8, (256, 2)), (8, 20, 8, (256, 3)), (8, 24, 8, (256, 2)),
 )  # fmt: skip
 # Still more are streamed: classes of the row, and as above. Two blocks of up to 1024 classes on each SM, or one of
 # 2048, find in L2 what they read again for a gradient; beyond, memory is read twice.
-STREAMED = ((1024, 16, 8, 4, (512, 2)), (1 << 31, 16, 16, 4, (512, 1)))
+STREAMED = ((1024, 16, 16, 4, (512, 2)), (1 << 31, 16, 16, 4, (512, 1)))
 # Rows in lanes of a warp: bytes of the row, vectors per thread, lanes. The fewest threads that hold a row do the least
 # that is not per logit.
 WARP_ROWS = ((64, 1, 4), (128, 2, 4), (256, 4, 4), (512, 8, 4), (1024, 8, 8), (2048, 8, 16), (4096, 8, 32))
@@ -158,8 +158,10 @@ def plan(
         return spread("T", 0, 1, TINY_THREADS, bound, width=each)
     if layout == "columns":
         variant = "GENERAL" if variant == "SOFT" else variant
-        warps, held, width, bound, stream = _columns(classes, itemsize, chip, variant, width)
-        return spread("P", held, warps, bound[0], bound, stream=stream, width=width)
+        warps, held, width, (threads, blocks), stream = _columns(classes, itemsize, chip, variant, width)
+        if job == "STATS_AND_GRAD" or (stream and itemsize == 2 and width == 1):  # take more registers
+            blocks -= -(-blocks // 5)
+        return spread("P", held, warps, threads, (threads, blocks), stream=stream, width=width)
     vectors, most, blocks = _held(itemsize, variant, job)
     for limit, wanted, lanes in WARP_ROWS:
         if size <= limit and wanted * lanes <= vectors * 32:
@@ -239,7 +241,7 @@ def _tiny_blocks(classes: int, each: int, itemsize: int, chip: int, variant: str
     """
     words = max(4, itemsize) // 4
     arrays, spare = {"PLAIN": (1, 36), "GENERAL": (2, 52), "CAPPED_GENERAL": (3, 56)}[variant]
-    spare += 16 * (words - 1) + (classes // 2 if classes > 32 else 0)
+    spare += 16 * (words - 1) + 4 * (each - 1) + (classes // 2 if classes > 32 else 0)
     registers = -(-(spare + arrays * words * classes * each) // 8) * 8
     return max(2, min(8 if chip < 80 else 12, 65536 // (TINY_THREADS * registers)))
 
