@@ -16,7 +16,8 @@ MEASURED = [dict(zip(DATA["row"], row, strict=True)) for row in DATA["rows"]]
 WITHOUT_SPILLS = [row for row in MEASURED if KERNELS[row["kernel"]].spill_stores == 0]
 
 
-OF_A_LAUNCH = Launch._fields[:-1]  # the kernels that were measured had no loop but that over a row
+# The kernels that were measured had no loop but that over a row, and did not say what they execute seldom.
+OF_A_LAUNCH, OF_A_TEXT = Launch._fields[:-2], Code._fields[:-1]
 
 
 def times(row, chip=H200):
@@ -31,7 +32,7 @@ def off(row, chip=H200):
 
 def test_the_numbers_are_those_that_the_model_asks_for():
     assert DATA["row"] == ["dtype", "classes", "cluster", *OF_A_LAUNCH, "milliseconds", "kernel"]
-    assert DATA["kernel"] == list(Code._fields)
+    assert DATA["kernel"] == list(OF_A_TEXT)
     assert {row["kernel"] for row in MEASURED} == set(KERNELS)
 
 
@@ -92,6 +93,17 @@ def test_a_loop_counts_as_often_as_a_thread_goes_round():
     assert special((200, 50, 4, 4)) == once
     assert special((3, 1, 0, 0)) == once
     assert special((200, 50, 10 * per_thread, 16)) == once
+
+
+def test_what_is_executed_counts_where_the_kernel_says_it():
+    """T and P, whose text is mostly for rare cases; of others a share of it."""
+    said = SOME._replace(executed=[400, 60, []])
+    by_text, executed = (_model.times(SMALL._replace(known=known), said, H200) for known in (False, True))
+    assert by_text == _model.times(SMALL, SOME, H200)
+    assert executed.instructions / by_text.instructions == pytest.approx(400 / (_model.EXECUTED * SOME.instructions))
+    assert executed.special / by_text.special == pytest.approx(60 / SOME.mufu)
+    for words, known in {"9x3:fp32": True, "2x9x8:fp32@axis1": True, "99x4096:fp32": False}.items():
+        assert Launch.of(Problem.parse(words).plan("LOSS"), "LOSS").known == known
 
 
 def test_loads_that_let_the_caches_go_cost_bandwidth_beside_a_gradient():

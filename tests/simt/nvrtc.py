@@ -31,8 +31,8 @@ from typing import Any, NamedTuple
 class Resources:
     """Of one kernel on one chip. Spills and stack in bytes, shared: static bytes, loads and stores of 128 bits.
 
-    once: of the loads those that tell the caches to let go first. instructions, mufu, loops: of what a usual warp
-    executes, see `counted`. All from loads128 on are None where the machine code was not looked at.
+    once: of the loads those that tell the caches to let go first. instructions, mufu, loops, executed: see `counted`.
+    All from loads128 on are None where the machine code was not looked at.
     """
 
     kernel: str
@@ -48,6 +48,7 @@ class Resources:
     instructions: int | None = None
     mufu: int | None = None
     loops: list[list[int]] | None = None
+    executed: list[Any] | None = None
 
 
 NUMBERS = [field.name for field in fields(Resources)][2:]
@@ -140,39 +141,39 @@ class _Instruction(NamedTuple):
 
 
 def counted(machine_code: str) -> dict[str, Any]:
-    """The instructions that a usual warp executes, how many of them are MUFU (special functions), loops, wide accesses.
+    """The instructions of a kernel, how many of them are MUFU (special functions), its loops, and its wide accesses.
 
-    NOP is no instruction. What is executed once counts once, also where a predicate turns it off: it is issued all the
-    same. Not executed are blocks (from a place that something branches to, to a branch) with a `seldom`, what is reached
-    through these alone or leads to these alone, and the functions that are called (for a division of large or of
-    subnormal numbers). Of two ways that are both usual, both count.
+    NOP is no instruction. Every one of the text counts once: also what runs in rare cases only (behind a branch, in the
+    functions that are called for a division), and what is predicated off.
 
     A loop is what a branch back repeats, to an instruction that all ways into the loop lead through; that leaves out
-    the code at the end of a text that branches back to where it came from. Of each that is executed there are, without
-    the loops inside it, [instructions, mufu, bytes, widest]: the bytes that a thread loads in one trip (of global or of
-    shared memory, whichever is more), or stores where it loads nothing; and its widest access to global memory. A loop
-    that waits for a barrier moves none.
+    the rare code at the end of a text that branches back to where it came from. Of each there are, without the loops
+    inside it, [instructions, mufu, bytes, widest]: the bytes that a thread loads in one trip (of global or of shared
+    memory, whichever is more), or stores where it loads nothing; and its widest access to global memory. A loop that
+    waits for a barrier moves none.
+
+    executed: [instructions, mufu, loops] likewise, but of what a usual warp executes. What is predicated off counts, as
+    it is issued all the same, and so do both of two ways that are usual. Not executed are blocks (from a place that
+    something branches to, to a branch) with a `seldom` of device.cuh, what is reached through these alone or leads to
+    these alone, and the functions that are called.
     """
     code, labels = _parsed(machine_code)
     ways = _ways(code, labels)
-    executed = _executed(code, ways)
-    bodies = [body & executed for body in _loops(code, ways)]
-    loops = []
-    for body in filter(None, bodies):
-        own = [code[at] for at in sorted(body.difference(*(other for other in bodies if other < body)))]
-        moved, widest = dict.fromkeys(("LDG", "LDS", "STG", "STS"), 0), 0
-        for instruction in own:
-            if instruction.operation in moved:
-                width = next((_BYTES[part] for part in instruction.opcode.split(".") if part in _BYTES), 4)
-                moved[instruction.operation] += width
-                widest = max(widest, width if instruction.operation.endswith("G") else 0)
-        loads = max(moved["LDG"], moved["LDS"])
-        loops.append([*_size(own), loads or max(moved["STG"], moved["STS"]), widest])
-    instructions, mufu = _size(code[at] for at in executed)
+    bodies = _loops(code, ways)
+
+    def work(of: set[int]) -> list[Any]:
+        loops = []
+        for body in bodies:
+            within = body.difference(*(other for other in bodies if other < body)) & of
+            if within:
+                own = [code[at] for at in sorted(within)]
+                loops.append([*_size(own), *_moved(own)])
+        return [*_size(code[at] for at in of), loops]
 
     def accesses(pattern: str) -> int:
         return sum(re.fullmatch(pattern, instruction.opcode) is not None for instruction in code)
 
+    instructions, mufu, loops = work(set(range(len(code))))
     return {
         "loads128": accesses(r"LDG\.E[.\w]*\.128"),
         "stores128": accesses(r"STG\.E[.\w]*\.128"),
@@ -180,7 +181,19 @@ def counted(machine_code: str) -> dict[str, Any]:
         "instructions": instructions,
         "mufu": mufu,
         "loops": loops,
+        "executed": work(_executed(code, ways)),
     }
+
+
+def _moved(code: list[_Instruction]) -> tuple[int, int]:
+    """(bytes that a thread moves, its widest access to global memory)."""
+    moved, widest = dict.fromkeys(("LDG", "LDS", "STG", "STS"), 0), 0
+    for instruction in code:
+        if instruction.operation in moved:
+            width = next((_BYTES[part] for part in instruction.opcode.split(".") if part in _BYTES), 4)
+            moved[instruction.operation] += width
+            widest = max(widest, width if instruction.operation.endswith("G") else 0)
+    return max(moved["LDG"], moved["LDS"]) or max(moved["STG"], moved["STS"]), widest
 
 
 def _parsed(machine_code: str) -> tuple[list[_Instruction], dict[str, int]]:
@@ -217,18 +230,18 @@ def _executed(code: list[_Instruction], ways: list[list[int]]) -> set[int]:
         if onward != [at + 1]:
             starts |= {at + 1, *onward}
     blocks = {first: range(first, end) for first, end in itertools.pairwise(sorted(starts))}
-    seldom: set[int] = set()
-    for first, block in reversed(blocks.items()):
-        says = any(code[at].opcode == _SELDOM and code[at].always for at in block)
-        if says or seldom.issuperset(ways[block[-1]]):
-            seldom.add(first)
+    onward_of = {first: ways[block[-1]] for first, block in blocks.items()}
+    marked = (at for at, instruction in enumerate(code) if instruction.opcode == _SELDOM and instruction.always)
+    seldom = {max(first for first in blocks if first <= at) for at in marked}
+    while more := {first for first, onward in onward_of.items() if seldom.issuperset(onward)} - seldom:
+        seldom |= more
     executed: set[int] = set()
     reached = [0]
     while reached:
         first = reached.pop()
         if first in blocks and first not in executed and first not in seldom:
             executed.update(blocks[first])
-            reached += ways[blocks[first][-1]]
+            reached += onward_of[first]
     return executed
 
 

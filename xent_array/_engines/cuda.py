@@ -38,8 +38,8 @@ TINY = 128  # bytes of a row: up to here a row is one thread's
 TINY_EACH = ((12, 2), (TINY, 1))  # bytes of a row without options, and how many of them a thread has
 TINY_THREADS, WARP_THREADS = 128, 128
 NEIGHBOURS = 8  # rows side by side that make it worth reading them so: a sector of 32 bytes
-# Classes apart: warps that share a row, classes held by a thread, bytes of an access, launch bounds. 16 warps of up to
-# 24 accesses of 8 bytes under way are more than an SM needs; more classes are shared by more warps.
+# Classes apart: warps that share a row, classes held by a thread, bytes of an access, launch bounds: as many blocks as
+# its registers allow. More classes are shared by more warps.
 COLUMNS = (
     (1, 2, 16, (128, 9)), (1, 4, 16, (128, 5)), (1, 12, 8, (128, 5)), (1, 20, 8, (128, 5)), (1, 24, 8, (128, 5)),
     (8, 4, 16, (256, 3)), (8, 12, 8, (256, 2)), (8, 20, 8, (256, 3)), (8, 24, 8, (256, 2)),
@@ -88,8 +88,8 @@ class Plan:
     def kernel(self, job: str) -> Kernel:
         ctype = DTYPES[self.dtype][0]
         if self.family == "T":
-            held = self.classes, self.width
-            return _kernels.kernel("tiny.cu", "XE_TINY", "T", ctype, job, self.variant, *held, *self.bound)
+            rows = self.classes, self.width
+            return _kernels.kernel("tiny.cu", "XE_TINY", "T", ctype, job, self.variant, *rows, *self.bound)
         if self.family == "P":
             held = self.width, self.vectors, self.lanes, self.stream
             return _kernels.kernel("columns.cu", "XE_COLUMNS", "P", ctype, job, self.variant, *held, *self.bound)
@@ -105,7 +105,7 @@ class Plan:
             "B": f"{'a block holds' if alone else f'{self.cluster} blocks hold'} a row, {held}",
             "O": f"{'a block streams' if alone else f'{self.cluster} blocks stream'} a row, {held} at a time"
             " (a gradient reads the row again, from cache where it fits)",
-            "T": f"a thread holds {self.width} rows, in registers" if self.width > 1 else "a thread holds a row, in registers",
+            "T": f"a thread holds {'a row' if self.width == 1 else f'{self.width} rows'}, in registers",
             "P": f"a thread of each of {self.lanes} warps" if self.lanes > 1 else "a thread",
         }[self.family]
         if self.family == "P":
@@ -161,6 +161,7 @@ def plan(
         warps, held, width, (threads, blocks), stream = _columns(classes, itemsize, chip, variant, width)
         if job == "STATS_AND_GRAD" or (stream and itemsize == 2 and width == 1):  # take more registers
             blocks -= -(-blocks // 5)
+        blocks = min(blocks, (1024 if chip < 80 else 1536) // threads)
         return spread("P", held, warps, threads, (threads, blocks), stream=stream, width=width)
     vectors, most, blocks = _held(itemsize, variant, job)
     for limit, wanted, lanes in WARP_ROWS:
