@@ -11,6 +11,9 @@
  *          multiple of it and start on such an access, in every class; VEC = 1 takes any strides.
  * Moves    per row: STATS, LOSS read C; all others read C and write C. STREAM reads C once more for a gradient, the
  *          last classes first: from cache, while 32·VEC·C logits of every block still are there.
+ * Usual    what is done once per row is executed without asking for options where there are none: see lean.cuh.
+ * Wide     gradients are written without asking at every logit whether it is the label's, where warps share a row: that
+ *          one is written once more in the end, by the thread that has written its class.
  * Numbers  a thread adds up what it holds against its maximum, which it leaves out and counts: the compare and the
  *          second add per logit cost less than to add once more without it, in every row of a model that has learnt.
  *          Parts are merged in the order of the warps, of a stream from first to last. See stats.cuh.

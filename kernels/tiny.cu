@@ -11,11 +11,13 @@
  * Moves    per row: C in, and C out where a gradient is written. Rows that do not count are read too. A target
  *          distribution is read once.
  * Wide     Rows that are one access of 1 to 16 bytes, or few vectors of 16, are read and written as they are. Of others
- *          the 32 rows of a warp are one stretch of memory, which starts on 16 bytes where the array does: it is copied
+ *          the rows of a warp are one stretch of memory, which starts on 16 bytes where the array does: it is copied
  *          to shared memory in vectors, and each thread takes its row from there by the widest accesses that a row is a
  *          multiple of. So rows are an odd number of accesses apart, and no two lanes want the same bank; rows of an even
  *          number of vectors are given a free one. The gradient goes back the same way. An array that starts elsewhere
  *          is copied element by element.
+ * Usual    of rows of up to 12 bytes, most of the work would be to ask for options: see lean.cuh. A warp all of
+ *          whose rows are there, in dense arrays, is executed apart from others.
  * Numbers  what is not the maximum is added for its own, so that confident rows need no second look: two instructions a
  *          logit, where memory leaves time for fifteen. A sum goes from the last class to the first.
  * Aliasing grad may be the logits: a warp has read its rows before it writes any of them.
