@@ -345,8 +345,10 @@ XE_DEVICE void xent_tiny(const Problem<T>& p, i64 first, uint4* shared) {
             if (n * 32 + lane < here) Of::get(tile + (n * 32 + lane) * Of::APART, x[n]);
         }
     }
-    sync_warp();  // all rows have been read, before others take their place
-    if (every_class(VARIANT)) shares<T, C>(p, rows[0], shared, first, here, lane < here ? lane : 0, a);
+    if (every_class(VARIANT)) {
+        sync_warp();  // all rows have been read, before those of a distribution take their place
+        shares<T, C>(p, rows[0], shared, first, here, lane < here ? lane : 0, a);
+    }
 
     const bool aligned = USUAL || !DIRECT || Of::lies_on(grad, Of::WIDTH);
 #pragma unroll

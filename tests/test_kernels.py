@@ -1238,21 +1238,14 @@ BUGS = {
         "T",
         "PLAIN",
     ),
-    "T: a gradient takes the place of a row not yet read": (
+    "T: a distribution takes the place of a row not yet read": (
         "tiny.cu",
-        "sync_warp();  // all rows have been read, before others",
-        "// all rows have been read, before others",
-        "T",
-        "PLAIN",
+        "sync_warp();  // all rows have been read, before those of a distribution",
+        "// all rows have been read, before those of a distribution",
+        "T distribution",
+        "GENERAL",
     ),
-    "T: ... of a row in memory": (
-        "tiny.cu",
-        "sync_warp();  // all rows have been read, before others",
-        "// all rows have been read, before others",
-        "T two vectors",
-        "PLAIN",
-    ),
-    "T: ... of a distribution": (
+    "T: a gradient takes the place of a distribution not yet read": (
         "tiny.cu",
         "sync_warp();  // all rows have been read, before gradients",
         "// all rows have been read, before gradients",

@@ -159,8 +159,8 @@ def plan(
     if layout == "columns":
         variant = "GENERAL" if variant == "SOFT" else variant
         warps, held, width, (threads, blocks), stream = _columns(classes, itemsize, chip, variant, width)
-        if job == "STATS_AND_GRAD" or (stream and itemsize == 2 and width == 1):  # take more registers
-            blocks = max(1, blocks - -(-blocks // 5))
+        if itemsize == 2 and width == 1 if stream else variant != "PLAIN" or job == "STATS_AND_GRAD":
+            blocks = max(1, blocks - -(-blocks // 5))  # which need more registers
         blocks = min(blocks, (1024 if chip < 80 else 1536) // threads)
         return spread("P", held, warps, threads, (threads, blocks), stream=stream, width=width)
     vectors, most, blocks = _held(itemsize, variant, job)
