@@ -87,7 +87,7 @@ def goals() -> Iterator[Goal]:
     images |= {(64, 2, 1024, 1024): (0.65, 0.65), (8, 1000, 128, 128): (0.70, 0.70)}
     for shape, bounds in images.items():
         for dtype, bound in zip(NARROW, bounds, strict=True):
-            yield Goal("classes apart", Problem(shape, dtype, 1), BOTH, bound)
+            yield Goal("classes apart, of all bytes", Problem(shape, dtype, 1), BOTH, bound, "bytes")
     for dtype, bound in zip(NARROW, (0.75, 0.65), strict=True):
         for classes in FEW:
             for job in (BOTH, LOSS):

@@ -11,6 +11,9 @@
  *          multiple of it and start on such an access, in every class; VEC = 1 takes any strides.
  * Moves    per row: STATS, LOSS read C; all others read C and write C. STREAM reads C once more for a gradient, the
  *          last classes first: from cache, while 32·VEC·C logits of every block still are there.
+ * Usual    what is done once per row is executed without asking for options where there are none: see lean.cuh.
+ * Wide     gradients are written without asking at every logit whether it is the label's, where warps share a row: that
+ *          one is written once more in the end, by the thread that has written its class.
  * Numbers  a thread adds up what it holds against its maximum, which it leaves out and counts: the compare and the
  *          second add per logit cost less than to add once more without it, in every row of a model that has learnt.
  *          Parts are merged in the order of the warps, of a stream from first to last. See stats.cuh.
@@ -21,7 +24,7 @@
  *          Not tried: a cluster over the classes. Rows streamed from L2 reach nine tenths of a copy in rows.cu.
  */
 
-#include "stats.cuh"
+#include "lean.cuh"
 
 // The logits (or gradients) of one class in VEC neighbouring rows, as one access moves them.
 template <class T, int VEC> struct Few {
@@ -154,7 +157,7 @@ template <class A, int JOB, int VARIANT> struct Part {
 
 // What a thread must know of a row to write its gradient (or log-softmax): entries are e^{x - max}·coef - a·scale, but
 // for the label's class; and of targets by class for the maximum, where that may cancel (`top`; NaN: nowhere).
-template <class A, int JOB, int VARIANT> struct Rule {
+template <class A, int JOB, int VARIANT, bool FEW> struct Rule {
     static constexpr int SILENT = -2, EXACT = -3;  // instead of a label: all zeros; each entry by `Answer::grad`
     A max, coef;                          // LOG_SOFTMAX: coef is the tail
     A at_label;                           // by class: the label's own share
@@ -162,11 +165,11 @@ template <class A, int JOB, int VARIANT> struct Rule {
     A top, scale, mass, more, lost;       // by class
     int label;
 
-    static constexpr int NUMBERS = JOB == LOG_SOFTMAX ? 2 : by_class(VARIANT) ? 8 : every_class(VARIANT) ? 4 : 3;
+    static constexpr int AT_LABEL = 2, NUMBERS = JOB == LOG_SOFTMAX ? 2 : by_class(VARIANT) ? 8 : every_class(VARIANT) ? 4 : 3;
     template <class F> XE_DEVICE void numbers(F f) {
         f(0, max), f(1, coef);
         if (JOB == LOG_SOFTMAX) return;
-        f(2, at_label);
+        f(AT_LABEL, at_label);
         if (by_class(VARIANT)) f(3, top), f(4, scale), f(5, mass), f(6, more), f(7, lost);
         else if (every_class(VARIANT)) f(3, each);
     }
@@ -179,7 +182,7 @@ template <class A, int JOB, int VARIANT> struct Rule {
             return;
         }
         const bool silent = row.scale == 0;
-        coef = silent ? 0 : answer.share * answer.scale * Powers<A>(max).correction;
+        coef = silent ? 0 : answer.share * answer.scale * Exponentials<A, FEW>(max).correction;
         if (silent) max = 0, label = SILENT;
         else if (!answer.products_are_finite()) label = EXACT;
         if (by_class(VARIANT)) {
@@ -232,6 +235,7 @@ template <class T, int VARIANT> struct Shares {
 template <class T, int JOB, int VARIANT, int VEC, int K, int WARPS> struct Held {
     typedef typename Acc<T>::type A;
     typedef Part<A, JOB, VARIANT> P;
+    static constexpr bool FEW = WARPS == 1 && K <= 4;
     static constexpr int TOGETHER = K > 4 ? 4 : 2;  // asked at once whether any of them is there
     const T* x;          // of class 0
     i64 class_step;
@@ -252,6 +256,19 @@ template <class T, int JOB, int VARIANT, int VEC, int K, int WARPS> struct Held 
             else v[j].be_nothing();
             from += step;
         }
+    }
+
+    // The logit of class k in row c, which is `c·row_step` elements on.
+    XE_DEVICE A at(int k, int c, i64 row_step) const {
+        if (!FEW) return to_acc(x[static_cast<i64>(k) * class_step + c * row_step]);
+        A found = 0;
+#pragma unroll
+        for (int j = 0; j < K; ++j) {
+            A y[VEC];
+            v[j].unpack(y);
+            found = k == j ? y[c] : found;
+        }
+        return found;
     }
 
     // Calls f(k, v) for each class that is there.
@@ -282,7 +299,7 @@ template <class T, int JOB, int VARIANT, int VEC, int K, int WARPS> struct Held 
 #pragma unroll
             for (int c = 0; c < VEC; ++c) {
                 if (writes_stats(JOB)) at[c] = x[c] == raw[c] ? min(at[c], k) : at[c];
-                const A value = capped(cap, x[c]).x, e = Powers<A>(top[c]).of(value);
+                const A value = capped(cap, x[c]).x, e = Exponentials<A, FEW>(top[c]).of(value);
                 if (value == top[c]) ties[c] += 1;
                 else rest[c] += e;
                 const A half = static_cast<A>(0.5) * value;
@@ -295,7 +312,7 @@ template <class T, int JOB, int VARIANT, int VEC, int K, int WARPS> struct Held 
         });
 #pragma unroll
         for (int c = 0; c < VEC; ++c) {
-            const Powers<A> powers(top[c]);
+            const Exponentials<A, FEW> powers(top[c]);
             const bool any = top[c] > -infinity<A>();
             parts[c].max = top[c], parts[c].raw = raw[c], parts[c].first = at[c];
             parts[c].rest = rest[c] * powers.correction + ((any ? ties[c] : 0) - 1);
@@ -308,16 +325,23 @@ template <class T, int JOB, int VARIANT, int VEC, int K, int WARPS> struct Held 
         }
     }
 
-    // Writes the gradient (or log-softmax) of what is held to g, of class 0.
-    XE_DEVICE void store(T* g, i64 step, const Cap<A>& cap, const Shares<T, VARIANT>& shares,
-                         const Rule<A, JOB, VARIANT> (&rules)[VEC]) {
-        typedef Rule<A, JOB, VARIANT> R;
+    // Writes the gradient (or log-softmax) of what is held to g, of class 0. LABEL_LAST: what the label's class has is
+    // written in the end, so that it need not be looked for.
+    template <bool LABEL_LAST> XE_DEVICE void store(T* g, i64 step, const Cap<A>& cap, const Shares<T, VARIANT>& shares,
+                         const Rule<A, JOB, VARIANT, FEW> (&rules)[VEC]) {
+        typedef Rule<A, JOB, VARIANT, FEW> R;
         T* to = g + first * step;
+        bool silent = false;
 #pragma unroll
-        for (int c = 0; c < VEC; ++c) {
-            if (JOB == LOG_SOFTMAX || rules[c].label != R::SILENT) continue;
+        for (int c = 0; c < VEC; ++c) silent |= JOB != LOG_SOFTMAX && rules[c].label == R::SILENT;
+        if (silent) {
+            seldom();
 #pragma unroll
-            for (int j = 0; j < K; ++j) v[j].clear(c);  // of which no NaN comes
+            for (int c = 0; c < VEC; ++c) {
+                if (rules[c].label != R::SILENT) continue;
+#pragma unroll
+                for (int j = 0; j < K; ++j) v[j].clear(c);  // of which no NaN comes
+            }
         }
         each_class<true>([&](int k, Few<T, VEC>& few) {
             A y[VEC], a[VEC];
@@ -331,7 +355,7 @@ template <class T, int JOB, int VARIANT, int VEC, int K, int WARPS> struct Held 
                     continue;
                 }
                 const Capped<A> at = capped(cap, y[c]);
-                const A e = Powers<A>(rule.max).of(at.x);
+                const A e = Exponentials<A, FEW>(rule.max).of(at.x);
                 if (by_class(VARIANT)) {
                     const A mine = rule.label == R::SILENT ? 0 : a[c] + (k == rule.label ? rule.at_label : 0);
                     const A kept = (rule.mass - mine) + rule.more;  // coef - a would lose `more`
@@ -340,7 +364,7 @@ template <class T, int JOB, int VARIANT, int VEC, int K, int WARPS> struct Held 
                     continue;
                 }
                 y[c] = VARIANT == SMOOTH ? e * rule.coef - rule.each : e * rule.coef * at.slope;
-                if (k == rule.label) y[c] = rule.at_label;
+                if (!LABEL_LAST && k == rule.label) y[c] = rule.at_label;
             }
             few.pack(y);
             few.store(to);
@@ -354,7 +378,7 @@ XE_DEVICE void xent_columns(const Problem<T>& p) {
     typedef typename Acc<T>::type A;
     typedef Held<T, JOB, VARIANT, VEC, K, WARPS> H;
     typedef Part<A, JOB, VARIANT> P;
-    typedef Rule<A, JOB, VARIANT> R;
+    typedef Rule<A, JOB, VARIANT, H::FEW> R;
     constexpr bool READS_STATS = JOB == GRAD, WRITES = writes_grad(JOB), ALONE = WARPS == 1;
     constexpr int ROWS = 32 * VEC, TILES = THREADS / 32 / WARPS;
     XE_SHARED(A, parts, ALONE || READS_STATS ? 1 : WARPS * P::NUMBERS * ROWS);
@@ -368,11 +392,21 @@ XE_DEVICE void xent_columns(const Problem<T>& p) {
     const bool exists = mine < p.rows;
     if (ALONE && !exists) return;
     const i64 r = exists ? mine : 0;
-    const i64 o = p.inner == 1 ? r : r / p.inner, i = p.inner == 1 ? 0 : r % p.inner;
+    i64 o, i;
+    if (p.rows >> 32 == 0) {
+        o = static_cast<u32>(r) / static_cast<u32>(p.inner);
+        i = static_cast<u32>(r) - static_cast<u32>(o) * static_cast<u32>(p.inner);
+    } else {
+        seldom();
+        o = r / p.inner;
+        i = r - o * p.inner;
+    }
+    const i64 x_step = VEC > 1 ? 1 : p.logits_inner, g_step = VEC > 1 ? 1 : p.grad_inner;  // from row to row
+    T* const g = p.grad + (o * p.grad_outer + i * g_step);
     const Cap<A> cap(p.softcap);
     const Shares<T, VARIANT> shares(p, o, i);
     H held;
-    held.x = p.logits + (o * p.logits_outer + i * p.logits_inner), held.class_step = p.logits_class;
+    held.x = p.logits + (o * p.logits_outer + i * x_step), held.class_step = p.logits_class;
     held.first = warp, held.classes = exists ? static_cast<int>(p.classes) : 0;
     const int pieces = held.left() > 0 ? (held.left() - 1) / (WARPS * K) + 1 : 0;
     if (!STREAM) held.load();
@@ -380,33 +414,11 @@ XE_DEVICE void xent_columns(const Problem<T>& p) {
     // Row c of the thread is finished by one of warp c, or where there is but one, by itself.
     constexpr int MINE = ALONE ? VEC : 1;
     const bool finishes = ALONE || (warp < VEC && exists);
-    Row<T, VARIANT> rows[MINE] = {};
-    A at_label[MINE] = {};
-    if (finishes) {
-        const int c = ALONE ? 0 : warp;
-        i64 named[MINE] = {};
-        A weight[MINE], upstream[MINE];
-        if (is_label(p.kind)) {
-            labels_at(p.target, o * p.target_outer + (i + c) * p.target_inner, p.target_inner, p.kind, named);
-        }
-#pragma unroll
-        for (int n = 0; n < MINE; ++n) weight[n] = 1, upstream[n] = p.scale;
-        if (p.sample_weight) {
-#pragma unroll
-            for (int n = 0; n < MINE; ++n) weight[n] = p.sample_weight[r + c + n];
-        }
-        if (WRITES && p.upstream) {
-            const A* const from = p.upstream + (r + c) * p.upstream_step;
-#pragma unroll
-            for (int n = 0; n < MINE; ++n) upstream[n] = from[n * p.upstream_step];
-        }
-#pragma unroll
-        for (int n = 0; n < MINE; ++n) {
-            rows[n] = Row<T, VARIANT>(p, named[n], weight[n], upstream[n]);
-            const u32 label = max(rows[n].label, 0);  // where there is none, what is read is not used
-            const T* const of_row = held.x + (c + n) * (VEC > 1 ? 1 : p.logits_inner);
-            at_label[n] = to_acc(of_row[static_cast<i64>(label) * p.logits_class]);
-        }
+    const int finished = ALONE ? 0 : warp;
+    i64 named[MINE] = {};
+    if (finishes && is_label(static_cast<int>(p.kind))) {
+        labels_at(p.target, o * p.target_outer + (i + finished) * p.target_inner, p.target_inner,
+                  static_cast<int>(p.kind), named);
     }
 
     P part[VEC];
@@ -433,15 +445,24 @@ XE_DEVICE void xent_columns(const Problem<T>& p) {
                 part[c].template write<ROWS>(parts + warp * P::NUMBERS * ROWS + at, firsts + warp * ROWS + at);
             }
         }
-        sync_block();  // the parts of all warps have been written, and the labels' logits read
+        sync_block();  // the parts of all warps have been written
     }
 
     R rules[VEC];
-#pragma unroll
-    for (int n = 0; n < MINE; ++n) {
-        if (!finishes) continue;
+    const bool scaled = WRITES && p.upstream;
+    const auto finish = [&](const Problem<T>& p, int n) {
         const int c = ALONE ? n : warp, at = c * 32 + lane;
-        const Row<T, VARIANT>& row = rows[n];
+        A weight = 1, upstream = p.scale;
+        if (p.sample_weight) {
+            seldom();
+            weight = p.sample_weight[r + c];
+        }
+        if (scaled) {
+            seldom();
+            upstream = p.upstream[(r + c) * p.upstream_step];
+        }
+        const Row<T, VARIANT> row(p, named[n], weight, upstream);
+        const A at_label = held.at(max(row.label, 0), c, x_step);  // of no label, of class 0
         Stats<A> stats;
         P whole;
         if (READS_STATS) {
@@ -463,11 +484,11 @@ XE_DEVICE void xent_columns(const Problem<T>& p) {
             stats = {whole.max, whole.rest, counts ? 2 * whole.half_gap : 0, counts ? whole.mass : 0};
         }
         Answer<T, VARIANT> answer(p, row, stats, READS_STATS);
-        const Capped<A> label = has_softcap(VARIANT) ? cap.of(at_label[n]) : Capped<A>{at_label[n], 1};
+        const Capped<A> label = has_softcap(VARIANT) ? cap.of(at_label) : Capped<A>{at_label, 1};
         if (!READS_STATS && row.label >= 0) answer.add_label(row, label.x);
         answer.template put<JOB>(p, row, r + c);
         put_correct<JOB>(p, r + c, answer, rival_of<JOB>(p, row), row.label != whole.first);
-        if (!WRITES) continue;
+        if (!WRITES) return;
         R rule;
         rule.follow(row, answer, label);
         A* const to = known + tile * 3 * ROWS + at;
@@ -478,9 +499,15 @@ XE_DEVICE void xent_columns(const Problem<T>& p) {
             rule.numbers([&](int f, A& value) { board[f * ROWS + at] = value; });
             labels[at] = rule.label;
         }
+    };
+    if (finishes) {
+        with_what_is_known<VARIANT == PLAIN>(p, [&](const Problem<T>& p) {
+#pragma unroll
+            for (int n = 0; n < MINE; ++n) finish(p, n);
+        });
     }
     if (!WRITES) return;
-    if (!ALONE) sync_block();  // what follows of every row is on the board
+    if (!ALONE) sync_block();  // what follows of every row is on the board, and the labels' logits have been read
     if (!exists) return;
     if (!ALONE) {
 #pragma unroll
@@ -494,10 +521,11 @@ XE_DEVICE void xent_columns(const Problem<T>& p) {
 #pragma unroll
     for (int c = 0; c < VEC; ++c) exact |= rules[c].label == R::EXACT;
     if (JOB != LOG_SOFTMAX && exact) {
+        seldom();
 #pragma unroll 1
         for (int c = 0; c < VEC; ++c) {
             const A* const from = known + tile * 3 * ROWS + c * 32 + lane;
-            const Row<T, VARIANT> row(p, r + c, o, i + c);
+            const Row<T, VARIANT> row(p, r + c);
             const Answer<T, VARIANT> answer(p, row, {from[0], from[ROWS], 0, from[2 * ROWS]}, true);
 #pragma unroll 1
             for (int k = warp; k < held.classes; k += WARPS) {
@@ -509,16 +537,23 @@ XE_DEVICE void xent_columns(const Problem<T>& p) {
         return;
     }
 
-    T* const g = p.grad + (o * p.grad_outer + i * p.grad_inner);
+    constexpr bool LABEL_LAST = !ALONE && JOB != LOG_SOFTMAX && !by_class(VARIANT);
     if constexpr (STREAM) {
 #pragma unroll 1
         for (int n = pieces - 1; n >= 0; --n) {
             held.first = warp + n * (WARPS * K);
             held.load();
-            held.store(g, p.grad_class, cap, shares, rules);
+            held.template store<LABEL_LAST>(g, p.grad_class, cap, shares, rules);
         }
     } else {
-        held.store(g, p.grad_class, cap, shares, rules);
+        held.template store<LABEL_LAST>(g, p.grad_class, cap, shares, rules);
+    }
+    if (!LABEL_LAST) return;
+#pragma unroll
+    for (int c = 0; c < VEC; ++c) {  // by the thread that has written something else there
+        const int at = c * 32 + lane, label = labels[at];
+        if (label < 0 || label % WARPS != warp) continue;
+        g[static_cast<i64>(label) * p.grad_class + c * g_step] = from_acc(board[R::AT_LABEL * ROWS + at], T());
     }
 }
 

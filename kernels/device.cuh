@@ -45,6 +45,11 @@ XE_DEVICE bool any_thread(bool yes) { return __syncthreads_or(yes); }  // a sync
 XE_DEVICE void fence_gpu() { __threadfence(); }                        // this thread's writes, seen by the GPU
 XE_DEVICE u32 take_ticket(u32* counter) { return atomicAdd(counter, 1u); }
 
+// Comes first in what a usual warp does not execute: one of rows without options, with labels in 64 bits, whose logits
+// are ordinary numbers in dense arrays. What counts instructions leaves out what can be reached through it only, and the
+// compiler makes it a branch of its own. A GPU that is not being profiled does nothing.
+XE_DEVICE void seldom() { __prof_trigger(7); }
+
 // Arithmetic. ex2: 2 units in the last place; results below 2^-126 are 0 (CuPy compiles with -ftz=true anyhow).
 XE_DEVICE float exp2_fast(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 XE_DEVICE float reciprocal(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }  // 1 unit

@@ -2,19 +2,22 @@
  *
  *     loss = Σ a_k (lse - x_k) + z·lse²        grad_k = scale [(mass + 2 z lse) p_k - a_k]        (as rows.cu)
  *
- *   T  XE_TINY(name, T, JOB, VARIANT, C, THREADS, BLOCKS)      a row is held by one thread, in registers
+ *   T  XE_TINY(name, T, JOB, VARIANT, C, EACH, THREADS, BLOCKS)      rows are held by one thread each, in registers
  *
  * Compiled for its C, so that every loop over classes is unrolled and every place in shared memory known.
  *
- * Launch   THREADS threads, one row each; no warp waits for another. THREADS, BLOCKS: __launch_bounds__.
+ * Launch   THREADS threads, EACH rows each, 32 apart; no warp waits for another. Several where a row has so few classes
+ *          that what is not of any row would be most of the work. THREADS, BLOCKS: __launch_bounds__.
  * Moves    per row: C in, and C out where a gradient is written. Rows that do not count are read too. A target
  *          distribution is read once.
  * Wide     Rows that are one access of 1 to 16 bytes, or few vectors of 16, are read and written as they are. Of others
- *          the 32 rows of a warp are one stretch of memory, which starts on 16 bytes where the array does: it is copied
+ *          the rows of a warp are one stretch of memory, which starts on 16 bytes where the array does: it is copied
  *          to shared memory in vectors, and each thread takes its row from there by the widest accesses that a row is a
  *          multiple of. So rows are an odd number of accesses apart, and no two lanes want the same bank; rows of an even
  *          number of vectors are given a free one. The gradient goes back the same way. An array that starts elsewhere
  *          is copied element by element.
+ * Usual    of rows of up to 12 bytes, most of the work would be to ask for options: see lean.cuh. A warp all of
+ *          whose rows are there, in dense arrays, is executed apart from others.
  * Numbers  what is not the maximum is added for its own, so that confident rows need no second look: two instructions a
  *          logit, where memory leaves time for fifteen. A sum goes from the last class to the first.
  * Aliasing grad may be the logits: a warp has read its rows before it writes any of them.
@@ -23,14 +26,14 @@
  *          Moving words to places with a free word after every 32: 3 to 4 instructions a logit to find them.
  */
 
-#include "stats.cuh"
+#include "lean.cuh"
 
-// Rows of C numbers of a type.
-template <class Q, int C> struct Rows {
-    static constexpr int BYTES = C * sizeof(Q), SIZE = 16 / sizeof(Q), TURNS = (BYTES + 15) / 16;
+// Rows of C numbers of a type, EACH times 32 of which a warp has.
+template <class Q, int C, int EACH> struct Rows {
+    static constexpr int BYTES = C * sizeof(Q), SIZE = 16 / sizeof(Q), TURNS = (EACH * BYTES + 15) / 16;
     static constexpr int WIDTH = BYTES % 16 == 0 ? 16 : BYTES % 8 == 0 ? 8 : BYTES % 4 == 0 ? 4 : 2;  // of an access
     static constexpr int APART = C + (BYTES % 32 == 0 ? SIZE : 0);  // in shared memory
-    static constexpr int SHARED = 32 * APART * sizeof(Q) / 16;      // vectors for a warp
+    static constexpr int SHARED = EACH * 32 * APART * sizeof(Q) / 16;  // vectors for a warp
     // Whether rows are read and written as they lie in memory.
     static constexpr bool direct(bool writes) { return BYTES == WIDTH || (WIDTH == 16 && BYTES <= (writes ? 32 : 64)); }
 
@@ -100,11 +103,12 @@ template <class Q, int C> struct Rows {
         w[2 * k] = static_cast<u32>(double_bits(y[k])), w[2 * k + 1] = static_cast<u32>(double_bits(y[k]) >> 32);
     }
 
-    // Between memory and shared memory, by a warp: what is asked for first is taken later.
-    struct Asked { uint4 v[TURNS]; };
+    // Between memory and shared memory, by a warp: what is asked for first is taken later. Of what does not start on 16
+    // bytes there are no vectors.
     static XE_DEVICE int vectors_of(const Q* at, int here) { return lies_on(at, 16) ? here * C / SIZE : 0; }
-    static XE_DEVICE Asked ask(const Q* from, int here) {
-        const int lane = threadIdx.x % 32, vectors = vectors_of(from, here);
+    struct Asked { uint4 v[TURNS]; };
+    static XE_DEVICE Asked ask(const Q* from, int vectors) {
+        const int lane = threadIdx.x % 32;
         Asked asked;
 #pragma unroll
         for (int i = 0; i < TURNS; ++i) {
@@ -112,29 +116,39 @@ template <class Q, int C> struct Rows {
         }
         return asked;
     }
-    static XE_DEVICE void bring(const Asked& asked, Q* tile, const Q* from, int here) {
-        const int lane = threadIdx.x % 32, vectors = vectors_of(from, here);
+    static XE_DEVICE void bring(const Asked& asked, Q* tile, const Q* from, int vectors, int here) {
+        const int lane = threadIdx.x % 32;
 #pragma unroll
         for (int i = 0; i < TURNS; ++i) {
             if (i * 32 + lane < vectors) st16(tile + place_of((i * 32 + lane) * SIZE), asked.v[i]);
         }
-        for (int e = vectors * SIZE + lane; e < here * C; e += 32) tile[place_of(e)] = from[e];
+        if (vectors * SIZE < here * C) {
+            seldom();
+#pragma unroll 1
+            for (int e = vectors * SIZE + lane; e < here * C; e += 32) tile[place_of(e)] = from[e];
+        }
         sync_warp();  // the rows are in shared memory, brought by all lanes
     }
-    static XE_DEVICE void send(Q* to, const Q* tile, int here) {
-        const int lane = threadIdx.x % 32, vectors = vectors_of(to, here);
+    static XE_DEVICE void send(Q* to, const Q* tile, int vectors, int here) {
+        const int lane = threadIdx.x % 32;
 #pragma unroll
         for (int i = 0; i < TURNS; ++i) {
             if (i * 32 + lane < vectors) st16(to + (i * 32 + lane) * SIZE, ld16(tile + place_of((i * 32 + lane) * SIZE)));
         }
+        if (vectors * SIZE < here * C) {
+            seldom();
 #pragma unroll 1
-        for (int e = vectors * SIZE + lane; e < here * C; e += 32) to[e] = tile[place_of(e)];
+            for (int e = vectors * SIZE + lane; e < here * C; e += 32) to[e] = tile[place_of(e)];
+        }
     }
 
-    // A row where it lies.
-    template <class A> static XE_DEVICE void get_from_memory(const Q* from, A (&x)[C]) {
-        if (lies_on(from, WIDTH)) get(from, x);
-        else elements(from, x);
+    // A row where it lies; `aligned`: on WIDTH bytes.
+    template <class A> static XE_DEVICE void get_from_memory(const Q* from, bool aligned, A (&x)[C]) {
+        if (aligned) get(from, x);
+        else {
+            seldom();
+            elements(from, x);
+        }
     }
 };
 
@@ -165,7 +179,7 @@ template <class T, int JOB, int VARIANT, int C> struct Thread {
         stats.max = JOB == GRAD ? p.max[r] : highest.x;
 
         // All that is not the maximum; how often that is there, and what its first class has of the target.
-        const Powers<A> powers(stats.max);
+        const Exponentials<A, C <= 8> powers(stats.max);
         const A half_max = static_cast<A>(0.5) * stats.max;
         A others = 0, ties = 0, half_gap = 0, mass = 0, slope[C], top_a = 0;
         int top = -1;
@@ -207,6 +221,7 @@ template <class T, int JOB, int VARIANT, int C> struct Thread {
             return true;
         }
         if (row.scale != 0 && !answer.products_are_finite()) {
+            seldom();
 #pragma unroll 1
             for (int k = 0; k < C; ++k) {
                 const Capped<A> c = capped(cap, to_acc(again[k]));
@@ -236,15 +251,16 @@ XE_DEVICE void shares(const Problem<T>& p, const Row<T, VARIANT>& row, uint4* sh
     const bool dense = p.target_class == 1 && p.target_outer == C * p.inner && (p.inner == 1 || p.target_inner == C);
     const auto read = [&](auto type) {
         typedef decltype(type) Q;
-        typedef Rows<Q, C> Of;
+        typedef Rows<Q, C, 1> Of;
         const Q* const from = static_cast<const Q*>(p.target) + first * C;
         if (!dense) {
             Of::elements(static_cast<const Q*>(row.q), a, p.target_class);
         } else if (Of::direct(false)) {
-            Of::get_from_memory(from + mine * C, a);
+            Of::get_from_memory(from + mine * C, Of::lies_on(from, Of::WIDTH), a);
         } else {
             Q* const tile = reinterpret_cast<Q*>(shared);
-            Of::bring(Of::ask(from, here), tile, from, here);
+            const int vectors = Of::vectors_of(from, here);
+            Of::bring(Of::ask(from, vectors), tile, from, vectors, here);
             Of::get(tile + mine * Of::APART, a);
             sync_warp();  // all rows have been read, before gradients take their place
         }
@@ -264,52 +280,123 @@ XE_DEVICE void shares(const Problem<T>& p, const Row<T, VARIANT>& row, uint4* sh
     }
 }
 
-template <class T, int JOB, int VARIANT, int C, int THREADS> XE_DEVICE void xent_tiny(const Problem<T>& p) {
+// What is known of a thread's rows before their logits are: of `r`, and of others 32 apart, some of which may be past the
+// last.
+template <bool USUAL, class T, int VARIANT, int EACH>
+XE_DEVICE void known_of(const Problem<T>& p, i64 r, Row<T, VARIANT> (&rows)[EACH]) {
     typedef typename Acc<T>::type A;
-    typedef Rows<T, C> Of;
-    constexpr bool WRITES = writes_grad(JOB), DIRECT = Of::direct(WRITES);
-    constexpr int BESIDE = by_class(VARIANT) && !Rows<float, C>::direct(false) ? Rows<float, C>::SHARED : 0;
-    constexpr int ROOM = DIRECT ? BESIDE : Of::SHARED > BESIDE ? Of::SHARED : BESIDE;
-    XE_SHARED(uint4, tiles, ROOM ? THREADS / 32 * ROOM : 1);
-    uint4* const shared = tiles + threadIdx.x / 32 * ROOM;
+    if constexpr (USUAL) {
+        i64 named[EACH];
+        A upstream[EACH];
+        labels_at(p.target, r, 32, static_cast<int>(p.kind), named);
+#pragma unroll
+        for (int n = 0; n < EACH; ++n) upstream[n] = p.scale;
+        if (p.upstream) {
+            seldom();
+#pragma unroll
+            for (int n = 0; n < EACH; ++n) upstream[n] = p.upstream[(r + 32 * n) * p.upstream_step];
+        }
+#pragma unroll
+        for (int n = 0; n < EACH; ++n) rows[n] = Row<T, VARIANT>(p, named[n], A(1), upstream[n]);
+    } else {
+#pragma unroll
+        for (int n = 0; n < EACH; ++n) {
+            const i64 at = min(r + 32 * n, p.rows - 1);
+            if (p.inner == 1) rows[n] = Row<T, VARIANT>(p, at, at, 0);
+            else {
+                seldom();
+                rows[n] = Row<T, VARIANT>(p, at);
+            }
+        }
+    }
+}
 
+// USUAL: all rows of the warp are there, logits and gradient start on 16 bytes, and labels lie side by side.
+template <bool USUAL, int JOB, int VARIANT, int C, int EACH, class T>
+XE_DEVICE void xent_tiny(const Problem<T>& p, i64 first, uint4* shared) {
+    typedef typename Acc<T>::type A;
+    typedef Rows<T, C, EACH> Of;
+    constexpr bool WRITES = writes_grad(JOB), DIRECT = Of::direct(WRITES);
     const int lane = threadIdx.x % 32;
-    const i64 first = static_cast<i64>(blockIdx.x) * THREADS + (threadIdx.x - lane);
-    if (first >= p.rows) return;  // the whole warp
-    const int here = static_cast<int>(min(p.rows - first, static_cast<i64>(32))), mine = lane < here ? lane : 0;
+    const int here = USUAL ? 32 * EACH : static_cast<int>(min(p.rows - first, static_cast<i64>(32 * EACH)));
     const T* const logits = p.logits + first * C;
     T* const grad = p.grad + first * C;
     T* const tile = reinterpret_cast<T*>(shared);
 
     // The logits and what else is known of a row are asked for side by side.
-    A x[C], a[C];
+    A x[EACH][C], a[C];
+    const int vectors = USUAL ? here * C / Of::SIZE : Of::vectors_of(logits, here);
     typename Of::Asked asked;
-    if constexpr (DIRECT) Of::get_from_memory(logits + mine * C, x);
-    else asked = Of::ask(logits, here);
-    const Row<T, VARIANT> row(p, first + mine);
-    if constexpr (!DIRECT) {
-        Of::bring(asked, tile, logits, here);
-        Of::get(tile + mine * Of::APART, x);
-    }
-    sync_warp();  // all rows have been read, before others take their place
-    if (every_class(VARIANT)) shares<T, C>(p, row, shared, first, here, mine, a);
-
-    T* const g = DIRECT ? grad + mine * C : tile + mine * Of::APART;
-    if (lane < here && Thread<T, JOB, VARIANT, C>{p, row, first + mine}.work(x, a, logits + mine * C, g)) {
-        const bool silent = JOB != LOG_SOFTMAX && row.scale == 0;
-        if (!DIRECT || Of::lies_on(grad, Of::WIDTH)) {
-            Of::put(g, x, silent);
-        } else {
+    if constexpr (DIRECT) {
+        const bool aligned = USUAL || Of::lies_on(logits, Of::WIDTH);
 #pragma unroll
-            for (int k = 0; k < C; ++k) g[k] = from_acc(silent ? 0 : x[k], T());
+        for (int n = 0; n < EACH; ++n) {
+            if (n * 32 + lane < here) Of::get_from_memory(logits + (n * 32 + lane) * C, aligned, x[n]);
+        }
+    } else {
+        asked = Of::ask(logits, vectors);
+    }
+    Row<T, VARIANT> rows[EACH];
+    known_of<USUAL>(p, first + lane, rows);
+    if constexpr (!DIRECT) {
+        Of::bring(asked, tile, logits, vectors, here);
+#pragma unroll
+        for (int n = 0; n < EACH; ++n) {
+            if (n * 32 + lane < here) Of::get(tile + (n * 32 + lane) * Of::APART, x[n]);
+        }
+    }
+    if (every_class(VARIANT)) {
+        sync_warp();  // all rows have been read, before those of a distribution take their place
+        shares<T, C>(p, rows[0], shared, first, here, lane < here ? lane : 0, a);
+    }
+
+    const bool aligned = USUAL || !DIRECT || Of::lies_on(grad, Of::WIDTH);
+#pragma unroll
+    for (int n = 0; n < EACH; ++n) {
+        const int at = n * 32 + lane;
+        T* const g = DIRECT ? grad + at * C : tile + at * Of::APART;
+        const Thread<T, JOB, VARIANT, C> thread{p, rows[n], first + at};
+        if (at >= here || !thread.work(x[n], a, logits + at * C, g)) continue;
+        const bool silent = JOB != LOG_SOFTMAX && rows[n].scale == 0;
+        if (aligned) {
+            Of::put(g, x[n], silent);
+        } else {
+            seldom();
+#pragma unroll
+            for (int k = 0; k < C; ++k) g[k] = from_acc(silent ? 0 : x[n][k], T());
         }
     }
     if (!WRITES || DIRECT) return;
     sync_warp();  // the gradients of all rows are in shared memory
-    Of::send(grad, tile, here);
+    Of::send(grad, tile, USUAL ? vectors : Of::vectors_of(grad, here), here);
 }
 
-#define XE_TINY(name, T, JOB, VARIANT, C, THREADS, BLOCKS)                                         \
+template <class T, int JOB, int VARIANT, int C, int EACH, int THREADS> XE_DEVICE void xent_tiny(const Problem<T>& p) {
+    typedef Rows<float, C, 1> Wide;
+    constexpr int BESIDE = by_class(VARIANT) && !Wide::direct(false) ? Wide::SHARED : 0;
+    constexpr int OWN = Rows<T, C, EACH>::direct(writes_grad(JOB)) ? 0 : Rows<T, C, EACH>::SHARED;
+    constexpr int ROOM = OWN > BESIDE ? OWN : BESIDE;
+    XE_SHARED(uint4, tiles, ROOM ? THREADS / 32 * ROOM : 1);
+    uint4* const shared = tiles + threadIdx.x / 32 * ROOM;
+    const i64 first = (static_cast<i64>(blockIdx.x) * THREADS + threadIdx.x / 32 * 32) * EACH;
+    if (first >= p.rows) return;  // the whole warp
+
+    if constexpr (EACH > 1) {
+        const u64 places = reinterpret_cast<u64>(p.logits) | (writes_grad(JOB) ? reinterpret_cast<u64>(p.grad) : 0);
+        const bool dense = p.inner == 1 && p.target_outer == 1 && places % 16 == 0;
+        if (dense && p.rows - first >= 32 * EACH && is_usual(p)) {
+            return xent_tiny<true, JOB, VARIANT, C, EACH>(as_usual(p), first, shared);
+        }
+        {
+            seldom();
+            xent_tiny<false, JOB, VARIANT, C, EACH>(p, first, shared);
+        }
+    } else {
+        xent_tiny<false, JOB, VARIANT, C, EACH>(p, first, shared);
+    }
+}
+
+#define XE_TINY(name, T, JOB, VARIANT, C, EACH, THREADS, BLOCKS)                                   \
     extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) name(const Problem<T> p) {       \
-        xent_tiny<T, JOB, VARIANT, C, THREADS>(open(p));                                           \
+        xent_tiny<T, JOB, VARIANT, C, EACH, THREADS>(open(p));                                     \
     }

@@ -25,7 +25,7 @@ def test_the_goals_are_all_there():
     assert shares["loss and gradient", "1024x262144:fp32", BOTH] == 0.90
     assert shares["loss alone", "262144x1024:fp32", LOSS] == 0.97
     assert shares["loss alone", "1048576x512:bf16", LOSS] == 0.93
-    assert shares["classes apart", "64x2x1024x1024:bf16@axis1", BOTH] == 0.65
+    assert shares["classes apart, of all bytes", "64x2x1024x1024:bf16@axis1", BOTH] == 0.65
     assert shares["few classes, of all bytes", "25565281x21:bf16", LOSS] == 0.65
     assert shares["softcap", "16777x32000:bf16+softcap", BOTH] == 0.55
     for goal in GOALS:
@@ -91,12 +91,13 @@ def test_what_was_counted_is_kept(tmp_path, monkeypatch):
 
     def resources(text, chip, file):
         compiled.append(text)
-        row = dict.fromkeys(model.nvrtc.NUMBERS, 1) | {"kernel": kernel.name, "chip": chip, "loops": [[1, 2, 3, 4]]}
+        counts = {"loops": [[1, 2, 3, 4]], "executed": [1, 1, []]}
+        row = dict.fromkeys(model.nvrtc.NUMBERS, 1) | {"kernel": kernel.name, "chip": chip} | counts
         return [model.nvrtc.Resources(**row)]
 
     monkeypatch.setattr(model.nvrtc, "resources", resources)
     first, second = model.codes([kernel]), model.codes([kernel])
-    assert first == second == {kernel.name: Code(1, 1, 1, 1, 1, 1, 1, [[1, 2, 3, 4]])}
+    assert first == second == {kernel.name: Code(1, 1, 1, 1, 1, 1, 1, [[1, 2, 3, 4]], [1, 1, []])}
     assert compiled == [kernel.text]
 
 

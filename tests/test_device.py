@@ -176,7 +176,17 @@ def test_instructions_are_counted_and_those_of_loops_apart():
         "instructions": 17,
         "mufu": 2,
         "loops": [[7, 2, 16, 16], [4, 0, 4, 0], [2, 0, 0, 0]],
+        "executed": [16, 2, [[7, 2, 16, 16], [4, 0, 4, 0], [2, 0, 0, 0]]],
     }
+    # What is behind the mark: the code at the end; where it leads back to is reached otherwise.
+    marked = CODE.replace(
+        "/*00e0*/                   MUFU", "/*00d8*/      PMTRIG 0x80 ;\n /*00e0*/                   MUFU"
+    )
+    assert nvrtc.counted(marked)["executed"] == [14, 1, [[5, 1, 16, 16], [4, 0, 4, 0], [2, 0, 0, 0]]]
+    # All that follows it, and the way that leads there alone; what a predicate turns off is executed.
+    for mark, instructions in (("      ", 7), ("@P3   ", 17)):
+        marked = CODE.replace("/*0080*/  ", f"/*0078*/ {mark} PMTRIG 0x80 ;\n /*0080*/  ")
+        assert nvrtc.counted(marked)["executed"][0] == instructions, mark
 
 
 @needs_compiler
@@ -203,6 +213,40 @@ extern "C" __global__ void divides(const float* x, float* y) { y[threadIdx.x] = 
     assert divides.instructions > 60, "the function that divides subnormal numbers is part of the text"
     one, *_ = nvrtc.resources(DEVICE + text, "sm_90", disassembled=False)
     assert (one.registers, one.loads128, one.loops) == (divides.registers, None, None)
+
+
+@needs_compiler
+def test_what_a_usual_warp_executes_is_counted():
+    """Of a kernel whose rare ways are marked, just what there is of one that has none of them."""
+    text = """
+extern "C" __global__ void NAME(const float* x, float* y, const float* w, int n, long long rows) {
+    float v = x[threadIdx.x];
+    if (USUAL && w) {
+        seldom();
+        for (int k = 0; k < n; ++k) v += exp2_fast(w[k] * v);
+    } else if (USUAL && rows < 0) {
+        seldom();
+        v = static_cast<float>(rows / n);
+    }
+    y[threadIdx.x] = exp2_fast(v);
+    if (USUAL && n > 5) {
+        seldom();
+        y[threadIdx.x + n] = v / (n + y[n]);
+        return;
+    }
+    y[threadIdx.x + 32] = exp2_fast(-v);
+}
+"""
+    marked, straight = (
+        nvrtc.resources(DEVICE + text.replace("NAME", "k").replace("USUAL", condition), "sm_90")[0]
+        for condition in ("true", "false")
+    )
+    assert straight.executed == [straight.instructions - 1, 2, []]  # but for the branch to itself at the end
+    instructions, mufu, loops = marked.executed
+    assert (mufu, loops) == (2, [])
+    assert marked.instructions > 5 * straight.instructions
+    assert len(marked.loops) >= 1
+    assert straight.executed[0] < instructions <= straight.executed[0] + 16  # three conditions
 
 
 @needs_compiler

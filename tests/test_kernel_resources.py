@@ -127,7 +127,7 @@ def test_tiny_rows_are_copied_in_16_bytes():
     for row in ROWS:
         if row["file"] != "tiny.cu" or row["chip"] != kernel_resources.SHIPPED:
             continue
-        found = re.search(r"xent_t_(\w+?)_(loss|stats|grad|log)\w*_(\d+)_\d+_\d+$", row["kernel"])
+        found = re.search(r"xent_t_(\w+?)_(loss|stats|grad|log)\w*_(\d+)_\d+_\d+_\d+$", row["kernel"])
         size = int(found[3]) * {"float": 4, "double": 8}.get(found[1], 2)
         wide = size not in (2, 4, 8)
         assert (row["loads128"] > 0) == wide, row

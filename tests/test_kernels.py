@@ -48,6 +48,7 @@ DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bf
 FAMILIES = {
     "T": (319, 28, 90, "flat", {"family": "T"}),
     "T one access": (301, 6, 90, "flat", {"family": "T"}),
+    "T two rows": (301, 12, 90, "flat", {"family": "T", "width": 2}),
     "T two vectors": (150, 36, 90, "flat", {"family": "T"}),
     "T four vectors": (150, 68, 80, "flat", {"family": "T"}),
     "T widest": (260, 128, 90, "flat", {"family": "T"}),
@@ -297,6 +298,27 @@ def test_under_asan_and_ubsan():
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     tally.COUNTS["sanitized"] += int(re.search(r"(\d+) passed.* in [\d.]+s", done.stdout)[1])
     assert f"{len(FAMILIES) * 2} passed" in done.stdout
+
+
+def usual(family, dtype):
+    """A problem without options, of which T and P ask less."""
+    logits, target, options, *chip = problem(family, dtype, "PLAIN")
+    return logits, target, {name: options[name] for name in ("axis", "reduction", "validate")}, *chip
+
+
+@pytest.mark.full(but_one_per="family")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family[0] in "TP"])
+def test_every_job_without_options(family, dtype, compiled):
+    logits, target, options, chip, *_ = usual(family, dtype)
+    check(emulated.engine(mode="check", chip=chip), logits, target, options)
+    target = np.where(target < 0, logits.shape[1], target)  # which is no class
+    upstream = np.arange(target.size, dtype=logits.dtype if dtype == "float64" else np.float32).reshape(target.shape)
+    options |= {"reduction": "none", "grad_output": upstream}
+    loss, grad = cross_entropy_value_and_grad(logits, target, engine=emulated.engine(chip=chip), **options)
+    truth = truth_of(logits, target, options)
+    assert_loss(loss, truth)
+    assert_grad(grad, truth)
 
 
 def tied(family, dtype, variant, turn):
@@ -1259,33 +1281,63 @@ BUGS = {
         "T",
         "PLAIN",
     ),
-    "T: a gradient takes the place of a row not yet read": (
+    "T: a distribution takes the place of a row not yet read": (
         "tiny.cu",
-        "sync_warp();  // all rows have been read, before others",
-        "// all rows have been read, before others",
-        "T",
-        "PLAIN",
+        "sync_warp();  // all rows have been read, before those of a distribution",
+        "// all rows have been read, before those of a distribution",
+        "T distribution",
+        "GENERAL",
     ),
-    "T: ... of a row in memory": (
-        "tiny.cu",
-        "sync_warp();  // all rows have been read, before others",
-        "// all rows have been read, before others",
-        "T two vectors",
-        "PLAIN",
-    ),
-    "T: ... of a distribution": (
+    "T: a gradient takes the place of a distribution not yet read": (
         "tiny.cu",
         "sync_warp();  // all rows have been read, before gradients",
         "// all rows have been read, before gradients",
         "T distribution",
         "GENERAL",
     ),
-    "T: a row past the last": ("tiny.cu", "if (lane < here && Thread", "if (Thread", "T", "PLAIN"),
+    "T: a row past the last": ("tiny.cu", "if (at >= here || !thread", "if (!thread", "T", "PLAIN"),
     "T: a row past the last, in memory": (
         "tiny.cu",
-        "if (lane < here && Thread",
-        "if (Thread",
+        "if (at >= here || !thread",
+        "if (!thread",
         "T one access",
+        "PLAIN",
+    ),
+    "T: all rows of the last warp are there": (
+        "tiny.cu",
+        "dense && p.rows - first >= 32 * EACH && ",
+        "dense && ",
+        "T two rows usual",
+        "PLAIN",
+    ),
+    "T: the rows of a thread have one label": (
+        "tiny.cu",
+        "rows[n] = Row<T, VARIANT>(p, named[n],",
+        "rows[n] = Row<T, VARIANT>(p, named[0],",
+        "T two rows usual",
+        "PLAIN",
+    ),
+    "T: any labels lie side by side": (
+        "tiny.cu",
+        "p.inner == 1 && p.target_outer == 1 &&",
+        "p.inner == 1 &&",
+        "T two rows strided",
+        "PLAIN",
+    ),
+    "T: any usual row is on 16 bytes": ("tiny.cu", " && places % 16 == 0;", ";", "T off pairs", "PLAIN"),
+    "T: any labels have 64 bits": (
+        "lean.cuh",
+        "static_cast<int>(p.kind) == INT64 && weights",
+        "weights",
+        "T two rows int32",
+        "PLAIN",
+    ),
+    "T: a usual problem has weights": ("lean.cuh", "INT64 && weights == 0 &&", "INT64 &&", "T two rows", "PLAIN"),
+    "T: a usual problem has z-loss": (
+        "lean.cuh",
+        "weights == 0 && p.z_loss == 0;",
+        "weights == 0;",
+        "T two rows z-loss",
         "PLAIN",
     ),
     "T: the tail is forgotten": (
@@ -1311,15 +1363,15 @@ BUGS = {
     ),
     "T: any row is on its accesses": (
         "tiny.cu",
-        "if (lies_on(from, WIDTH)) get(from, x);",
+        "if (aligned) get(from, x);",
         "if (true) get(from, x);",
         "T off direct",
         "PLAIN",
     ),
     "T: any gradient is on its accesses": (
         "tiny.cu",
-        "if (!DIRECT || Of::lies_on(grad, Of::WIDTH))",
-        "if (true)",
+        "USUAL || !DIRECT || Of::lies_on(grad, Of::WIDTH);",
+        "true;",
         "T off direct",
         "PLAIN",
     ),
@@ -1337,7 +1389,13 @@ BUGS = {
         "T widest",
         "PLAIN",
     ),
-    "T: vectors are forgotten": ("tiny.cu", "TURNS = (BYTES + 15) / 16;", "TURNS = BYTES / 16;", "T", "PLAIN"),
+    "T: vectors are forgotten": (
+        "tiny.cu",
+        "TURNS = (EACH * BYTES + 15) / 16;",
+        "TURNS = EACH * BYTES / 16;",
+        "T",
+        "PLAIN",
+    ),
     "T: too little shared memory": (
         "tiny.cu",
         "ROOM ? THREADS / 32 * ROOM : 1",
@@ -1347,7 +1405,7 @@ BUGS = {
     ),
     "T: no room for distributions that are wider than the logits": (
         "tiny.cu",
-        "BESIDE = by_class(VARIANT) && !Rows<float, C>::direct(false) ? Rows<float, C>::SHARED : 0;",
+        "BESIDE = by_class(VARIANT) && !Wide::direct(false) ? Wide::SHARED : 0;",
         "BESIDE = 0;",
         "T distribution of float16",
         "GENERAL",
@@ -1456,18 +1514,26 @@ BUGS = {
     ),
     "P: the rows of a lane have one label": (
         "columns.cu",
-        "rows[n] = Row<T, VARIANT>(p, named[n],",
-        "rows[n] = Row<T, VARIANT>(p, named[0],",
+        "row(p, named[n], weight, upstream);",
+        "row(p, named[0], weight, upstream);",
         "P",
         "PLAIN",
     ),
     "P: the label's logit is its neighbour's": (
         "columns.cu",
-        "held.x + (c + n) * (VEC > 1 ? 1 : p.logits_inner)",
-        "held.x + c * (VEC > 1 ? 1 : p.logits_inner)",
+        "held.at(max(row.label, 0), c, x_step);",
+        "held.at(max(row.label, 0), 0, x_step);",
         "P",
         "PLAIN",
     ),
+    "P: ... of many classes": (
+        "columns.cu",
+        "held.at(max(row.label, 0), c, x_step);",
+        "held.at(max(row.label, 0), 0, x_step);",
+        "P 24 classes",
+        "PLAIN",
+    ),
+    "P: a usual problem has weights": ("lean.cuh", "INT64 && weights == 0 &&", "INT64 &&", "P", "PLAIN"),
     "P: an odd row is cleared with its neighbour": (
         "columns.cu",
         "if constexpr (sizeof(T) == 2) w[c / 2] &= c % 2 ? 0xffffu : 0xffff0000u;",
@@ -1545,7 +1611,21 @@ BUGS = {
     "P 2: a logit is read when others have written": (
         "columns.cu",
         "    if (!exists) return;\n    if (!ALONE) {\n",
-        "    if (!exists) return;\n    if (finishes) at_label[0] += to_acc(*held.x);\n    if (!ALONE) {\n",
+        "    if (!exists) return;\n    if (finishes && to_acc(*held.x) == 77) return;\n    if (!ALONE) {\n",
+        "P 8 warps",
+        "PLAIN",
+    ),
+    "P 2: the label's class is written by nobody": (
+        "columns.cu",
+        "if (label < 0 || label % WARPS != warp) continue;",
+        "continue;",
+        "P 8 warps",
+        "PLAIN",
+    ),
+    "P 2: the label's class is written by every warp": (
+        "columns.cu",
+        "if (label < 0 || label % WARPS != warp) continue;",
+        "if (label < 0) continue;",
         "P 8 warps",
         "PLAIN",
     ),
@@ -1648,6 +1728,9 @@ def buggy(family, variant):
         target = rng.random((77, 24), dtype=np.float32)[:, :21]
         target = target if "roomy" in family else np.ascontiguousarray(target)
         return logits, target, {"label_smoothing": 0.1, "reduction": "sum", "validate": False}, 90
+    if family == "T off pairs":
+        logits = np.ones(150 * 2 + 1, np.float32)[1:].reshape(150, 2)
+        return logits, np.arange(150) % 2, {"reduction": "sum", "validate": False}, 90
     if family == "T off direct":
         logits = np.ones(4 * 40 + 1, np.float32)[1:].reshape(40, 4)
         return logits, np.arange(40) % 4, {"reduction": "sum", "validate": False}, 90
@@ -1680,6 +1763,11 @@ def buggy(family, variant):
         logits[...] = 0
         logits[:, [0, -9]] = 1
         return logits, np.full(len(logits), logits.shape[1] - 9), options, chip
+    for kind in (" usual", " int32", " strided", " z-loss"):
+        if family.endswith(kind):
+            logits, target, options, chip, *_ = usual(family.removesuffix(kind), "float32")
+            target = {" int32": target.astype(np.int32), " strided": np.repeat(target, 2)[::2]}.get(kind, target)
+            return logits, target, options | ({"z_loss": 0.5} if kind == " z-loss" else {}), chip
     if family.endswith(" float16"):
         logits, target, options, chip, *_ = problem(family.removesuffix(" float16"), "float16", variant)
         return logits, target, options, chip

@@ -59,7 +59,7 @@ def assert_it_fits(p):
 def test_every_logit_of_every_row_has_a_thread(problem):
     p = cuda.plan(**problem)
     assert_it_covers(p)
-    assert p.width <= (problem["width"] if p.family == "P" else 1)
+    assert p.width <= {"P": problem["width"], "T": 2}.get(p.family, 1)
 
 
 @given(problems)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import itertools
 import json
 import re
 import shutil
@@ -30,8 +31,8 @@ from typing import Any, NamedTuple
 class Resources:
     """Of one kernel on one chip. Spills and stack in bytes, shared: static bytes, loads and stores of 128 bits.
 
-    once: of the loads those that tell the caches to let go first. instructions, mufu, loops: see `counted`. All from
-    loads128 on are None where the machine code was not looked at.
+    once: of the loads those that tell the caches to let go first. instructions, mufu, loops, executed: see `counted`.
+    All from loads128 on are None where the machine code was not looked at.
     """
 
     kernel: str
@@ -47,6 +48,7 @@ class Resources:
     instructions: int | None = None
     mufu: int | None = None
     loops: list[list[int]] | None = None
+    executed: list[Any] | None = None
 
 
 NUMBERS = [field.name for field in fields(Resources)][2:]
@@ -124,6 +126,7 @@ def disassembly(code: bytes) -> dict[str, str]:
 
 
 _LINE = re.compile(r"(?m)^(\.L\w+):|/\*[0-9a-f]{4,}\*/\s+(@\S+\s+)?([\w.]+)\s*([^;]*);")
+_SELDOM = "PMTRIG"  # what `seldom` of device.cuh is
 _BYTES = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}  # by a part of the opcode; else 4
 
 
@@ -141,33 +144,36 @@ def counted(machine_code: str) -> dict[str, Any]:
     """The instructions of a kernel, how many of them are MUFU (special functions), its loops, and its wide accesses.
 
     NOP is no instruction. Every one of the text counts once: also what runs in rare cases only (behind a branch, in the
-    functions that are called for a division), and what is predicated off. Where nothing is a loop, that is about what a
-    warp executes.
+    functions that are called for a division), and what is predicated off.
 
     A loop is what a branch back repeats, to an instruction that all ways into the loop lead through; that leaves out
     the rare code at the end of a text that branches back to where it came from. Of each there are, without the loops
     inside it, [instructions, mufu, bytes, widest]: the bytes that a thread loads in one trip (of global or of shared
     memory, whichever is more), or stores where it loads nothing; and its widest access to global memory. A loop that
     waits for a barrier moves none.
+
+    executed: [instructions, mufu, loops] likewise, but of what a usual warp executes. What is predicated off counts, as
+    it is issued all the same, and so do both of two ways that are usual. Not executed are blocks (from a place that
+    something branches to, to a branch) with a `seldom` of device.cuh, what is reached through these alone or leads to
+    these alone, and the functions that are called.
     """
     code, labels = _parsed(machine_code)
-    bodies = _loops(code, labels)
-    loops = []
-    for body in bodies:
-        own = [code[at] for at in sorted(body.difference(*(other for other in bodies if other < body)))]
-        moved, widest = dict.fromkeys(("LDG", "LDS", "STG", "STS"), 0), 0
-        for instruction in own:
-            if instruction.operation in moved:
-                width = next((_BYTES[part] for part in instruction.opcode.split(".") if part in _BYTES), 4)
-                moved[instruction.operation] += width
-                widest = max(widest, width if instruction.operation.endswith("G") else 0)
-        loads = max(moved["LDG"], moved["LDS"])
-        loops.append([*_size(own), loads or max(moved["STG"], moved["STS"]), widest])
-    instructions, mufu = _size(code)
+    ways = _ways(code, labels)
+    bodies = _loops(code, ways)
+
+    def work(of: set[int]) -> list[Any]:
+        loops = []
+        for body in bodies:
+            within = body.difference(*(other for other in bodies if other < body)) & of
+            if within:
+                own = [code[at] for at in sorted(within)]
+                loops.append([*_size(own), *_moved(own)])
+        return [*_size(code[at] for at in of), loops]
 
     def accesses(pattern: str) -> int:
         return sum(re.fullmatch(pattern, instruction.opcode) is not None for instruction in code)
 
+    instructions, mufu, loops = work(set(range(len(code))))
     return {
         "loads128": accesses(r"LDG\.E[.\w]*\.128"),
         "stores128": accesses(r"STG\.E[.\w]*\.128"),
@@ -175,7 +181,19 @@ def counted(machine_code: str) -> dict[str, Any]:
         "instructions": instructions,
         "mufu": mufu,
         "loops": loops,
+        "executed": work(_executed(code, ways)),
     }
+
+
+def _moved(code: list[_Instruction]) -> tuple[int, int]:
+    """(bytes that a thread moves, its widest access to global memory)."""
+    moved, widest = dict.fromkeys(("LDG", "LDS", "STG", "STS"), 0), 0
+    for instruction in code:
+        if instruction.operation in moved:
+            width = next((_BYTES[part] for part in instruction.opcode.split(".") if part in _BYTES), 4)
+            moved[instruction.operation] += width
+            widest = max(widest, width if instruction.operation.endswith("G") else 0)
+    return max(moved["LDG"], moved["LDS"]) or max(moved["STG"], moved["STS"]), widest
 
 
 def _parsed(machine_code: str) -> tuple[list[_Instruction], dict[str, int]]:
@@ -192,27 +210,55 @@ def _parsed(machine_code: str) -> tuple[list[_Instruction], dict[str, int]]:
     return code, labels
 
 
-def _loops(code: list[_Instruction], labels: dict[str, int]) -> list[set[int]]:
-    """The instructions of every loop, in the order of their first ones."""
-    before: list[list[int]] = [[] for _ in code]  # from where control comes
-    back = []
+def _ways(code: list[_Instruction], labels: dict[str, int]) -> list[list[int]]:
+    """For each instruction, those that may follow, the one that it branches to first; the end is one after the last."""
+    ways: list[list[int]] = []
     for at, instruction in enumerate(code):
-        goes = labels.get(instruction.names or "", len(code)) if instruction.operation == "BRA" else len(code)
-        if goes < len(code):
-            before[goes].append(at)
-            if goes < at:
-                back.append((at, goes))
-        leaves = instruction.operation in ("EXIT", "RET") or instruction.opcode in ("BRA", "BRA.U")
-        if at + 1 < len(code) and not (leaves and instruction.always):
-            before[at + 1].append(at)
+        leaves = instruction.operation in ("EXIT", "RET")
+        goes = [len(code)] if leaves else []
+        if instruction.operation == "BRA" and instruction.names in labels:
+            goes = [labels[instruction.names]]
+        away = instruction.always and (leaves or instruction.opcode in ("BRA", "BRA.U"))
+        ways.append(goes if away else [*goes, at + 1])
+    return ways
+
+
+def _executed(code: list[_Instruction], ways: list[list[int]]) -> set[int]:
+    """The instructions that are reached from the first without a block that says it is executed seldom."""
+    starts = {0, len(code)}
+    for at, onward in enumerate(ways):
+        if onward != [at + 1]:
+            starts |= {at + 1, *onward}
+    blocks = {first: range(first, end) for first, end in itertools.pairwise(sorted(starts))}
+    onward_of = {first: ways[block[-1]] for first, block in blocks.items()}
+    marked = (at for at, instruction in enumerate(code) if instruction.opcode == _SELDOM and instruction.always)
+    seldom = {max(first for first in blocks if first <= at) for at in marked}
+    while more := {first for first, onward in onward_of.items() if seldom.issuperset(onward)} - seldom:
+        seldom |= more
+    executed: set[int] = set()
+    reached = [0]
+    while reached:
+        first = reached.pop()
+        if first in blocks and first not in executed and first not in seldom:
+            executed.update(blocks[first])
+            reached += onward_of[first]
+    return executed
+
+
+def _loops(code: list[_Instruction], ways: list[list[int]]) -> list[set[int]]:
+    """The instructions of every loop, in the order of their first ones."""
+    before: list[list[int]] = [[] for _ in range(len(code) + 1)]  # from where control comes
+    for at, onward in enumerate(ways):
+        for to in onward:
+            before[to].append(at)
     bodies: dict[int, set[int]] = {}
-    for latch, head in back:
-        body, ways = {head}, [latch]
-        while ways:
-            at = ways.pop()
+    for latch, head in ((at, onward[0]) for at, onward in enumerate(ways) if onward[0] < at):
+        body, back = {head}, [latch]
+        while back:
+            at = back.pop()
             if at not in body:
                 body.add(at)
-                ways += before[at]
+                back += before[at]
         if 0 not in body:  # which is not of the loop: some way into it does not lead through `head`
             bodies[head] = bodies.get(head, set()) | body
     return [body for _, body in sorted(bodies.items())]

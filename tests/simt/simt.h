@@ -177,6 +177,7 @@ inline float exp2_fast(float x) { const float y = exp2f(x); return y < 1.1754943
 inline float reciprocal(float x) { return 1 / x; }
 inline float f16_float(u16 x) { return static_cast<float>(simt_bits<_Float16>(x)); }
 inline u16 f16_bits(float x) { return simt_bits<u16>(static_cast<_Float16>(x)); }
+inline void seldom() {}
 inline u32 float_bits(float x) { return simt_bits<u32>(x); }
 inline float bits_float(u32 x) { return simt_bits<float>(x); }
 inline u64 double_bits(double x) { return simt_bits<u64>(x); }

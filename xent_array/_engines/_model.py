@@ -5,6 +5,9 @@ and of those among them that are special functions (MUFU: ex2, reciprocals). `ti
 were found on an H200, from 488 launches of kernels of the families W, B, O and T that do not spill, with and without a
 gradient, in clusters and without, of two dtypes and 16 to 262144 classes: every one of them is met within 15 %, most
 within 10 (tests/test_model.py). Of other chips nothing has been measured: theirs are the numbers of their data sheets.
+
+Where the text of a kernel is mostly straight, a share of it stands for what is executed (W, B, O). Where most of it is
+for rare cases (T, P), it says so itself, and what it does not say of is counted whole.
 """
 
 from __future__ import annotations
@@ -61,6 +64,7 @@ class Code(NamedTuple):
     instructions: int
     mufu: int
     loops: list[list[int]]  # of each: instructions, mufu, bytes that a thread moves, its widest access to global memory
+    executed: list[Any] | None = None  # instructions, mufu, loops of what a usual warp executes
 
     @classmethod
     def of(cls, row: Mapping[str, Any]) -> Code:
@@ -92,6 +96,7 @@ class Launch(NamedTuple):
     shared: int
     turn: int = 0  # bytes that a thread moves in one turn of the loop over a row; 0: any loop may be it
     twice: bool = True  # whether what is streamed for a gradient is read twice, by one launch
+    known: bool = False  # whether the kernel says what a usual warp does not execute; else its text is what there is
 
     @classmethod
     def of(cls, plan: cuda.Plan, job: str, more: int = 0) -> Launch:
@@ -103,7 +108,7 @@ class Launch(NamedTuple):
             vectors, lanes = 0, int(plan.lanes == 1)
         return cls(
             plan.rows, logits, plan.bytes(job) + more, more, job not in ("LOSS", "STATS"), plan.stream,
-            vectors, lanes, plan.threads, plan.blocks, 0, turn, plan.parts == 1,
+            vectors, lanes, plan.threads, plan.blocks, 0, turn, plan.parts == 1, plan.family in ("T", "P"),
         )  # fmt: skip
 
 
@@ -124,7 +129,7 @@ class Times(NamedTuple):
 # What was found on an H200.
 LOSS, GRAD, GRAD_ONCE = 1.01, 1.005, 1.03  # times of the memory's: by what is written, and how it was loaded
 READ = 0.993  # of a copy's bytes in a second, a kernel that only reads has
-EXECUTED = 0.8  # of a kernel's text: the rest is for labels of other dtypes, rows that start otherwise, divisions
+EXECUTED = 0.8  # of a text that does not say: the rest is for labels of other dtypes, rows that start otherwise
 FULL = 22  # warps of a processor: so many issue 1 - 1/e of what it could
 SKIPPED = 0.3  # of the instructions: what stores a vector that is not there
 SHARPNESS = 7  # how suddenly one time takes over from another
@@ -143,8 +148,10 @@ def times(launch: Launch, code: Code, chip: Chip) -> Times:
     warps = launch.blocks * launch.threads / 32
     per_thread = launch.logits / (launch.blocks * launch.threads)
     wide = code.loads128 + code.stores128 > 0
-    instructions, special = EXECUTED * code.instructions, float(code.mufu)
-    for body, mufu, moved, widest in code.loops:
+    instructions, special, loops = EXECUTED * code.instructions, float(code.mufu), code.loops
+    if launch.known and code.executed:
+        instructions, special, loops = code.executed
+    for body, mufu, moved, widest in loops:
         over_the_row = moved > 0 and not (wide and 0 < widest < 16)  # else over its ragged ends, or for a barrier
         if launch.turn and not (launch.stream and moved >= launch.turn):
             over_the_row = (

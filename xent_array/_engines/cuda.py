@@ -35,17 +35,18 @@ VARIANTS = ("PLAIN", "SMOOTH", "SOFT", "GENERAL", "CAPPED", "CAPPED_GENERAL")  #
 OLDEST = 75  # compute capability 7.5
 
 TINY = 128  # bytes of a row: up to here a row is one thread's
+TINY_EACH = ((12, 2), (TINY, 1))  # bytes of a row without options, and how many of them a thread has
 TINY_THREADS, WARP_THREADS = 128, 128
 NEIGHBOURS = 8  # rows side by side that make it worth reading them so: a sector of 32 bytes
-# Classes apart: warps that share a row, classes held by a thread, bytes of an access, launch bounds. 16 warps of up to
-# 24 accesses of 8 bytes under way are more than an SM needs; more classes are shared by more warps.
+# Classes apart: warps that share a row, classes held by a thread, bytes of an access, launch bounds: as many blocks as
+# its registers allow. More classes are shared by more warps.
 COLUMNS = (
-    (1, 4, 16, (128, 5)), (1, 12, 8, (128, 4)), (1, 24, 8, (128, 4)),
-    (8, 4, 16, (256, 3)), (8, 12, 8, (256, 2)), (8, 24, 8, (256, 2)),
+    (1, 2, 16, (128, 9)), (1, 4, 16, (128, 5)), (1, 12, 8, (128, 5)), (1, 20, 8, (128, 5)), (1, 24, 8, (128, 5)),
+    (8, 4, 16, (256, 3)), (8, 12, 8, (256, 2)), (8, 20, 8, (256, 3)), (8, 24, 8, (256, 2)),
 )  # fmt: skip
 # Still more are streamed: classes of the row, and as above. Two blocks of up to 1024 classes on each SM, or one of
 # 2048, find in L2 what they read again for a gradient; beyond, memory is read twice.
-STREAMED = ((1024, 16, 8, 4, (512, 2)), (1 << 31, 16, 16, 4, (512, 1)))
+STREAMED = ((1024, 16, 16, 4, (512, 2)), (1 << 31, 16, 16, 4, (512, 1)))
 # Rows in lanes of a warp: bytes of the row, vectors per thread, lanes. The fewest threads that hold a row do the least
 # that is not per logit.
 WARP_ROWS = ((64, 1, 4), (128, 2, 4), (256, 4, 4), (512, 8, 4), (1024, 8, 8), (2048, 8, 16), (4096, 8, 32))
@@ -87,7 +88,7 @@ class Plan:
     rows_per_block: int
     even: bool  # whether rows are evenly spaced, and what has a number per class is aligned like the logits
     bound: tuple[int, int]  # __launch_bounds__
-    width: int = 1  # neighbouring rows that one access moves
+    width: int = 1  # in P neighbouring rows that one access moves; in T rows of a thread
     parts: int = 1  # in which a row is read, each by a block of its own
     part: int = 0  # classes of one
 
@@ -111,7 +112,8 @@ class Plan:
         """Of one launch over the rows."""
         ctype = DTYPES[self.dtype][0]
         if self.family == "T":
-            return _kernels.kernel("tiny.cu", "XE_TINY", "T", ctype, job, self.variant, self.classes, *self.bound)
+            rows = self.classes, self.width
+            return _kernels.kernel("tiny.cu", "XE_TINY", "T", ctype, job, self.variant, *rows, *self.bound)
         if self.family == "P":
             held = self.width, self.vectors, self.lanes, self.stream
             return _kernels.kernel("columns.cu", "XE_COLUMNS", "P", ctype, job, self.variant, *held, *self.bound)
@@ -129,7 +131,7 @@ class Plan:
             " (a gradient reads the row again, from cache where it fits)",
             "S": f"{self.parts} blocks read a row in parts of {self.part:,} classes, {held} at a time, and one more"
             " merges their stats (a gradient reads the row again, from cache where it fits)",
-            "T": "a thread holds a row, in registers",
+            "T": f"a thread holds {'a row' if self.width == 1 else f'{self.width} rows'}, in registers",
             "P": f"a thread of each of {self.lanes} warps" if self.lanes > 1 else "a thread",
         }[self.family]
         if self.family == "P":
@@ -181,11 +183,16 @@ def plan(
     size = classes * itemsize
     if layout == "flat" and size <= TINY:
         variant = {"SMOOTH": "GENERAL", "SOFT": "GENERAL", "CAPPED": "CAPPED_GENERAL"}.get(variant, variant)
-        return spread("T", 0, 1, TINY_THREADS, (TINY_THREADS, _tiny_blocks(classes, itemsize, chip, variant)))
+        each = next(each for limit, each in TINY_EACH if size <= limit) if variant == "PLAIN" else 1
+        bound = TINY_THREADS, _tiny_blocks(classes, each, itemsize, chip, variant)
+        return spread("T", 0, 1, TINY_THREADS, bound, width=each)
     if layout == "columns":
         variant = "GENERAL" if variant == "SOFT" else variant
-        warps, held, width, bound, stream = _columns(classes, itemsize, chip, variant, width)
-        return spread("P", held, warps, bound[0], bound, stream=stream, width=width)
+        warps, held, width, (threads, blocks), stream = _columns(classes, itemsize, chip, variant, width)
+        if itemsize == 2 and width == 1 if stream else variant != "PLAIN" or job == "STATS_AND_GRAD":
+            blocks = max(1, blocks - -(-blocks // 5))  # which need more registers
+        blocks = min(blocks, (1024 if chip < 80 else 1536) // threads)
+        return spread("P", held, warps, threads, (threads, blocks), stream=stream, width=width)
     if size > (WHOLE if chip >= 90 else WHOLE_GRAD if writes_grad(job) else WHOLE_LOSS):
         variant = {"SMOOTH": "GENERAL", "SOFT": "GENERAL"}.get(variant, variant)  # neither has class weights
         vectors, most, blocks = _held(itemsize, variant, job)
@@ -257,15 +264,15 @@ def _held(itemsize: int, variant: str, job: str) -> tuple[int, int, int]:
     return 8, 384 if variant == "PLAIN" else 320, 2
 
 
-def _tiny_blocks(classes: int, itemsize: int, chip: int, variant: str) -> int:
+def _tiny_blocks(classes: int, each: int, itemsize: int, chip: int, variant: str) -> int:
     """How many blocks of tiny.cu a multiprocessor shall have: as its registers hold, by what is kept of each class.
 
     Of more than 32 classes what is packed lies beside what is not.
     """
     words = max(4, itemsize) // 4
     arrays, spare = {"PLAIN": (1, 36), "GENERAL": (2, 52), "CAPPED_GENERAL": (3, 56)}[variant]
-    spare += 16 * (words - 1) + (classes // 2 if classes > 32 else 0)
-    registers = -(-(spare + arrays * words * classes) // 8) * 8
+    spare += 16 * (words - 1) + 4 * (each - 1) + (classes // 2 if classes > 32 else 0)
+    registers = -(-(spare + arrays * words * classes * each) // 8) * 8
     return max(2, min(8 if chip < 80 else 12, 65536 // (TINY_THREADS * registers)))
 
 
