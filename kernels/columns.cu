@@ -416,9 +416,9 @@ XE_DEVICE void xent_columns(const Problem<T>& p) {
     const bool finishes = ALONE || (warp < VEC && exists);
     const int finished = ALONE ? 0 : warp;
     i64 named[MINE] = {};
-    if (finishes && is_label(static_cast<int>(p.kind))) {
-        labels_at(p.target, o * p.target_outer + (i + finished) * p.target_inner, p.target_inner,
-                  static_cast<int>(p.kind), named);
+    if (finishes) {
+        const i64 at = o * p.target_outer + (i + finished) * p.target_inner;
+        labels_of(p.target, at, p.target_inner, static_cast<int>(p.kind), named);
     }
 
     P part[VEC];
