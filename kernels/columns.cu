@@ -261,10 +261,11 @@ template <class T, int JOB, int VARIANT, int VEC, int K, int WARPS> struct Held 
     // The logit of class k in row c, which is `c·row_step` elements on.
     XE_DEVICE A at(int k, int c, i64 row_step) const {
         if (!FEW) return to_acc(x[static_cast<i64>(k) * class_step + c * row_step]);
-        A found = 0;
+        A y[VEC];
+        v[0].unpack(y);
+        A found = y[c];
 #pragma unroll
-        for (int j = 0; j < K; ++j) {
-            A y[VEC];
+        for (int j = 1; j < K; ++j) {
             v[j].unpack(y);
             found = k == j ? y[c] : found;
         }
@@ -313,7 +314,7 @@ template <class T, int JOB, int VARIANT, int VEC, int K, int WARPS> struct Held 
 #pragma unroll
         for (int c = 0; c < VEC; ++c) {
             const Exponentials<A, FEW> powers(top[c]);
-            const bool any = top[c] > -infinity<A>();
+            const bool any = (WARPS == 1 && !writes_stats(JOB)) || top[c] > -infinity<A>();  // or the row is NaN anyhow
             parts[c].max = top[c], parts[c].raw = raw[c], parts[c].first = at[c];
             parts[c].rest = rest[c] * powers.correction + ((any ? ties[c] : 0) - 1);
             if (VARIANT == SMOOTH) {
@@ -409,7 +410,6 @@ XE_DEVICE void xent_columns(const Problem<T>& p) {
     held.x = p.logits + (o * p.logits_outer + i * x_step), held.class_step = p.logits_class;
     held.first = warp, held.classes = exists ? static_cast<int>(p.classes) : 0;
     const int pieces = held.left() > 0 ? (held.left() - 1) / (WARPS * K) + 1 : 0;
-    if (!STREAM) held.load();
 
     // Row c of the thread is finished by one of warp c, or where there is but one, by itself.
     constexpr int MINE = ALONE ? VEC : 1;
@@ -420,6 +420,7 @@ XE_DEVICE void xent_columns(const Problem<T>& p) {
         const i64 at = o * p.target_outer + (i + finished) * p.target_inner;
         labels_of(p.target, at, p.target_inner, static_cast<int>(p.kind), named);
     }
+    if (!STREAM) held.load();
 
     P part[VEC];
     if (!READS_STATS) {

@@ -14,11 +14,12 @@ template <> struct Exponentials<float, true> {
     XE_DEVICE float of(float x) const { return exp_acc(x - max); }
 };
 
-// The labels of N rows, the usual ones apart.
+// The labels of N rows, those of 64 bits apart.
 template <int N> XE_DEVICE void labels_of(const void* target, i64 at, i64 step, int kind, i64 (&named)[N]) {
-    if (kind == INT64) {
+    if (!is_label(kind)) return;
+    if (kind >= INT64) {
         labels_at(target, at, step, INT64, named);
-    } else if (is_label(kind)) {
+    } else {
         seldom();
         labels_at(target, at, step, kind, named);
     }

@@ -42,7 +42,7 @@ NEIGHBOURS = 8  # rows side by side that make it worth reading them so: a sector
 # its registers allow. More classes are shared by more warps.
 COLUMNS = (
     (1, 2, 16, (128, 9)), (1, 4, 16, (128, 5)), (1, 12, 8, (128, 5)), (1, 20, 8, (128, 5)), (1, 24, 8, (128, 5)),
-    (8, 4, 16, (256, 3)), (8, 12, 8, (256, 2)), (8, 20, 8, (256, 3)), (8, 24, 8, (256, 2)),
+    (8, 4, 16, (256, 3)), (8, 12, 8, (256, 2)), (10, 16, 8, (320, 2)), (8, 24, 8, (256, 2)),
 )  # fmt: skip
 # Still more are streamed: classes of the row, and as above. Two blocks of up to 1024 classes on each SM, or one of
 # 2048, find in L2 what they read again for a gradient; beyond, memory is read twice.
@@ -159,8 +159,10 @@ def plan(
     if layout == "columns":
         variant = "GENERAL" if variant == "SOFT" else variant
         warps, held, width, (threads, blocks), stream = _columns(classes, itemsize, chip, variant, width)
-        if itemsize == 2 and width == 1 if stream else variant != "PLAIN" or job == "STATS_AND_GRAD":
-            blocks = max(1, blocks - -(-blocks // 5))  # which need more registers
+        if stream and itemsize == 2 and width == 1:  # need more registers, as do options, and stats beside a gradient
+            blocks = 1
+        elif blocks > 2 and (variant != "PLAIN" or job == "STATS_AND_GRAD"):
+            blocks -= -(-blocks // 5)
         blocks = min(blocks, (1024 if chip < 80 else 1536) // threads)
         return spread("P", held, warps, threads, (threads, blocks), stream=stream, width=width)
     vectors, most, blocks = _held(itemsize, variant, job)
