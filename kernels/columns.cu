@@ -403,7 +403,8 @@ XE_DEVICE void xent_columns(const Problem<T>& p) {
         i = r - o * p.inner;
     }
     const i64 x_step = VEC > 1 ? 1 : p.logits_inner, g_step = VEC > 1 ? 1 : p.grad_inner;  // from row to row
-    T* const g = p.grad + (o * p.grad_outer + i * g_step);
+    const auto gradient = [&] { return p.grad + (o * p.grad_outer + i * g_step); };
+    T* const early = ALONE ? gradient() : nullptr;  // whichever way fewer registers are held meanwhile
     const Cap<A> cap(p.softcap);
     const Shares<T, VARIANT> shares(p, o, i);
     H held;
@@ -539,6 +540,7 @@ XE_DEVICE void xent_columns(const Problem<T>& p) {
     }
 
     constexpr bool LABEL_LAST = !ALONE && JOB != LOG_SOFTMAX && !by_class(VARIANT);
+    T* const g = ALONE ? early : gradient();
     if constexpr (STREAM) {
 #pragma unroll 1
         for (int n = pieces - 1; n >= 0; --n) {

@@ -42,7 +42,7 @@ NEIGHBOURS = 8  # rows side by side that make it worth reading them so: a sector
 # its registers allow. More classes are shared by more warps.
 COLUMNS = (
     (1, 2, 16, (128, 9)), (1, 4, 16, (128, 5)), (1, 12, 8, (128, 5)), (1, 20, 8, (128, 5)), (1, 24, 8, (128, 5)),
-    (8, 4, 16, (256, 3)), (8, 12, 8, (256, 2)), (10, 16, 8, (320, 2)), (8, 24, 8, (256, 2)),
+    (8, 4, 16, (256, 3)), (8, 12, 8, (256, 2)), (8, 20, 8, (256, 3)), (8, 24, 8, (256, 2)),
 )  # fmt: skip
 # Still more are streamed: classes of the row, and as above. Two blocks of up to 1024 classes on each SM, or one of
 # 2048, find in L2 what they read again for a gradient; beyond, memory is read twice.
