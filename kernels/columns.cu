@@ -261,10 +261,11 @@ template <class T, int JOB, int VARIANT, int VEC, int K, int WARPS> struct Held 
     // The logit of class k in row c, which is `c·row_step` elements on.
     XE_DEVICE A at(int k, int c, i64 row_step) const {
         if (!FEW) return to_acc(x[static_cast<i64>(k) * class_step + c * row_step]);
-        A found = 0;
+        A y[VEC];
+        v[0].unpack(y);
+        A found = y[c];
 #pragma unroll
-        for (int j = 0; j < K; ++j) {
-            A y[VEC];
+        for (int j = 1; j < K; ++j) {
             v[j].unpack(y);
             found = k == j ? y[c] : found;
         }
@@ -313,7 +314,7 @@ template <class T, int JOB, int VARIANT, int VEC, int K, int WARPS> struct Held 
 #pragma unroll
         for (int c = 0; c < VEC; ++c) {
             const Exponentials<A, FEW> powers(top[c]);
-            const bool any = top[c] > -infinity<A>();
+            const bool any = (WARPS == 1 && !writes_stats(JOB)) || top[c] > -infinity<A>();  // or the row is NaN anyhow
             parts[c].max = top[c], parts[c].raw = raw[c], parts[c].first = at[c];
             parts[c].rest = rest[c] * powers.correction + ((any ? ties[c] : 0) - 1);
             if (VARIANT == SMOOTH) {
@@ -402,24 +403,25 @@ XE_DEVICE void xent_columns(const Problem<T>& p) {
         i = r - o * p.inner;
     }
     const i64 x_step = VEC > 1 ? 1 : p.logits_inner, g_step = VEC > 1 ? 1 : p.grad_inner;  // from row to row
-    T* const g = p.grad + (o * p.grad_outer + i * g_step);
+    const auto gradient = [&] { return p.grad + (o * p.grad_outer + i * g_step); };
+    T* const early = ALONE ? gradient() : nullptr;  // whichever way fewer registers are held meanwhile
     const Cap<A> cap(p.softcap);
     const Shares<T, VARIANT> shares(p, o, i);
     H held;
     held.x = p.logits + (o * p.logits_outer + i * x_step), held.class_step = p.logits_class;
     held.first = warp, held.classes = exists ? static_cast<int>(p.classes) : 0;
     const int pieces = held.left() > 0 ? (held.left() - 1) / (WARPS * K) + 1 : 0;
-    if (!STREAM) held.load();
 
     // Row c of the thread is finished by one of warp c, or where there is but one, by itself.
     constexpr int MINE = ALONE ? VEC : 1;
     const bool finishes = ALONE || (warp < VEC && exists);
     const int finished = ALONE ? 0 : warp;
     i64 named[MINE] = {};
-    if (finishes && is_label(static_cast<int>(p.kind))) {
-        labels_at(p.target, o * p.target_outer + (i + finished) * p.target_inner, p.target_inner,
-                  static_cast<int>(p.kind), named);
+    if (finishes) {
+        const i64 at = o * p.target_outer + (i + finished) * p.target_inner;
+        labels_of(p.target, at, p.target_inner, static_cast<int>(p.kind), named);
     }
+    if (!STREAM) held.load();
 
     P part[VEC];
     if (!READS_STATS) {
@@ -538,6 +540,7 @@ XE_DEVICE void xent_columns(const Problem<T>& p) {
     }
 
     constexpr bool LABEL_LAST = !ALONE && JOB != LOG_SOFTMAX && !by_class(VARIANT);
+    T* const g = ALONE ? early : gradient();
     if constexpr (STREAM) {
 #pragma unroll 1
         for (int n = pieces - 1; n >= 0; --n) {

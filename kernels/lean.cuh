@@ -14,6 +14,17 @@ template <> struct Exponentials<float, true> {
     XE_DEVICE float of(float x) const { return exp_acc(x - max); }
 };
 
+// The labels of N rows, those of 64 bits apart.
+template <int N> XE_DEVICE void labels_of(const void* target, i64 at, i64 step, int kind, i64 (&named)[N]) {
+    if (!is_label(kind)) return;
+    if (kind >= INT64) {
+        labels_at(target, at, step, INT64, named);
+    } else {
+        seldom();
+        labels_at(target, at, step, kind, named);
+    }
+}
+
 // Most problems are given no options. What asks for them row by row is worked out twice over in the text where that is
 // much of the work: once for such a problem, of which the compiler knows that there are none.
 

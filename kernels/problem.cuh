@@ -69,13 +69,10 @@ template <int N> XE_DEVICE void labels_at(const void* target, i64 at, i64 step, 
     if (kind >= INT64) {
         XE_EACH_LABEL(i64, bits)
     } else if (kind >= INT32) {
-        seldom();
         XE_EACH_LABEL(u32, is_signed ? static_cast<i64>(static_cast<int>(bits)) : static_cast<i64>(bits))
     } else if (kind >= INT16) {
-        seldom();
         XE_EACH_LABEL(u16, is_signed ? static_cast<i64>(static_cast<short>(bits)) : bits)
     } else {
-        seldom();
         XE_EACH_LABEL(unsigned char, is_signed ? static_cast<i64>(static_cast<signed char>(bits)) : bits)
     }
 #undef XE_EACH_LABEL

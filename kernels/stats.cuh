@@ -68,7 +68,6 @@ template <class T, int VARIANT> struct Answer {
             coef += more;
         }
         if (max_acc(coef, -coef) == infinity<A>()) {  // of which a p of 0 makes 0: as a product of two that are finite
-            seldom();
             coef = coef > 0 ? largest<A>() : -largest<A>();
             p_max = p_max == p_max ? largest<A>() : p_max;
             confident = false;

@@ -282,32 +282,47 @@ XE_DEVICE void shares(const Problem<T>& p, const Row<T, VARIANT>& row, uint4* sh
 
 // What is known of a thread's rows before their logits are: of `r`, and of others 32 apart, some of which may be past the
 // last.
-template <bool USUAL, class T, int VARIANT, int EACH>
+template <bool USUAL, int JOB, class T, int VARIANT, int EACH>
 XE_DEVICE void known_of(const Problem<T>& p, i64 r, Row<T, VARIANT> (&rows)[EACH]) {
     typedef typename Acc<T>::type A;
-    if constexpr (USUAL) {
-        i64 named[EACH];
-        A upstream[EACH];
-        labels_at(p.target, r, 32, static_cast<int>(p.kind), named);
-#pragma unroll
-        for (int n = 0; n < EACH; ++n) upstream[n] = p.scale;
-        if (p.upstream) {
-            seldom();
-#pragma unroll
-            for (int n = 0; n < EACH; ++n) upstream[n] = p.upstream[(r + 32 * n) * p.upstream_step];
-        }
-#pragma unroll
-        for (int n = 0; n < EACH; ++n) rows[n] = Row<T, VARIANT>(p, named[n], A(1), upstream[n]);
+    if constexpr (by_class(VARIANT)) {
+        static_assert(EACH == 1, "a distribution is read for one row at a time");
+        rows[0] = Row<T, VARIANT>(p, min(r, p.rows - 1));
     } else {
+        const int kind = static_cast<int>(p.kind);
+        i64 at[EACH], named[EACH] = {};
+        A weight[EACH], upstream[EACH];
 #pragma unroll
         for (int n = 0; n < EACH; ++n) {
-            const i64 at = min(r + 32 * n, p.rows - 1);
-            if (p.inner == 1) rows[n] = Row<T, VARIANT>(p, at, at, 0);
-            else {
-                seldom();
-                rows[n] = Row<T, VARIANT>(p, at);
+            at[n] = USUAL ? r + 32 * n : min(r + 32 * n, p.rows - 1);
+            weight[n] = 1, upstream[n] = p.scale;
+        }
+        if constexpr (USUAL) {
+            labels_at(p.target, r, 32, kind, named);
+        } else {
+#pragma unroll
+            for (int n = 0; n < EACH; ++n) {
+                i64 one[1] = {}, place = at[n] * p.target_outer;
+                if (p.inner != 1) {
+                    seldom();
+                    place = at[n] / p.inner * p.target_outer + at[n] % p.inner * p.target_inner;
+                }
+                labels_of(p.target, place, 0, kind, one);
+                named[n] = one[0];
             }
         }
+        if (p.sample_weight) {
+            seldom();
+#pragma unroll
+            for (int n = 0; n < EACH; ++n) weight[n] = p.sample_weight[at[n]];
+        }
+        if (writes_grad(JOB) && p.upstream) {
+            seldom();
+#pragma unroll
+            for (int n = 0; n < EACH; ++n) upstream[n] = p.upstream[at[n] * p.upstream_step];
+        }
+#pragma unroll
+        for (int n = 0; n < EACH; ++n) rows[n] = Row<T, VARIANT>(p, named[n], weight[n], upstream[n]);
     }
 }
 
@@ -337,7 +352,7 @@ XE_DEVICE void xent_tiny(const Problem<T>& p, i64 first, uint4* shared) {
         asked = Of::ask(logits, vectors);
     }
     Row<T, VARIANT> rows[EACH];
-    known_of<USUAL>(p, first + lane, rows);
+    known_of<USUAL, JOB>(p, first + lane, rows);
     if constexpr (!DIRECT) {
         Of::bring(asked, tile, logits, vectors, here);
 #pragma unroll

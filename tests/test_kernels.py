@@ -1332,7 +1332,13 @@ BUGS = {
         "T two rows int32",
         "PLAIN",
     ),
-    "T: a usual problem has weights": ("lean.cuh", "INT64 && weights == 0 &&", "INT64 &&", "T two rows", "PLAIN"),
+    "T: a usual problem has weights": (
+        "lean.cuh",
+        "INT64 && weights == 0 &&",
+        "INT64 &&",
+        "T two rows weighted",
+        "PLAIN",
+    ),
     "T: a usual problem has z-loss": (
         "lean.cuh",
         "weights == 0 && p.z_loss == 0;",
@@ -1533,7 +1539,7 @@ BUGS = {
         "P 24 classes",
         "PLAIN",
     ),
-    "P: a usual problem has weights": ("lean.cuh", "INT64 && weights == 0 &&", "INT64 &&", "P", "PLAIN"),
+    "P: a usual problem has weights": ("lean.cuh", "INT64 && weights == 0 &&", "INT64 &&", "P weighted", "PLAIN"),
     "P: an odd row is cleared with its neighbour": (
         "columns.cu",
         "if constexpr (sizeof(T) == 2) w[c / 2] &= c % 2 ? 0xffffu : 0xffff0000u;",
@@ -1763,11 +1769,14 @@ def buggy(family, variant):
         logits[...] = 0
         logits[:, [0, -9]] = 1
         return logits, np.full(len(logits), logits.shape[1] - 9), options, chip
-    for kind in (" usual", " int32", " strided", " z-loss"):
+    for kind in (" usual", " int32", " strided", " z-loss", " weighted"):
         if family.endswith(kind):
             logits, target, options, chip, *_ = usual(family.removesuffix(kind), "float32")
             target = {" int32": target.astype(np.int32), " strided": np.repeat(target, 2)[::2]}.get(kind, target)
-            return logits, target, options | ({"z_loss": 0.5} if kind == " z-loss" else {}), chip
+            options |= {" z-loss": {"z_loss": 0.5}, " weighted": {"weight": np.arange(logits.shape[1]) + 2.0}}.get(
+                kind, {}
+            )
+            return logits, target, options, chip
     if family.endswith(" float16"):
         logits, target, options, chip, *_ = problem(family.removesuffix(" float16"), "float16", variant)
         return logits, target, options, chip

@@ -345,6 +345,7 @@ def test_every_wrapper_has_a_test():
     named = set(re.findall(r"XE_DEVICE [\w ]*?\*?(\w+)\(", DEVICE)) | set(re.findall(r"XE_DEVICE A (\w+)\(", DEVICE))
     assert len(named) > 40
     tests = Path(__file__).read_text() + "".join(text for text, *_ in test_simt.KERNELS.values())
+    named.remove("seldom")  # does nothing, and is looked for in the machine code by test_device.py
     inside = {"to_float", "f16_float", "f16_bits", "bf16_bits", "mbar_try", "shared_address"}
     assert {name for name in named - inside if not re.search(rf"\b{name}(<[\w<>]+>)?\(", tests)} == set()
     assert all(len(re.findall(rf"\b{name}\(", DEVICE)) >= 2 for name in inside)

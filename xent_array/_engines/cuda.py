@@ -189,8 +189,10 @@ def plan(
     if layout == "columns":
         variant = "GENERAL" if variant == "SOFT" else variant
         warps, held, width, (threads, blocks), stream = _columns(classes, itemsize, chip, variant, width)
-        if itemsize == 2 and width == 1 if stream else variant != "PLAIN" or job == "STATS_AND_GRAD":
-            blocks = max(1, blocks - -(-blocks // 5))  # which need more registers
+        if stream and itemsize == 2 and width == 1:  # need more registers, as do options, and stats beside a gradient
+            blocks = 1
+        elif blocks > 2 and (variant != "PLAIN" or job == "STATS_AND_GRAD"):
+            blocks -= -(-blocks // 5)
         blocks = min(blocks, (1024 if chip < 80 else 1536) // threads)
         return spread("P", held, warps, threads, (threads, blocks), stream=stream, width=width)
     if size > (WHOLE if chip >= 90 else WHOLE_GRAD if writes_grad(job) else WHOLE_LOSS):
