@@ -22,8 +22,7 @@ XE_DEVICE float multiply_rounded(float a, float b) { return __fmul_rn(a, b); }
 XE_DEVICE double multiply_rounded(double a, double b) { return __dmul_rn(a, b); }
 #endif
 
-// nothing(): all -inf, which is what a logit that is not there counts as. half_below(max/2, x): the halves of all max - x
-// together, any of which may be beyond the range of finite numbers; numbers that are the same cancel.
+// nothing(): all -inf, which is what a logit that is not there counts as.
 template <class T> struct Vector {  // 16-bit logits, two in a word
     static constexpr int SIZE = 8;
     typedef float A;
@@ -40,12 +39,6 @@ template <class T> struct Vector {  // 16-bit logits, two in a word
     static XE_DEVICE uint4 pack(const A (&x)[SIZE]) {
         const T t = T();
         return make_uint4(pack2(x[0], x[1], t), pack2(x[2], x[3], t), pack2(x[4], x[5], t), pack2(x[6], x[7], t));
-    }
-    static XE_DEVICE A half_below(A half_max, const A (&x)[SIZE]) {  // by their mean, for which there are digits enough
-        A half_mean = 0;
-#pragma unroll
-        for (int i = 0; i < SIZE; ++i) half_mean += static_cast<A>(0.5) / SIZE * x[i];
-        return SIZE * (half_max - half_mean);
     }
     template <int K> static XE_DEVICE A largest(const uint4 (&v)[K]) {
         u32 m = v[0].x;
@@ -67,12 +60,6 @@ template <> struct Vector<float> {
     static XE_DEVICE uint4 pack(const A (&x)[SIZE]) {
         return make_uint4(float_bits(x[0]), float_bits(x[1]), float_bits(x[2]), float_bits(x[3]));
     }
-    static XE_DEVICE A half_below(A half_max, const A (&x)[SIZE]) {
-        A below = 0;
-#pragma unroll
-        for (int i = 0; i < SIZE; ++i) below += half_max - static_cast<A>(0.5) * x[i];
-        return below;
-    }
     template <int K> static XE_DEVICE A largest(const uint4 (&v)[K]) {
         A m = bits_float(v[0].x);
 #pragma unroll
@@ -92,12 +79,6 @@ template <> struct Vector<double> {
     static XE_DEVICE uint4 nothing() { return make_uint4(0, 0xfff00000u, 0, 0xfff00000u); }
     static XE_DEVICE void unpack(uint4 v, A (&x)[SIZE]) { Bits b; b.v = v; x[0] = b.x[0], x[1] = b.x[1]; }
     static XE_DEVICE uint4 pack(const A (&x)[SIZE]) { Bits b; b.x[0] = x[0], b.x[1] = x[1]; return b.v; }
-    static XE_DEVICE A half_below(A half_max, const A (&x)[SIZE]) {
-        A below = 0;
-#pragma unroll
-        for (int i = 0; i < SIZE; ++i) below += half_max - static_cast<A>(0.5) * x[i];
-        return below;
-    }
     template <int K> static XE_DEVICE A largest(const uint4 (&v)[K]) {
         A m = -infinity<A>();
 #pragma unroll

@@ -23,8 +23,10 @@
  *          loads. So do stores, and the reading of distributions and class weights, where rows are EVEN.
  * Numbers  every exponential is added, that of the maximum too, which makes rest = sum - 1. Where p of the maximum is
  *          above 1/2 that would cancel: then the one thread that holds the maximum adds up its logits once more
- *          without it, and says so to the others. The tree of a row's sums depends on C, dtype, chip and the alignment
- *          of the row: never on the number of rows or the place among them.
+ *          without it, and says so to the others. Of smoothing, whose share is the same for every class, the gap is
+ *          mass·max - Σ each·x: it may cancel by what a loss is wrong anyhow that is made of logits of that size. The
+ *          tree of a row's sums depends on C, dtype, chip and the alignment of the row: never on the number of rows or
+ *          the place among them.
  * Aliasing grad may be the logits: an element is read and written by one thread, and x[label] before anything of the
  *          row is written.
  * Tried    On an H200: loads that evict first cost 4 to 6 points of bandwidth wherever a gradient is written, stores
@@ -32,12 +34,15 @@
  *          limited by instructions. Blocks that stay and bring the next row by bulk copies: no faster.
  *          Elsewhere: v1 vectors j·blockDim.x apart: an address per load. Now a warp owns a stretch: one address.
  *          v2 a barrier.cluster to swap parts: waits for all stores. Now messages to a mailbox: st.async + mbarrier.
+ *          v3 what is rare as code of its own, wherever it was needed. Now loops that are not unrolled, which the label,
+ *          the maximum and products beyond the range share: text is what limits 16-bit rows, and registers the rest.
  */
 
 #include "stats.cuh"
 
 // A part of a row: its maximum; the sum of e^{x - max} of that piece of one thread which holds the maximum, whose own 1
-// is in it, and of all others; and of a target that every class has a share of, half the gap and the mass.
+// is in it, and of all others; and of a target that every class has a share of, half the gap and the mass. Where all
+// shares are the same (SMOOTH), half_gap is against 0, not the maximum, and nobody needs the mass: what merges is a sum.
 template <class A> struct Part {
     A max = -infinity<A>(), top = 0, sum = 0, half_gap = 0, mass = 0;
 };
@@ -50,9 +55,10 @@ template <int VARIANT, class A> XE_DEVICE Part<A> merge(const Part<A>& one, cons
     const Part<A>&high = first ? one : two, &low = first ? two : one;
     Part<A> both = high;
     both.sum += (low.sum + low.top) * drop(low.max, high.max);
-    if (every_class(VARIANT)) {
-        both.half_gap += low.half_gap + times(low.mass, half_below(high.max, low.max));
-        both.mass += low.mass;
+    if (every_class(VARIANT)) both.half_gap = one.half_gap + two.half_gap;
+    if (by_class(VARIANT)) {
+        both.half_gap += times(low.mass, half_below(high.max, low.max));
+        both.mass = one.mass + two.mass;
     }
     return both;
 }
@@ -65,10 +71,11 @@ template <int WIDTH, int VARIANT, class A> XE_DEVICE Part<A> merge_lanes(Part<A>
     leader = static_cast<int>(group) + lowest_bit(ballot(part.max == max) >> group);
     part.sum = lanes_sum<WIDTH>(lane == static_cast<u32>(leader) ? part.sum : (part.sum + part.top) * fall);
     part.top = shfl(part.top, leader);
-    if (every_class(VARIANT)) {
-        part.half_gap = lanes_sum<WIDTH>(part.half_gap + times(part.mass, half_below(max, part.max)));
+    if (by_class(VARIANT)) {
+        part.half_gap += times(part.mass, half_below(max, part.max));
         part.mass = lanes_sum<WIDTH>(part.mass);
     }
+    if (every_class(VARIANT)) part.half_gap = lanes_sum<WIDTH>(part.half_gap);
     part.max = max;
     return part;
 }
@@ -77,15 +84,15 @@ template <int WIDTH, int VARIANT, class A> XE_DEVICE Part<A> merge_lanes(Part<A>
 template <int VARIANT, class A> struct Sum {
     const Powers<A> powers;
     A half_max, half_gap = 0, mass = 0, sum = 0;
-    XE_DEVICE explicit Sum(A max) : powers(max), half_max(max == -infinity<A>() ? 0 : static_cast<A>(0.5) * max) {}
+    XE_DEVICE explicit Sum(A max) : powers(max), half_max(static_cast<A>(0.5) * max_acc(max, -largest<A>())) {}
     XE_DEVICE A add(A x) {  // its power
         const A e = powers.of(x);
         sum += e;
         return e;
     }
     XE_DEVICE A add(A x, A a) {
-        const A half = half_max - static_cast<A>(0.5) * x;  // max - x may be beyond the range of finite numbers
-        half_gap += a == 0 ? 0 : a * half;  // 0·inf counts 0
+        // Half of max - x, which may be beyond the range of finite numbers; 0·inf counts 0.
+        if (a != 0) half_gap += a * (half_max - static_cast<A>(0.5) * x);
         mass += a;
         return add(x);
     }
@@ -99,21 +106,28 @@ template <class T, int VARIANT, int K, int STEP, bool EVEN> struct Held {
     const Problem<T>& p;
     const Row<T, VARIANT>& row;
     const Cut<T> cut;
+    const int lane;
     int first;             // the number of v[0] among the vectors of the row
     int edge[EDGES];       // the classes held in `at_edge`; -1: none
-    A at_edge[EDGES];      // not for the gradient, which reads them once more
+    A at_edge[EDGES];      // the logits; later their powers, where those are kept
     uint4 v[K];
 
     XE_DEVICE Held(const Problem<T>& p, const Row<T, VARIANT>& row, Cut<T> cut, int lane, int first)
-        : p(p), row(row), cut(cut), first(first) {
+        : p(p), row(row), cut(cut), lane(lane), first(first) {
 #pragma unroll
-        for (int e = 0; e < EDGES; ++e) {
-            const int place = lane + e * STEP;  // among head and tail
-            edge[e] = place < cut.head ? place : place < cut.head + cut.tail ? place + cut.vectors * SIZE : -1;
-        }
+        for (int e = 0; e < EDGES; ++e) edge[e] = edge_class(e);
+    }
+    XE_DEVICE int edge_class(int e) const {
+        const int place = lane + e * STEP;  // among head and tail
+        return place < cut.head ? place : place < cut.head + cut.tail ? place + cut.vectors * SIZE : -1;
     }
     XE_DEVICE bool has(int j) const { return first + j * STEP < cut.vectors; }
     XE_DEVICE int class_of(int j) const { return cut.head + (first + j * STEP) * SIZE; }
+    // The class in one of K·SIZE places, or before 0 in one of EDGES; -1: none. For loops that are not unrolled.
+    XE_DEVICE int class_at(int at) const {
+        if (at < 0) return edge_class(at + EDGES);
+        return has(at / SIZE) ? class_of(at / SIZE) + at % SIZE : -1;
+    }
 
     XE_DEVICE void load_edge(bool needed) {
 #pragma unroll
@@ -134,19 +148,14 @@ template <class T, int VARIANT, int K, int STEP, bool EVEN> struct Held {
         return m;
     }
 
-    // How many classes are held.
-    XE_DEVICE int count(bool with_edge) const {
-        int found = min(max(cut.vectors - first + STEP - 1, 0) / STEP, K) * SIZE;
-#pragma unroll
-        for (int e = 0; e < EDGES; ++e) found += with_edge && edge[e] >= 0;
-        return found;
-    }
+    // Whether any class is held.
+    XE_DEVICE bool any(bool with_edge) const { return has(0) || (with_edge && edge[0] >= 0); }
 
-    // Class k's share of the target but for what the label has, of the SIZE classes from class_of(j) on.
-    XE_DEVICE void shares(int j, A (&a)[SIZE]) const {
+    // Class k's share of the target but for what the label has, times `scale`, of the SIZE classes from class_of(j) on.
+    XE_DEVICE void shares(int j, A scale, A (&a)[SIZE]) const {
         const int k = class_of(0), ahead = j * STEP * SIZE;
 #pragma unroll
-        for (int i = 0; i < SIZE; ++i) a[i] = EVEN ? row.each : row.beside_label(k + ahead + i);
+        for (int i = 0; i < SIZE; ++i) a[i] = scale * (EVEN ? row.each : row.beside_label(k + ahead + i));
         if (!by_class(VARIANT) || !EVEN) return;
         A q[SIZE];
         if (row.kind == OF_LOGITS) {
@@ -156,7 +165,7 @@ template <class T, int VARIANT, int K, int STEP, bool EVEN> struct Held {
         }
         if (row.kind >= OF_LOGITS) {
 #pragma unroll
-            for (int i = 0; i < SIZE; ++i) a[i] += row.keep * q[i];
+            for (int i = 0; i < SIZE; ++i) a[i] += scale * row.keep * q[i];
         }
         if (row.w) {
             load_accs(row.w + k + ahead, q);
@@ -168,16 +177,18 @@ template <class T, int VARIANT, int K, int STEP, bool EVEN> struct Held {
     // The part of what is held. `kept` takes what a gradient needs of it: the powers, times the slope of softcap; they
     // still are to be multiplied by their correction.
     template <bool KEEP>
-    XE_DEVICE Part<A> part(bool with_edge, const Cap<A>& cap, A (&kept)[KEEP ? K * SIZE : 1]) const {
+    XE_DEVICE Part<A> part(bool with_edge, const Cap<A>& cap, A (&kept)[KEEP ? K * SIZE : 1]) {
         const A highest = largest(with_edge);
-        const A max = has_softcap(VARIANT) && count(with_edge) ? cap.of(highest).x : highest;  // -inf: -cap
+        const A max = has_softcap(VARIANT) && any(with_edge) ? cap.of(highest).x : highest;  // -inf: -cap
+        const A half_each = static_cast<A>(0.5) * row.each;  // Σ each·x may be as large as the largest number
         Sum<VARIANT, A> sum(max);
         if (with_edge) {
 #pragma unroll
             for (int e = 0; e < EDGES; ++e) {
                 if (edge[e] < 0) continue;
-                add(sum, cap, at_edge[e], by_class(VARIANT) ? row.beside_label(edge[e]) : 0);
-                if (VARIANT == SMOOTH) sum.half_gap += row.each * (sum.half_max - static_cast<A>(0.5) * at_edge[e]);
+                if (VARIANT == SMOOTH) sum.half_gap -= half_each * at_edge[e];
+                const A keep = add(sum, cap, at_edge[e], by_class(VARIANT) ? row.beside_label(edge[e]) : 0);
+                if (KEEP) at_edge[e] = keep;
             }
         }
 #pragma unroll
@@ -185,17 +196,13 @@ template <class T, int VARIANT, int K, int STEP, bool EVEN> struct Held {
             if (VARIANT != PLAIN && !has(j)) continue;
             A x[SIZE], a[SIZE];
             V::unpack(v[j], x);
-            if (by_class(VARIANT)) shares(j, a);
-            if (VARIANT == SMOOTH) sum.half_gap += row.each * V::half_below(sum.half_max, x);
+            if (by_class(VARIANT)) shares(j, 1, a);
 #pragma unroll
             for (int i = 0; i < SIZE; ++i) {
+                if (VARIANT == SMOOTH) sum.half_gap -= half_each * x[i];
                 const A keep = add(sum, cap, x[i], a[i]);
                 if (KEEP) kept[j * SIZE + i] = keep;
             }
-        }
-        if (VARIANT == SMOOTH) {
-            sum.mass = row.label < 0 ? 0 : row.each * static_cast<A>(count(with_edge));
-            if (row.label < 0) sum.half_gap = 0;
         }
         return {max, sum.sum * sum.powers.correction, 0, sum.half_gap, sum.mass};
     }
@@ -204,102 +211,120 @@ template <class T, int VARIANT, int K, int STEP, bool EVEN> struct Held {
         const A e = by_class(VARIANT) ? sum.add(c.x, a) : sum.add(c.x);
         return has_softcap(VARIANT) ? e * c.slope : e;
     }
-
-    // Writes the gradient (or log-softmax) of what is held: zeros in a row whose scale is 0. What was `kept` is against
-    // the thread's own maximum, `highest`, and `factor` brings it to the row's.
-    template <int JOB, bool KEEP>
-    XE_DEVICE void store(const Answer<T, VARIANT>& answer, const Cap<A>& cap, bool with_edge,
-                         const A (&kept)[KEEP ? K * SIZE : 1], A highest = 0, A factor = 1) const {
-        const bool silent = JOB != LOG_SOFTMAX && row.scale == 0;
-        if (JOB != LOG_SOFTMAX && !silent && !answer.products_are_finite()) {
-            each_again<1>(with_edge, [&](int k, A x) {
-                const Capped<A> c = capped(cap, x);
-                row.g[k] = from_acc(answer.grad(c.x, row.a(k), c.slope), T());
-            });
-            return;
-        }
-        const Powers<A> powers(answer.stats.max);
-        if (!KEEP) factor = powers.correction;
-        int top = -1;  // the class of the maximum, where coef·p - a may cancel
-        if (JOB != LOG_SOFTMAX && every_class(VARIANT) && answer.confident && !silent) {
-            if (!KEEP) highest = largest(with_edge);
-            if (capped(cap, highest).x == answer.stats.max) {
-                each_again<1>(with_edge, [&](int k, A x) { top = x == highest && top < 0 ? k : top; });
-            }
+    // The sum of what was kept but for the maximum's, in a piece that has it; corrected.
+    template <bool KEEP> XE_DEVICE A kept_below(A max, const A (&kept)[KEEP ? K * SIZE : 1]) const {
+        const Powers<A> powers(max);
+        const A most = powers.of(max);
+        A sum = 0;
+#pragma unroll
+        for (int e = 0; e < EDGES; ++e) {
+            if (edge[e] >= 0 && at_edge[e] < most) sum += at_edge[e];
         }
 #pragma unroll
-        for (int j = 0; j < K; ++j) {
-            if (!has(j)) continue;
-            A y[SIZE], a[SIZE];
-            if (silent) {
-#pragma unroll
-                for (int i = 0; i < SIZE; ++i) y[i] = 0;
-            } else {
-                V::unpack(v[j], y);
-                if (every_class(VARIANT)) shares(j, a);
-#pragma unroll
-                for (int i = 0; i < SIZE; ++i) {
-                    y[i] = entry<JOB, KEEP>(answer, powers, cap, y[i], kept[KEEP ? j * SIZE + i : 0], a[i], factor);
-                }
-            }
-            T* const to = row.g + class_of(j);
-            if (EVEN) {
-                st16(to, V::pack(y));
-            } else {
-#pragma unroll
-                for (int i = 0; i < SIZE; ++i) to[i] = from_acc(y[i], T());
-            }
+        for (int i = 0; i < (KEEP ? K * SIZE : 1); ++i) {
+            if (kept[i] < most) sum += kept[i];
         }
-        if (with_edge) {
-#pragma unroll
-            for (int e = 0; e < EDGES; ++e) {
-                if (edge[e] < 0) continue;
-                const A x = to_acc(row.x[edge[e]]), a = by_class(VARIANT) ? row.beside_label(edge[e]) : row.each;
-                const A y = silent ? 0 : entry<JOB, false>(answer, powers, cap, x, 0, a, powers.correction);
-                row.g[edge[e]] = from_acc(y, T());
-            }
-        }
-        if (top >= 0) {
-            row.g[top] = from_acc(answer.grad(answer.stats.max, row.a(top), capped(cap, highest).slope), T());
-        }
-    }
-    // What a job writes for the logit x, of whose class the label has nothing.
-    template <int JOB, bool KEEP>
-    XE_DEVICE A entry(const Answer<T, VARIANT>& answer, const Powers<A>& powers, const Cap<A>& cap, A x, A kept, A a,
-                      A factor) const {
-        if (JOB == LOG_SOFTMAX) return (x - answer.stats.max) - answer.tail;
-        const Capped<A> c = KEEP ? Capped<A>{0, 1} : capped(cap, x);
-        const A e = KEEP ? kept : powers.of(c.x);
-        if (!every_class(VARIANT)) {
-            const A value = e * (answer.share * answer.scale * factor);
-            return has_softcap(VARIANT) && !KEEP ? value * c.slope : value;
-        }
-        if (VARIANT == SMOOTH) return e * (answer.share * answer.scale * factor) - a * answer.scale;
-        const A value = e * (answer.share * factor) - a;
-        return answer.scale * (has_softcap(VARIANT) ? value * c.slope : value);
+        return sum * powers.correction;
     }
     static XE_DEVICE Capped<A> capped(const Cap<A>& cap, A x) {
         return has_softcap(VARIANT) ? cap.of(x) : Capped<A>{x, 1};
     }
 
-    // Calls f(k, x) for every class that is held, read once more, in a loop: for what is rarely done.
-    // U of them in a turn: all of a vector, or where f is long, one.
-    template <int U, class F> XE_DEVICE void each_again(bool with_edge, F f) const {
-        if (with_edge) {
+    // Writes the gradient (or log-softmax) of what is held, by what the classes of a row have in common. What was `kept`
+    // is against the thread's own maximum, and `factor` brings it to the row's.
+    template <int JOB, bool KEEP>
+    XE_DEVICE void store(const Answer<T, VARIANT>& answer, const Cap<A>& cap, bool with_edge,
+                         const A (&kept)[KEEP ? K * SIZE : 1], A factor) const {
+        const Powers<A> powers(answer.stats.max);
+        const A share = answer.share * answer.scale * (KEEP ? factor : powers.correction);
 #pragma unroll
-            for (int e = 0; e < EDGES; ++e) {
-                if (edge[e] >= 0) f(edge[e], to_acc(row.x[edge[e]]));
-            }
-        }
-#pragma unroll 1
-        for (int at = 0; at < K * SIZE; at += U) {
-            const int j = at / SIZE, k = class_of(j) + at % SIZE;
+        for (int j = 0; j < K; ++j) {
             if (!has(j)) continue;
-            A x[SIZE];
-            if (U == SIZE) V::unpack(ld16(row.x + k), x);
-            else x[0] = to_acc(row.x[k]);
+            A y[SIZE], a[SIZE];
+            V::unpack(v[j], y);
+            if (by_class(VARIANT)) shares(j, answer.scale, a);
 #pragma unroll
-            for (int i = 0; i < U; ++i) f(k + i, x[i]);
+            for (int i = 0; i < SIZE; ++i) {
+                if (!by_class(VARIANT)) a[i] = answer.scale * row.each;
+                y[i] = entry<JOB, KEEP>(answer, powers, cap, y[i], kept[KEEP ? j * SIZE + i : 0], share, a[i]);
+            }
+            put(row.g + class_of(j), y);
+        }
+        if (!with_edge) return;
+#pragma unroll
+        for (int e = 0; e < EDGES; ++e) {
+            if (edge[e] < 0) continue;
+            const A x = KEEP ? 0 : to_acc(row.x[edge[e]]);
+            const A a = answer.scale * (by_class(VARIANT) ? row.beside_label(edge[e]) : row.each);
+            row.g[edge[e]] = from_acc(entry<JOB, KEEP>(answer, powers, cap, x, at_edge[e], share, a), T());
+        }
+    }
+    // What a job writes for the logit x, of whose class the label has nothing; `a` is scaled.
+    template <int JOB, bool KEEP>
+    XE_DEVICE A entry(const Answer<T, VARIANT>& answer, const Powers<A>& powers, const Cap<A>& cap, A x, A kept, A share,
+                      A a) const {
+        if (JOB == LOG_SOFTMAX) return (x - answer.stats.max) - answer.tail;
+        const Capped<A> c = KEEP ? Capped<A>{0, 1} : capped(cap, x);
+        const A value = (KEEP ? kept : powers.of(c.x)) * share;
+        return every_class(VARIANT) ? (value - a) * c.slope : value * c.slope;
+    }
+    static XE_DEVICE void put(T* to, const A (&y)[SIZE]) {
+        if (EVEN) {
+            st16(to, V::pack(y));
+        } else {
+#pragma unroll
+            for (int i = 0; i < SIZE; ++i) to[i] = from_acc(y[i], T());
+        }
+    }
+    // Zeros, as the gradient of what is held.
+    XE_DEVICE void clear(bool with_edge) const {
+        const A zeros[SIZE] = {};
+        T* to = row.g + class_of(0);
+#pragma unroll 1
+        for (int j = 0; j < K && has(j); ++j, to += STEP * SIZE) put(to, zeros);
+#pragma unroll
+        for (int e = 0; e < EDGES; ++e) {
+            if (with_edge && edge[e] >= 0) row.g[edge[e]] = from_acc(A(0), T());
+        }
+    }
+    // The gradient without such products, and where p of the maximum is above 1/2 without cancelling: of `all` classes
+    // that are held, which are read once more and written, or in place of the logits of two (of -1: of none).
+    XE_DEVICE void exactly(const Answer<T, VARIANT>& answer, const Cap<A>& cap, bool all, bool with_edge, int label,
+                           A at_label, int top, A at_top) const {
+        int at = !all ? -EDGES - (every_class(VARIANT) ? 2 : 1) : with_edge ? -EDGES : 0;
+#pragma unroll 1
+        do {
+            const bool of_label = at == -EDGES - 1, of_top = every_class(VARIANT) && at == -EDGES - 2;
+            const int k = of_label ? label : of_top ? top : class_at(at);
+            if (k < 0) continue;
+            const Capped<A> c = capped(cap, of_label ? at_label : of_top ? at_top : to_acc(row.x[k]));
+            const A y = answer.grad(c.x, row.a(k), c.slope);
+            row.g[k] = from_acc(y, T());
+        } while (++at != -EDGES && at != K * SIZE);
+    }
+
+    // Calls f(k, x) for every class that is held, read once more, in a loop: for what is rarely done.
+    template <class F> XE_DEVICE void each_again(bool with_edge, F f) const {
+#pragma unroll 1
+        for (int at = with_edge ? -EDGES : 0; at < K * SIZE; ++at) {
+            const int k = class_at(at);
+            if (k >= 0) f(k, to_acc(row.x[k]));
+        }
+    }
+    // Likewise, a vector in a turn: for what is short, and done in many rows.
+    template <class F> XE_DEVICE void each_vector_again(bool with_edge, F f) const {
+#pragma unroll
+        for (int e = 0; e < EDGES; ++e) {
+            if (with_edge && edge[e] >= 0) f(edge[e], to_acc(row.x[edge[e]]));
+        }
+        int k = class_of(0);
+        const T* from = row.x + k;
+#pragma unroll 1
+        for (int j = 0; j < K && has(j); ++j, k += STEP * SIZE, from += STEP * SIZE) {
+            A x[SIZE];
+            V::unpack(ld16(from), x);
+#pragma unroll
+            for (int i = 0; i < SIZE; ++i) f(k + i, x[i]);
         }
     }
 };
@@ -309,21 +334,22 @@ template <class T, int VARIANT, int K, int STEP, bool EVEN> struct Held {
 // that no barrier is needed at the end, and no thread waits for stores to memory.
 template <class A, int VARIANT, int LANES, int CLUSTER> struct Team {
     static constexpr int WIDTH = LANES ? LANES : 32;
-    static constexpr int WORDS = (sizeof(A) * (every_class(VARIANT) ? 5 : 3) + 15) / 16;  // of 16 bytes, in a message
+    static constexpr int WORDS = (sizeof(A) * (by_class(VARIANT) ? 5 : 4) + 15) / 16;  // of 16 bytes, in a message
     union Bits {
         Part<A> part;
         A first;
         uint4 v[(sizeof(Part<A>) + 15) / 16];
         XE_DEVICE Bits() : part() {}
     };
-    Part<A>* parts;           // of the warps
-    uint4 *inbox, *second;    // the parts of the blocks; and what is said afterwards
-    u64 *arrived, *settled;   // their barriers
+    uint4 *parts, *inbox;     // of the warps, and of the blocks
+    uint4 *said, *answers;    // what the holder says afterwards; and each block then
+    u64 *arrived, *settled, *answered;  // their barriers: a block may be at the next while another is not yet
     int rank = 0, leader = 0; // of this block; the lane that holds the maximum
     bool holder = false;      // whether this thread does
 
-    XE_DEVICE Team(Part<A>* parts, uint4* inbox, uint4* second, u64* barriers)
-        : parts(parts), inbox(inbox), second(second), arrived(barriers), settled(barriers + 1) {
+    XE_DEVICE Team(uint4* parts, uint4* inbox, uint4* said, u64* barriers)
+        : parts(parts), inbox(inbox), said(said), answers(said + 1), arrived(barriers), settled(barriers + 1),
+          answered(barriers + 2) {
 #ifdef XE_CLUSTERS
         if (CLUSTER > 1) rank = cluster_rank();
 #endif
@@ -335,6 +361,7 @@ template <class A, int VARIANT, int LANES, int CLUSTER> struct Team {
         if (threadIdx.x == 0) {
             mbar_init(arrived, 1);
             mbar_init(settled, 1);
+            mbar_init(answered, 1);
             mbar_init_fence();
             mbar_expect(arrived, CLUSTER * WORDS * 16);
         }
@@ -348,23 +375,24 @@ template <class A, int VARIANT, int LANES, int CLUSTER> struct Team {
         part = merge_lanes<WIDTH, VARIANT>(part, leader);
         holder = lane == static_cast<u32>(leader);
         if (LANES) return part;
+        Bits bits;
+        bits.part = part;
         if (lane == 0) {
-            if (every_class(VARIANT)) parts[warp] = part;
-            else parts[warp].max = part.max, parts[warp].top = part.top, parts[warp].sum = part.sum;
+#pragma unroll
+            for (int i = 0; i < WORDS; ++i) st16(parts + warp * WORDS + i, bits.v[i]);
         }
         sync_block();  // the part of every warp has been written
-        part = Part<A>();
+        bits.part = Part<A>();
         if (lane < blockDim.x / 32) {
-            if (every_class(VARIANT)) part = parts[lane];
-            else part.max = parts[lane].max, part.top = parts[lane].top, part.sum = parts[lane].sum;
+#pragma unroll
+            for (int i = 0; i < WORDS; ++i) bits.v[i] = ld16(parts + lane * WORDS + i);
         }
         int leading;
-        part = merge_lanes<32, VARIANT>(part, leading);
+        part = merge_lanes<32, VARIANT>(bits.part, leading);
         holder &= warp == static_cast<u32>(leading);
 #ifdef XE_CLUSTERS
         if (CLUSTER == 1) return part;
         cluster_wait();  // the mailboxes of the others are open
-        Bits bits;
         bits.part = part;
         if (threadIdx.x < CLUSTER) {
 #pragma unroll
@@ -387,22 +415,22 @@ template <class A, int VARIANT, int LANES, int CLUSTER> struct Team {
 #ifdef XE_CLUSTERS
         if (CLUSTER > 1) {
             if (holder) {
-#pragma unroll
-                for (int to = 0; to < CLUSTER; ++to) st_async16(second, to, bits.v[0], settled);
+#pragma unroll 1
+                for (int to = 0; to < CLUSTER; ++to) st_async16(said, to, bits.v[0], settled);
             }
             if (threadIdx.x == 0) mbar_expect(settled, 16);
             mbar_wait(settled, 0);
-            bits.v[0] = ld16(second);
+            bits.v[0] = ld16(said);
             return bits.first;
         }
 #endif
-        if (holder) st16(second, bits.v[0]);
+        if (holder) st16(said, bits.v[0]);
         sync_block();  // it has been said
-        bits.v[0] = ld16(second);
+        bits.v[0] = ld16(said);
         return bits.first;
     }
 
-    // Whether any thread of the row says so; in all of them. Not after of_holder, whose place it takes.
+    // Whether any thread of the row says so; in all of them.
     XE_DEVICE bool any(bool yes) {
         if (LANES) {
             const int group = threadIdx.x % 32 / WIDTH * WIDTH;
@@ -411,10 +439,10 @@ template <class A, int VARIANT, int LANES, int CLUSTER> struct Team {
         yes = any_thread(yes);
 #ifdef XE_CLUSTERS
         if (CLUSTER == 1) return yes;
-        if (threadIdx.x < CLUSTER) st_async16(second + rank, threadIdx.x, make_uint4(yes, 0, 0, 0), settled);
-        if (threadIdx.x == 0) mbar_expect(settled, CLUSTER * 16);
-        mbar_wait(settled, 0);
-        yes = any_lane(ld16(second + threadIdx.x % CLUSTER).x != 0);
+        if (threadIdx.x < CLUSTER) st_async16(answers + rank, threadIdx.x, make_uint4(yes, 0, 0, 0), answered);
+        if (threadIdx.x == 0) mbar_expect(answered, CLUSTER * 16);
+        mbar_wait(answered, 0);
+        yes = any_lane(ld16(answers + threadIdx.x % CLUSTER).x != 0);
 #endif
         return yes;
     }
@@ -433,11 +461,11 @@ XE_DEVICE void xent_rows(const Problem<T>& p) {
                           && K * SIZE <= (VARIANT == CAPPED ? 64 : 32);
     typedef Held<T, VARIANT, K, STEP, EVEN> H;
     typedef Team<A, VARIANT, LANES, BLOCKS> Of;
-    XE_SHARED(Part<A>, parts, LANES ? 1 : 32);
+    XE_SHARED(uint4, parts, LANES ? 1 : 32 * Of::WORDS);
     XE_SHARED(uint4, inbox, BLOCKS > 1 ? BLOCKS * Of::WORDS : 1);
-    XE_SHARED(uint4, second, BLOCKS);
-    XE_SHARED(u64, barriers, 2);
-    Of team(parts, inbox, second, barriers);
+    XE_SHARED(uint4, said, 1 + BLOCKS);
+    XE_SHARED(u64, barriers, 3);
+    Of team(parts, inbox, said, barriers);
     if (!READS_STATS) team.open();
 
     // What was read last is still in cache, so that parts are read again from the last to the first.
@@ -450,6 +478,7 @@ XE_DEVICE void xent_rows(const Problem<T>& p) {
     const bool exists = !LANES || mine < p.rows;  // lanes without a row take part in the shuffles
     const i64 r = exists ? mine : p.rows - 1;
     Row<T, VARIANT> row = EVEN ? Row<T, VARIANT>(p, r, r, 0) : Row<T, VARIANT>(p, r);
+    if (EVEN) row.target_class = 1;  // which the compiler does not know
     int classes = static_cast<int>(p.classes);
     if (PARTS) {
         const i64 start = block % static_cast<u32>(p.parts) * p.part;
@@ -474,16 +503,17 @@ XE_DEVICE void xent_rows(const Problem<T>& p) {
     if (row.label >= 0) {
         const int k = row.label - cut.head, place = k < 0 ? row.label : row.label - cut.vectors * SIZE;
         const int ahead = static_cast<int>(static_cast<u32>(k) / SIZE) - first, turn = STREAM ? ahead % stride : ahead;
-        owner = k < 0 || k >= cut.vectors * SIZE ? static_cast<u32>(place) % STEP == lane : turn >= 0 && turn < STEP * K && turn % STEP == 0;
+        owner = k < 0 || k >= cut.vectors * SIZE ? static_cast<u32>(place) % STEP == lane
+                                                 : turn >= 0 && turn < STEP * K && turn % STEP == 0;
     }
     Rival<A> rival = rival_of<JOB>(p, row);
     A at_label = 0;
     if (row.label >= 0 && needed && (writes_stats(JOB) || owner)) at_label = to_acc(row.x[row.label]);
     rival.x = at_label;
-    Capped<A> label = {at_label, 1};
-    if (has_softcap(VARIANT)) label = cap.of(at_label);
 
     A kept[KEEP ? K * SIZE : 1];
+    int top = -1;  // the class of the maximum, in the thread that holds it, where coef·p - a may cancel
+    A at_top = 0;
     Part<A> part;
     Stats<A> stats;
     if (READS_STATS) {
@@ -505,27 +535,42 @@ XE_DEVICE void xent_rows(const Problem<T>& p) {
             } while ((held.first += stride) < cut.vectors);
         }
         const Part<A> whole = team.merge(part);
-        stats = {whole.max, whole.sum + (whole.top - 1), 2 * whole.half_gap, whole.mass};
+        A half_gap = whole.half_gap;
+        if (VARIANT == SMOOTH) {
+            const A half_mass = static_cast<A>(0.5) * row.each * static_cast<A>(static_cast<int>(p.classes));
+            half_gap = row.label < 0 ? 0 : half_gap + half_mass * (whole.max == -infinity<A>() ? 0 : whole.max);
+        }
+        stats = {whole.max, whole.sum + (whole.top - 1), 2 * half_gap, whole.mass};
 
-        // Where p of the maximum is above 1/2, top - 1 has cancelled: its holder adds up the others of its piece.
+        // Where p of the maximum is above 1/2, top - 1 has cancelled: its holder adds up the others of its piece. There
+        // may be one that is as large, or nearly: their number is what is left of top.
         const bool confident = needed && 1 > stats.rest && stats.max > -infinity<A>();
         if (LANES ? any_lane(confident) : confident) {
-            A others = 0;
+            A rest = 0;
             if (confident && team.holder) {
-                held.first = highest;
-                if (has_softcap(VARIANT)) held.load(needed);
-                const bool with_edge = highest == first;
-                const A raw = has_softcap(VARIANT) ? held.largest(with_edge) : part.max;
-                held.template each_again<has_softcap(VARIANT) ? 1 : SIZE>(with_edge, [&](int, A x) {
-                    others += x == raw ? 0 : exp_acc((has_softcap(VARIANT) ? cap.of(x).x : x) - stats.max);
-                });
+                A others = 0;
+                if (KEEP && VARIANT == PLAIN) {
+                    others = held.template kept_below<KEEP>(part.max, kept);
+                } else {
+                    const auto again = [&](int k, A x) {
+                        const A its = H::capped(cap, x).x;
+                        if (its != stats.max) others += exp_acc(its - stats.max);
+                        else if (every_class(VARIANT)) top = k, at_top = x;
+                    };
+                    held.first = highest;
+                    if (has_softcap(VARIANT)) held.each_again(highest == first, again);
+                    else held.each_vector_again(highest == first, again);
+                }
+                const int ties = static_cast<int>(whole.top - others + static_cast<A>(0.5));
+                rest = whole.sum + (others + static_cast<A>(ties - 1));
             }
-            others = team.of_holder(others);
-            if (confident) stats.rest = whole.sum + others;
+            rest = team.of_holder(rest);
+            if (confident) stats.rest = rest;
         }
     }
     Answer<T, VARIANT> answer(p, row, stats, READS_STATS);
-    if (!READS_STATS && row.label >= 0) answer.add_label(row, label.x);
+    const A label = H::capped(cap, at_label).x;
+    if (!READS_STATS && row.label >= 0) answer.add_label(row, label);
 
     if (OF_PART) {
         if (owner) {
@@ -538,7 +583,7 @@ XE_DEVICE void xent_rows(const Problem<T>& p) {
     }
     bool beaten = false;
     if (writes_stats(JOB) && p.correct) {
-        beaten = label.x < stats.max;
+        beaten = label < stats.max;
         // One of several: where it is alone, nothing else has its place.
         const bool asked = rival.label >= 0 && !beaten && !(stats.rest < 1);
         if (LANES ? any_lane(asked) : asked) {
@@ -546,7 +591,7 @@ XE_DEVICE void xent_rows(const Problem<T>& p) {
             if (asked && needed) {
                 held.first = first;
                 do {
-                    held.template each_again<1>(held.first == first, [&](int k, A x) { found |= rival.is_beaten_by(x, k); });
+                    held.each_again(held.first == first, [&](int k, A x) { found |= rival.is_beaten_by(x, k); });
                 } while (STREAM && (held.first += stride) < cut.vectors);
             }
             found = team.any(found);
@@ -557,23 +602,35 @@ XE_DEVICE void xent_rows(const Problem<T>& p) {
         answer.template put<JOB>(p, row, r);
         put_correct<JOB>(p, r, answer, rival, beaten);
     }
-    if (!WRITES || !exists) return;
+    if (!WRITES || !exists || !busy) return;
 
+    const bool silent = JOB != LOG_SOFTMAX && row.scale == 0;
+    const bool all_exactly = JOB != LOG_SOFTMAX && !answer.products_are_finite();
+    const auto write = [&](bool last) {  // the piece with the edges
+        if (silent) return held.clear(last);
+        if (STREAM || READS_STATS) held.load(needed);
+        if (READS_STATS && every_class(VARIANT) && answer.confident) {
+            if (H::capped(cap, held.largest(last)).x == stats.max) {
+                held.each_again(last, [&](int k, A x) { if (H::capped(cap, x).x == stats.max) top = k, at_top = x; });
+            }
+        }
+        if (!all_exactly) {
+            const A factor = KEEP ? Powers<A>(part.max).correction * drop(part.max, stats.max) : 1;
+            held.template store<JOB, KEEP>(answer, cap, last, kept, factor);
+        }
+        if (JOB != LOG_SOFTMAX && (all_exactly || last)) {
+            const int label_here = owner ? row.label : -1;
+            held.exactly(answer, cap, all_exactly, last, label_here, at_label, top, at_top);
+        }
+    };
     if constexpr (!STREAM) {
-        if (!busy) return;
-        if (READS_STATS) held.load(needed);
-        held.template store<JOB, KEEP>(answer, cap, true, kept, part.max,
-                                       Powers<A>(part.max).correction * drop(part.max, stats.max));
+        write(true);
     } else {
         // Backwards, because what was read last is still in cache; with stats that were given, there is nothing in it.
         const int pieces = first < cut.vectors ? (cut.vectors - first + stride - 1) / stride : 1;
         for (held.first = first + (pieces - 1) * stride; held.first >= first; held.first -= stride) {
-            held.load(needed);
-            held.template store<JOB, false>(answer, cap, held.first == first, kept);
+            write(held.first == first);
         }
-    }
-    if (JOB != LOG_SOFTMAX && row.label >= 0 && owner && row.scale != 0) {
-        row.g[row.label] = from_acc(answer.grad(label.x, row.a(row.label), label.slope), T());
     }
 }
 

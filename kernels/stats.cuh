@@ -25,17 +25,17 @@ template <class A> struct Powers;
 template <> struct Powers<float> {
     float factor, offset, correction;
     XE_DEVICE explicit Powers(float max) {
-        const bool huge = fabsf(max) >= 2147483648.0f;
-        factor = huge ? 1 : 1.4426950408889634f;
-        offset = max == -infinity<float>() ? 0 : max * factor;  // of nothing but -inf: all 0
-        correction = max == -infinity<float>() ? 1 : exp2_fast(-fmaf(max, factor, -offset));
+        max = max_acc(max, -largest<float>());  // of nothing but -inf all are 0
+        factor = fabsf(max) >= 2147483648.0f ? 1 : 1.4426950408889634f;
+        offset = max * factor;
+        correction = exp2_fast(-fmaf(max, factor, -offset));
     }
     XE_DEVICE float of(float x) const { return exp2_fast(fmaf(x, factor, -offset)); }
 };
 template <> struct Powers<double> {
     static constexpr double correction = 1;
     double max;
-    XE_DEVICE explicit Powers(double max) : max(max == -infinity<double>() ? 0 : max) {}
+    XE_DEVICE explicit Powers(double max) : max(max_acc(max, -largest<double>())) {}
     XE_DEVICE double of(double x) const { return exp_acc(x - max); }
 };
 
@@ -61,22 +61,21 @@ template <class T, int VARIANT> struct Answer {
         tail = log1p_acc(rest);
         p_max = reciprocal(1 + rest);
         more = 0, coef = stats.mass, scale = row.scale;
-        confident = stats.rest < 1;
         if (p.z_loss != 0) {
             const A of_lse = p.z_loss * (stats.max + tail);
             more = of_lse + of_lse;
             coef += more;
         }
-        if (max_acc(coef, -coef) == infinity<A>()) {  // of which a p of 0 makes 0: as a product of two that are finite
-            coef = coef > 0 ? largest<A>() : -largest<A>();
-            p_max = p_max == p_max ? largest<A>() : p_max;
-            confident = false;
-        }
+        const bool beyond = max_acc(coef, -coef) == infinity<A>();  // of which a p of 0 makes 0: as a product of two
+        if (beyond) coef = coef > 0 ? largest<A>() : -largest<A>();
+        if (beyond && p_max == p_max) p_max = largest<A>();
+        confident = stats.rest < 1 && !beyond;
         share = coef * p_max;
     }
     // Whether the products that a row of gradients has in common are finite, or all that comes of them is NaN.
     XE_DEVICE bool products_are_finite() const {
-        const A most = max_acc(max_acc(share * scale, -share * scale), max_acc(scale, -scale));
+        A most = max_acc(max_acc(share * scale, -share * scale), max_acc(scale, -scale));
+        if (by_class(VARIANT)) most = max_acc(most, max_acc(coef * scale, -coef * scale));  // no a·scale is much larger
         return most != infinity<A>();
     }
 
@@ -136,21 +135,23 @@ XE_DEVICE void put_correct(const Problem<T>& p, i64 r, const Answer<T, VARIANT>&
 
 // Softcap: x' = cap·tanh(u) with u = x/cap, and dx'/dx = sech²(u). Both from e = exp(-2|u|):
 //
-//     tanh|u| = (1 - e)/(1 + e), below 1/2 by a polynomial (0.14 eps off)        sech²(u) = 4e/(1 + e)²
+//     tanh|u| = 1 - 2e/(1 + e), below 1/2 u and a polynomial (0.14 eps off)        sech²(u) = 4e/(1 + e)²
 //
-// where 1 - tanh² would cancel. The product is rounded before anything is subtracted from it, so that a logit that is
-// the maximum in one pass is so in the next.
+// where 1 - tanh² would cancel. All are rounded before anything is subtracted from them, so that a logit that is the
+// maximum in one pass is so in the next.
 template <class A> struct Capped { A x, slope; };
 template <class A> struct Cap;
 template <> struct Cap<float> {
     float cap, inverse;  // 4/cap, which is a normal number for every cap that is one
-    XE_DEVICE explicit Cap(float softcap) : cap(softcap), inverse(fminf(4 / cap, largest<float>())) {}
+    XE_DEVICE explicit Cap(float softcap) : cap(softcap) {
+        const float quarter = 0.25f * cap, r = reciprocal(quarter);  // divided by as it would be, in 4 instructions
+        inverse = fminf(fmaf(r, fmaf(-quarter, r, 1), r), largest<float>());
+    }
     XE_DEVICE Capped<float> of(float x) const {
-        const float u = fabsf(0.25f * x) * inverse, e = exp2_fast(-2.8853900817779268f * u), r = reciprocal(1 + e);
-        const float q = u * u, beyond = (1 - e) * r;
-        const float within = u + u * (q * (-0.33333144f + q * (0.13325879f + q * (-0.053045493f + q * 0.017241491f))));
-        const float t = u < 0.5f ? within : beyond;
-        return {copysignf(multiply_rounded(cap, t), x), (4 * e) * (r * r)};
+        const float u = fabsf(x) * inverse, e = exp2_fast(-0.72134752044448170f * u);  // four times u
+        const float r = reciprocal(fmaf(0.5f, e, 0.5f)), half = e * r, q = u * u;
+        const float p = -0.020833215f + q * (0.00052054215f + q * (-1.2950560e-05f + q * 2.6308428e-07f));
+        return {u < 2 ? fmaf(x, q * p, x) : copysignf(fmaf(-cap, half, cap), x), half * r};
     }
 };
 template <> struct Cap<double> {

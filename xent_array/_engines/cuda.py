@@ -206,7 +206,8 @@ def plan(
     for limit, wanted, lanes in WARP_ROWS:
         if size <= limit and wanted * lanes <= vectors * 32:
             fewer = max(1, wanted // vectors)
-            bound = (WARP_THREADS, most * blocks // WARP_THREADS)
+            # Of 4 lanes each has more than one element of head and tail, and needs registers for them.
+            bound = (WARP_THREADS, most * blocks // WARP_THREADS - (lanes * fewer == 4 and writes_grad(job)))
             return spread("W", wanted // fewer, lanes * fewer, WARP_THREADS, bound)
     threads = _whole_warps(-(-size // (16 * vectors)))
     if threads <= ALONE:
@@ -214,7 +215,7 @@ def plan(
     if not writes_grad(job):  # which is read once anyhow
         cluster, threads = next(how for limit, *how in STREAMING if size <= limit) if chip >= 90 else (1, ALONE)
         return spread("O", vectors, 0, threads, (threads, most * blocks // threads), cluster, stream=True)
-    if variant == "PLAIN" and job == "LOSS_AND_GRAD" and itemsize < 8 and chip >= 90:
+    if variant in ("PLAIN", "SMOOTH") and job == "LOSS_AND_GRAD" and itemsize < 8 and chip >= 90 and even:
         most, blocks = 512, 2  # as the rows that clusters hold need fewer registers there
     usual = next(cluster for limit, cluster in CLUSTERS if size <= limit)
     for cluster in (usual, 8) if chip >= 90 else (1,):
@@ -260,10 +261,12 @@ def _held(itemsize: int, variant: str, job: str) -> tuple[int, int, int]:
     if variant in ("GENERAL", "CAPPED_GENERAL"):
         return 4, 256, 2
     if variant == "CAPPED":
-        return 8, 256, 2
+        if writes_grad(job) and itemsize == 2:
+            return 8, 256, 2
+        return 8, 320 if job == "STATS_AND_GRAD" else 384, 2
     if not writes_grad(job):
         return 8, 384 if variant == "SOFT" else 512, 2
-    return 8, 384 if variant == "PLAIN" else 320, 2
+    return 8, 320 if variant == "SMOOTH" and itemsize == 4 else 384, 2
 
 
 def _tiny_blocks(classes: int, each: int, itemsize: int, chip: int, variant: str) -> int:
