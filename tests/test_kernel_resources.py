@@ -106,7 +106,7 @@ def test_nothing_spills_where_it_matters():
     assert_no_spills(ROWS)
     # On sm_75, which packs 16-bit numbers by hand, stats beside a gradient do not quite fit.
     for old in (True, False):
-        assert max(row["spill_stores"] for row in ROWS if (row["chip"] == "sm_75") == old) <= (96 if old else 32)
+        assert max(row["spill_stores"] for row in ROWS if (row["chip"] == "sm_75") == old) <= (96 if old else 48)
 
 
 def test_rows_are_read_and_written_in_16_bytes():

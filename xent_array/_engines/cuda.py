@@ -36,6 +36,8 @@ OLDEST = 75  # compute capability 7.5
 
 TINY = 128  # bytes of a row: up to here a row is one thread's
 TINY_EACH = ((12, 2), (TINY, 1))  # bytes of a row without options, and how many of them a thread has
+TINY_CAPPED = 48  # classes, of the variant that keeps most of each: more would spill
+CAPPED_BY_CLASS = ("CAPPED", "CAPPED_GENERAL")  # which tiny.cu takes alike
 TINY_THREADS, WARP_THREADS = 128, 128
 NEIGHBOURS = 8  # rows side by side that make it worth reading them so: a sector of 32 bytes
 # Classes apart: warps that share a row, classes held by a thread, bytes of an access, launch bounds: as many blocks as
@@ -181,7 +183,7 @@ def plan(
         )  # fmt: skip
 
     size = classes * itemsize
-    if layout == "flat" and size <= TINY:
+    if layout == "flat" and size <= TINY and not (variant in CAPPED_BY_CLASS and classes > TINY_CAPPED):
         variant = {"SMOOTH": "GENERAL", "SOFT": "GENERAL", "CAPPED": "CAPPED_GENERAL"}.get(variant, variant)
         each = next(each for limit, each in TINY_EACH if size <= limit) if variant == "PLAIN" else 1
         bound = TINY_THREADS, _tiny_blocks(classes, each, itemsize, chip, variant)
@@ -191,18 +193,20 @@ def plan(
         warps, held, width, (threads, blocks), stream = _columns(classes, itemsize, chip, variant, width)
         if stream and itemsize == 2 and width == 1:  # need more registers, as do options, and stats beside a gradient
             blocks = 1
+        elif itemsize == 8:
+            blocks = max(1, blocks * 2 // 3)
         elif blocks > 2 and (variant != "PLAIN" or job == "STATS_AND_GRAD"):
             blocks -= -(-blocks // 5)
         blocks = min(blocks, (1024 if chip < 80 else 1536) // threads)
         return spread("P", held, warps, threads, (threads, blocks), stream=stream, width=width)
     if size > (WHOLE if chip >= 90 else WHOLE_GRAD if writes_grad(job) else WHOLE_LOSS):
         variant = {"SMOOTH": "GENERAL", "SOFT": "GENERAL"}.get(variant, variant)  # neither has class weights
-        vectors, most, blocks = _held(itemsize, variant, job)
+        vectors, most, blocks = _held(itemsize, variant, job, chip)
         part = -(-size // (PART * MOST_PARTS)) * PART
         found = spread("S", vectors, 0, ALONE, (ALONE, most * blocks // ALONE), cluster=0, stream=True)
         parts = -(-size // part)
         return replace(found, parts=parts, part=part // itemsize, blocks=rows * parts)
-    vectors, most, blocks = _held(itemsize, variant, job)
+    vectors, most, blocks = _held(itemsize, variant, job, chip)
     for limit, wanted, lanes in WARP_ROWS:
         if size <= limit and wanted * lanes <= vectors * 32:
             fewer = max(1, wanted // vectors)
@@ -215,9 +219,10 @@ def plan(
     if not writes_grad(job):  # which is read once anyhow
         cluster, threads = next(how for limit, *how in STREAMING if size <= limit) if chip >= 90 else (1, ALONE)
         return spread("O", vectors, 0, threads, (threads, most * blocks // threads), cluster, stream=True)
-    if variant in ("PLAIN", "SMOOTH") and job == "LOSS_AND_GRAD" and itemsize < 8 and chip >= 90 and even:
-        most, blocks = 512, 2  # as the rows that clusters hold need fewer registers there
     usual = next(cluster for limit, cluster in CLUSTERS if size <= limit)
+    fits = (usual > 1 and variant in ("PLAIN", "SMOOTH")) or (variant == "PLAIN" and chip < 100)
+    if fits and job == "LOSS_AND_GRAD" and itemsize < 8 and chip >= 90 and even:
+        most, blocks = 512, 2  # as the rows that clusters hold need fewer registers there
     for cluster in (usual, 8) if chip >= 90 else (1,):
         threads = _whole_warps(-(-size // (16 * vectors * cluster)))
         if threads <= most:
@@ -228,7 +233,7 @@ def plan(
     threads = _whole_warps(-(-size // (16 * wider[0] * cluster)))
     if threads <= wider[1]:
         return spread("B", wider[0], 0, threads, (wider[1], 1), cluster)
-    vectors, most, blocks = _held(itemsize, variant, job)
+    vectors, most, blocks = _held(itemsize, variant, job, chip)
     return spread("O", vectors, 0, most, (most, blocks), cluster, stream=True)
 
 
@@ -251,10 +256,11 @@ def _columns(
             return warps, held, 1, bound, False
     warps, held, access, bound = next(line[1:] for line in streamed if classes <= line[0])
     wide = max(1, access // itemsize)
-    return warps, held if variant == "PLAIN" else held // 2, wide if wide <= width else 1, bound, True
+    held = held if variant == "PLAIN" and itemsize < 8 else held // 2
+    return warps, held, wide if wide <= width else 1, bound, True
 
 
-def _held(itemsize: int, variant: str, job: str) -> tuple[int, int, int]:
+def _held(itemsize: int, variant: str, job: str, chip: int) -> tuple[int, int, int]:
     """(vectors that a thread holds of a row, most threads of a block, such blocks of an SM): that nothing spills."""
     if itemsize == 8:
         return 8, 256, 2
@@ -264,9 +270,11 @@ def _held(itemsize: int, variant: str, job: str) -> tuple[int, int, int]:
         if writes_grad(job) and itemsize == 2:
             return 8, 256, 2
         return 8, 320 if job == "STATS_AND_GRAD" else 384, 2
+    # 16 bits are converted by hand on the oldest chips, and take the compiler more registers on the newest.
     if not writes_grad(job):
-        return 8, 384 if variant == "SOFT" else 512, 2
-    return 8, 320 if variant == "SMOOTH" and itemsize == 4 else 384, 2
+        return 8, 384 if variant == "SOFT" or (itemsize == 2 and chip < 80) else 512, 2
+    more = itemsize == 2 and not 80 <= chip < 100
+    return 8, 320 if more or (variant == "SMOOTH" and itemsize == 4) else 384, 2
 
 
 def _tiny_blocks(classes: int, each: int, itemsize: int, chip: int, variant: str) -> int:
@@ -275,7 +283,7 @@ def _tiny_blocks(classes: int, each: int, itemsize: int, chip: int, variant: str
     Of more than 32 classes what is packed lies beside what is not.
     """
     words = max(4, itemsize) // 4
-    arrays, spare = {"PLAIN": (1, 36), "GENERAL": (2, 52), "CAPPED_GENERAL": (3, 56)}[variant]
+    arrays, spare = {"PLAIN": (1, 36), "GENERAL": (2, 52), "CAPPED_GENERAL": (3, 76)}[variant]
     spare += 16 * (words - 1) + 4 * (each - 1) + (classes // 2 if classes > 32 else 0)
     registers = -(-(spare + arrays * words * classes * each) // 8) * 8
     return max(2, min(8 if chip < 80 else 12, 65536 // (TINY_THREADS * registers)))
