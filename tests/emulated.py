@@ -18,13 +18,16 @@ _prepared: dict[tuple[Kernel, str], simt.Library] = {}
 
 
 def prepare(wanted: Iterable[tuple[Sequence[Kernel], str]]) -> None:
-    """Compile (kernels of one file, mode) after (kernels, mode) side by side, for `Emulator` to find.
+    """Compile (kernels, mode) after (kernels, mode) side by side, for `Emulator` to find.
 
-    Several in one text: the second takes a third of the time of the first.
+    Those of one file in one text: the second takes a third of the time of the first.
     """
     requests = {}
+    by_file = {}
     for kernels, mode in wanted:
-        kernels = list(dict.fromkeys(kernels))
+        for file in {kernel.file: None for kernel in kernels}:
+            by_file[tuple(dict.fromkeys(kernel for kernel in kernels if kernel.file == file)), mode] = None
+    for kernels, mode in by_file:
         text = "\n".join([_kernels.source(kernels[0].file), *(kernel.line for kernel in kernels)])
         requests[text, mode] = text, [kernel.name for kernel in kernels], mode, kernels
     simt.prepare(request[:3] for request in requests.values())
@@ -35,6 +38,8 @@ def prepare(wanted: Iterable[tuple[Sequence[Kernel], str]]) -> None:
 def of_jobs(kernel: Kernel, jobs: Sequence[str]) -> list[Kernel]:
     """The kernel, and those that differ from it in that they do another of these jobs, if it does one of them."""
     macro, name, ctype, *how = re.findall(r"\w+", kernel.line)
+    if name.split("_")[1] == "s":  # all others are made of these
+        jobs = ("STATS", "GRAD")
     if not how or how[0] not in jobs:
         return [kernel]
     return [_kernels.kernel(kernel.file, macro, name.split("_")[1].upper(), ctype, each, *how[1:]) for each in jobs]

@@ -58,6 +58,7 @@ def work() -> Iterator[Item]:
     """
     from xent_array._engines import cuda
 
+    seen: set[tuple[str, int]] = set()
     for variant in cuda.VARIANTS:
         for chip in PLAIN_CHIPS if variant == "PLAIN" else OTHER_CHIPS:
             most = (variant, chip) == MOST
@@ -65,7 +66,9 @@ def work() -> Iterator[Item]:
             for kernel in cuda.catalogue(chip, variant, jobs, even=(True, False) if most else (True,)):
                 name, *given = re.findall(r"\w+", kernel.line)[1:]
                 job = [*given[1:3], given[3] if kernel.file == "rows.cu" else ""] if len(given) > 1 else []
-                yield Item(kernel.file, kernel.text, f"sm_{chip}", name, name.split("_")[1].upper(), given[0], *job)
+                if (name, chip) not in seen:  # what merges parts, for every variant
+                    yield Item(kernel.file, kernel.text, f"sm_{chip}", name, name.split("_")[1].upper(), given[0], *job)
+                seen.add((name, chip))
 
 
 # What the kernels that the tests compile anew show of every kind of, together.

@@ -21,9 +21,9 @@ ITEMS = list(kernel_resources.work())
 
 
 def parameters(row):
-    """(vectors, lanes, cluster, stream) of a kernel of rows.cu, from its name."""
-    found = re.search(r"_(\d+)_(\d+)_(\d+)_(true|false)_\d+_\d+$", row["kernel"])
-    return int(found[1]), int(found[2]), int(found[3]), found[4] == "true"
+    """(vectors, lanes, cluster, stream, even) of a kernel of rows.cu, from its name."""
+    found = re.search(r"_(\d+)_(\d+)_(\d+)_(true|false)_(true|false)_\d+_\d+$", row["kernel"])
+    return int(found[1]), int(found[2]), int(found[3]), found[4] == "true", found[5] == "true"
 
 
 def test_the_table_has_every_kernel_and_is_of_this_code():
@@ -73,17 +73,23 @@ def test_a_part_of_the_table_is_made_and_the_rest_kept(tmp_path, monkeypatch):
 
 
 def test_the_matrix_is_whole():
-    """Every family × dtype × job without options on five chips; with options, on one, but for logarithms."""
-    families, dtypes = "TPWBO", ("f16", "bf16", "float", "double")
+    """Every family × dtype × the jobs that tell most without options on five chips; all jobs, and options, on one."""
+    dtypes, chips = ("f16", "bf16", "float", "double"), [f"sm_{chip}" for chip in kernel_resources.PLAIN_CHIPS]
     have = {(i.family, i.dtype, i.job, i.variant, i.chip) for i in ITEMS if i.family not in "DM"}
-    chips = [f"sm_{chip}" for chip in kernel_resources.PLAIN_CHIPS]
-    wanted = set(itertools.product(families, dtypes, cuda.JOBS, ["PLAIN"], chips))
-    for family in families:  # a row in one thread takes two of the variants for others that ask less
-        variants = ["GENERAL", "CAPPED_GENERAL"] if family in "TP" else cuda.VARIANTS[1:]
-        wanted |= set(itertools.product([family], dtypes, cuda.JOBS[:-1], variants, ["sm_90"]))
+    here, two = ["sm_90"], kernel_resources.TELLING[:2]
+    wanted = set(itertools.product("TPWBO", dtypes, two, ["PLAIN"], chips))
+    wanted |= set(itertools.product("TPWBO", dtypes, cuda.JOBS, ["PLAIN"], here))
     wanted |= set(itertools.product("S", dtypes, ["STATS", "GRAD"], ["PLAIN"], chips))
-    wanted |= set(itertools.product("S", dtypes, ["LOG_SOFTMAX"], ["PLAIN"], ["sm_90"]))
-    wanted |= set(itertools.product("S", dtypes, ["STATS", "GRAD"], ["GENERAL", "CAPPED", "CAPPED_GENERAL"], ["sm_90"]))
+    wanted |= set(itertools.product("S", dtypes, ["LOG_SOFTMAX"], ["PLAIN"], here))
+    without = {"T": {"SMOOTH", "SOFT", "CAPPED"}, "P": {"SOFT"}, "S": {"SMOOTH", "SOFT"}}  # which others take
+    for family in "TPWBOS":
+        variants = set(cuda.VARIANTS[1:]) - without.get(family, set())
+        jobs = ["STATS", "GRAD"] if family == "S" else kernel_resources.TELLING
+        wanted |= set(itertools.product([family], dtypes, jobs, variants, here))
+    # Clusters hold what other chips stream: with numbers of up to 32 bits and little more than labels, all rows.
+    with_grad = [job for job in cuda.JOBS if cuda.writes_grad(job)]
+    of_clusters = [chip for chip in chips if chip not in ("sm_75", "sm_80")]
+    wanted -= set(itertools.product("O", dtypes[:3], with_grad, ["PLAIN", "SMOOTH"], of_clusters))
     assert have == wanted
     assert {(i.dtype, i.chip) for i in ITEMS if i.family == "M"} == set(itertools.product(dtypes, chips))
     assert {(i.dtype, i.chip) for i in ITEMS if i.family == "D"} == set(itertools.product(["float", "double"], chips))
@@ -110,16 +116,25 @@ def test_nothing_spills_where_it_matters():
 
 
 def test_rows_are_read_and_written_in_16_bytes():
-    """K wide loads and K wide stores per thread, and loads again where a row is streamed or read for its logarithm."""
+    """K wide loads and, of even rows, K wide stores per thread; loads again where a row is streamed for a gradient.
+
+    And one more of each, in loops: for confident rows, and for those that do not count.
+    """
+    seen = set()
     for row in ROWS:
         if row["file"] != "rows.cu" or row["chip"] != kernel_resources.SHIPPED:
             continue
-        vectors, lanes, cluster, stream = parameters(row)
+        if not re.search("_(plain|smooth|capped)_[0-9]", row["kernel"]):  # which read nothing else by vectors
+            continue
+        vectors, _, cluster, stream, even = parameters(row)
         job = re.search("loss_and_grad|stats_and_grad|log_softmax|grad|loss|stats", row["kernel"])[0]
-        twice = stream and job in ("loss_and_grad", "stats_and_grad", "log_softmax")
-        passes = 2 if cluster and (twice or (job == "log_softmax" and not lanes)) else 1  # in parts, by two launches
-        assert row["loads128"] == passes * vectors, row
-        assert row["stores128"] == (vectors if job not in ("loss", "stats") else 0), row
+        writes = job not in ("loss", "stats")
+        passes = 2 if stream and cluster and writes and job != "grad" else 1  # in parts, by two launches
+        assert row["loads128"] - passes * vectors in (0, 1), row
+        assert row["stores128"] - (vectors if writes and even else 0) in ((0, 1) if writes and even else (0,)), row
+        seen.add((job, even, passes))
+    assert {job for job, *_ in seen} == {job.lower() for job in cuda.JOBS}
+    assert {(even, passes) for _, even, passes in seen} == set(itertools.product((False, True), (1, 2)))
 
 
 def test_tiny_rows_are_copied_in_16_bytes():
@@ -132,7 +147,8 @@ def test_tiny_rows_are_copied_in_16_bytes():
         wide = size not in (2, 4, 8)
         assert (row["loads128"] > 0) == wide, row
         writes = re.search("_grad_|_log_softmax_", row["kernel"]) is not None
-        assert (row["stores128"] > 0) == (wide and writes), row
+        halves = found[1] == "double" and size == 16  # of a row of two, which the compiler writes so
+        assert (row["stores128"] > 0) == (wide and writes and not halves), row
 
 
 @pytest.mark.full
