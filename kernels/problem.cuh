@@ -138,8 +138,10 @@ template <class T, int VARIANT> struct Row {
     // Only `count` of its classes, which lie side by side. The label may be none of them.
     XE_DEVICE void narrow(i64 start, int count) {
         x += start, g += start;
-        if (kind == OF_FLOAT32) q = static_cast<const float*>(q) + start;
-        else if (by_class(VARIANT)) q = static_cast<const T*>(q) + start;
+        if (by_class(VARIANT)) {
+            q = kind == OF_FLOAT32 ? static_cast<const void*>(static_cast<const float*>(q) + start)
+                                   : static_cast<const void*>(static_cast<const T*>(q) + start);
+        }
         if (w) w += start;
         const i64 named = label - start;
         label = label >= 0 && 0 <= named && named < count ? static_cast<int>(named) : -1;

@@ -92,7 +92,8 @@ template <int VARIANT, class A> struct Sum {
     }
     XE_DEVICE A add(A x, A a) {
         // Half of max - x, which may be beyond the range of finite numbers; 0·inf counts 0.
-        if (a != 0) half_gap += a * (half_max - static_cast<A>(0.5) * x);
+        const A half = half_max - static_cast<A>(0.5) * x;
+        if (any_target(VARIANT) ? a != 0 && half != 0 : a != 0) half_gap += a * half;
         mass += a;
         return add(x);
     }

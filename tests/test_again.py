@@ -385,6 +385,8 @@ def test_an_engine_that_took_the_name_of_another_is_asked(monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*fork:RuntimeWarning")  # of JAX, where another test has imported it
 def test_after_a_fork():
     engine = emulated.engine()
     x, y = problem(0)

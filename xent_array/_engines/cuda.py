@@ -252,7 +252,8 @@ def _columns(
             continue
         if wide <= width:
             return warps, held, wide, bound, False
-        if held == most:  # one kernel for all that must be read row by row
+        # Two kernels for all that must be read row by row: few classes are added up otherwise.
+        if held == most or (warps, held) == (1, 4):
             return warps, held, 1, bound, False
     warps, held, access, bound = next(line[1:] for line in streamed if classes <= line[0])
     wide = max(1, access // itemsize)
