@@ -243,9 +243,10 @@ template <class T, int VARIANT, int K, int STEP, bool EVEN> struct Held {
             if (!has(j)) continue;
             A y[SIZE], a[SIZE];
             V::unpack(v[j], y);
-            if (by_class(VARIANT)) shares(j, answer.scale, a);
+            if (by_class(VARIANT)) shares(j, any_target(VARIANT) ? 1 : answer.scale, a);  // weights may be large: last
 #pragma unroll
             for (int i = 0; i < SIZE; ++i) {
+                if (any_target(VARIANT)) a[i] *= answer.scale;
                 if (!by_class(VARIANT)) a[i] = answer.scale * row.each;
                 y[i] = entry<JOB, KEEP>(answer, powers, cap, y[i], kept[KEEP ? j * SIZE + i : 0], share, a[i]);
             }
