@@ -35,7 +35,8 @@ LAUNCHERS = 14  # processes that share the launches, beside the tests
 TESTERS = 12
 PARTS = 30  # of the launches, of which a sanitizer takes one at a time
 BEGIN = 5  # seconds before the first piece and between them
-LINES = 40  # of output that are kept
+LINES = 200  # of output that are kept
+LAST = 1 / 20  # of its seconds, in which a piece that was interrupted may still say what it has
 RESULTS = Path("bench", "results")
 
 
@@ -70,7 +71,7 @@ def stages() -> list[Stage]:
 
 def _tests() -> Piece:
     command = ("python", "-m", "pytest", "-q", "--full", "--require", "cupy", "-k", "cupy or test_gpu")
-    command += ("-n", str(TESTERS), "-p", "no:cacheprovider", "-p", "no:benchmark", "tests")
+    command += ("-n", str(TESTERS), "-p", "no:cacheprovider", "-p", "no:benchmark", "--tb=short", "tests")
     return Piece("tests", command, "on CuPy arrays, and what only a GPU can show", 90)
 
 
@@ -194,10 +195,15 @@ class Process:
     def end(self) -> dict[str, Any]:
         """Wait for its end, or for the end of its time; what it said and how it ended."""
         rc: int | None = None
+        last = self.piece.seconds * LAST
         if self.process is not None:
             try:
-                rc = self.process.wait(max(0.0, self.start + self.piece.seconds - time.monotonic()))
+                rc = self.process.wait(max(0.0, self.start + self.piece.seconds - last - time.monotonic()))
             except subprocess.TimeoutExpired:
+                self.process.send_signal(signal.SIGINT)  # pytest then says what failed so far
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.process.wait(last)
+                self.output.seek(0, os.SEEK_END)
                 self.output.write("\n(timed out)\n")
             finally:
                 self._signal(signal.SIGKILL)

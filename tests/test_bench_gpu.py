@@ -35,7 +35,7 @@ def test_five_minutes_hold_what_is_worth_most():
     assert int(re.search(r"(?m)^\d+ pieces, (\d+) seconds$", said)[1]) <= 300
     for i in range(1, gpu.LAUNCHERS + 1):
         assert f"python -m bench.launches --part {i}/{gpu.LAUNCHERS} --most 80\n" in said
-    assert "--require cupy -k cupy or test_gpu -n 12 -p no:cacheprovider -p no:benchmark tests\n" in said
+    assert "--require cupy -k cupy or test_gpu -n 12 -p no:cacheprovider -p no:benchmark --tb=short tests\n" in said
     at = {name: int(when) for when, name in re.findall(r"(?m)^ *(\d+) s +\d+ s  (.*?)  \(", said)}
     assert (
         at["tests"]
