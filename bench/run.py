@@ -8,6 +8,7 @@ import importlib
 import importlib.metadata
 import itertools
 import json
+import math
 import os
 import platform
 import re
@@ -54,9 +55,10 @@ from oracle import Truth, oracle  # noqa: E402
 
 Array = Any
 Row = dict[str, Any]
+Tile = tuple[slice, ...]  # where it lies in an array
 
 READY = "ready"  # said where all is begun, before anything is timed
-CHECKED = 1 << 19  # logits that the oracle judges, at most where one index of the first axis holds fewer
+CHECKED = 1 << 19  # logits that the oracle judges, at most where a row holds fewer
 POOLED = 2 << 30  # bytes of logits on a GPU beyond which the libraries may not keep their pools side by side
 LOOSE = 0.03  # of the largest gradient, and of the loss: a peer beyond that computes something else
 PACKAGES = ("numpy", "numba", "ml_dtypes", "torch", "triton", "liger-kernel", "quack-kernels", "jax",
@@ -98,6 +100,7 @@ def run(cases: list[Case], settings: Settings) -> int:
     begun = {}
     if settings.ahead:
         begun = {case: begin(case, makers, settings, xp)._replace(calls={}) for case in cases}
+        _release(xp)  # others are timed meanwhile, or run their own
         say(READY)
         sys.stdout.flush()
         sys.stdin.readline()
@@ -229,17 +232,17 @@ def measure(
 
 def make(
     case: Case, seed: int, threads: int, xp: Any, judged: bool = True
-) -> tuple[Problem, Truth | None, list[slice]]:
+) -> tuple[Problem, Truth | None, list[Tile]]:
     """A problem, the truth on one tile of it (where it will be judged), and where to look for that tile.
 
-    The first axis repeats one tile. So the mean over all is that over the tile, and the oracle, which is slow, needs to
-    see no more than that.
+    The rows repeat those of one tile. So the mean over all is that over the tile, and the oracle, which is slow, needs
+    to see no more than that.
     """
     rng = np.random.default_rng(seed)
-    outer = case.shape[0]
-    tile = max((n for n in range(1, outer + 1) if outer % n == 0 and n * case.size // outer <= CHECKED), default=1)
-    shape, dtype = (tile, *case.shape[1:]), ml_dtypes.bfloat16 if case.dtype == "bfloat16" else case.dtype
-    axis = case.axis % len(shape)
+    axis = case.axis % len(case.shape)
+    shape = tile_shape(case.shape, axis)
+    times = [whole // part for whole, part in zip(case.shape, shape, strict=True)]
+    dtype = ml_dtypes.bfloat16 if case.dtype == "bfloat16" else case.dtype
     logits = rng.standard_normal(shape, np.float32).astype(dtype)
     if case.target == "labels":
         target = rng.integers(case.classes, size=shape[:axis] + shape[axis + 1 :])
@@ -253,19 +256,30 @@ def make(
     for name, count in (("weight", case.classes), ("sample_weight", target.shape)):
         if name in options:
             options[name] = rng.uniform(0.5, 2, count).astype(np.float32)
-    truth = oracle(logits, target, axis=axis, grad_output=tile / outer, **options) if judged else None
+    truth = oracle(logits, target, axis=axis, grad_output=1 / math.prod(times), **options) if judged else None
 
     def tiled(part: Array) -> Array:
-        return xp.tile(xp.asarray(part), (outer // tile,) + (1,) * (part.ndim - 1))
+        along = times if part.ndim == len(shape) else times[:axis] + times[axis + 1 :]
+        return xp.tile(xp.asarray(part), along)
 
     options |= {name: xp.asarray(options[name]) for name in {"weight"} & set(options)}
     options |= {name: tiled(options[name]) for name in {"sample_weight"} & set(options)}
-    starts = sorted({0, outer // tile // 2 * tile, outer - tile})
+    places = dict.fromkeys([(0,) * len(times), tuple(t // 2 for t in times), tuple(t - 1 for t in times)])
+    tiles = [tuple(slice(i * n, (i + 1) * n) for i, n in zip(place, shape, strict=True)) for place in places]
     problem = Problem(case, xp, tiled(logits), tiled(target), threads, options)
-    return problem, truth, [slice(start, start + tile) for start in starts]
+    return problem, truth, tiles
 
 
-def check(result: Any, truth: Truth | None, tiles: list[slice], strictly: bool) -> Row:
+def tile_shape(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    """Of what is repeated to make a problem: as few of the rows as the oracle shall judge, of the first axes first."""
+    tile = list(shape)
+    for i in (i for i in range(len(shape)) if i != axis):
+        rest = math.prod(tile) // tile[i]
+        tile[i] = max((n for n in range(1, tile[i] + 1) if tile[i] % n == 0 and n * rest <= CHECKED), default=1)
+    return tuple(tile)
+
+
+def check(result: Any, truth: Truth | None, tiles: list[Tile], strictly: bool) -> Row:
     """The largest errors in units of rounding. Raises where ours misses the project's bar, or a peer is far off."""
     assert truth is not None
     loss, grad = result if isinstance(result, tuple) else (result, None)
@@ -328,6 +342,8 @@ def _release(xp: Any) -> None:
     """Gives the memory that pools hold back to the GPU."""
     if xp is not np:
         xp.get_default_memory_pool().free_all_blocks()
+        if "torch" in sys.modules:
+            sys.modules["torch"].cuda.empty_cache()
         if "torch" in sys.modules:
             sys.modules["torch"].cuda.empty_cache()
 
