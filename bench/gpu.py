@@ -31,8 +31,8 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-LAUNCHERS = 14  # processes that share the launches, beside the tests
-TESTERS = 12
+LAUNCHERS = 4  # processes that take a part of the launches each, beside the tests
+TESTERS = 10
 PARTS = 30  # of the launches, of which a sanitizer takes one at a time
 BEGIN = 5  # seconds before the first piece and between them
 LINES = 200  # of output that are kept
@@ -58,10 +58,12 @@ def stages() -> list[Stage]:
     return [
         [*_launches(), _tests()],
         *(
-            [_timed(f"cells-{dtype}", f"^cells .* {dtype} ", 45, "against every peer")]
+            [_timed(f"cells-{dtype}", f"^cells .* {dtype} ", 25, "against every peer")]
             for dtype in ("float32", "bfloat16")
         ),
-        [_timed("others", "^(?!cells)", 60, "peaked logits, options, dtypes, layouts, the host's time")],
+        [_timed("options", "^(host|peaked|options)", 20, "the host's time, peaked logits, options")],
+        [_timed("dtypes", "^(soft|dtypes|long)", 20, "distributions, every dtype, long rows")],
+        [_timed("layouts", "^(few|axis)", 20, "few classes, classes apart")],
         [_engines()],
         *([_sanitizer(tool, part) for tool in TOOLS] for part in range(1, 3)),
         [Piece("tune", ("python", "-m", "bench", "tune"), "every plan that could take a problem", 150)],
@@ -70,16 +72,17 @@ def stages() -> list[Stage]:
 
 
 def _tests() -> Piece:
-    command = ("python", "-m", "pytest", "-q", "--full", "--require", "cupy", "-k", "cupy or test_gpu")
+    command = ("python", "-m", "pytest", "-q", "--full", "--require", "cupy")
+    command += ("-k", "(cupy or test_gpu) and not standin and not many")
     command += ("-n", str(TESTERS), "-p", "no:cacheprovider", "-p", "no:benchmark", "--tb=short", "tests")
-    return Piece("tests", command, "on CuPy arrays, and what only a GPU can show", 90)
+    return Piece("tests", command, "on CuPy arrays, and what only a GPU can show", 80)
 
 
 def _launches() -> Iterator[Piece]:
     for i in range(1, LAUNCHERS + 1):
-        command = ("python", "-m", "bench.launches", "--part", f"{i}/{LAUNCHERS}", "--most", "80")
+        command = ("python", "-m", "bench.launches", "--part", f"{i}/{LAUNCHERS}", "--most", "70")
         yield Piece(
-            f"launches {i}/{LAUNCHERS}", command, "every launch that the plan can choose, against the oracle", 90
+            f"launches {i}/{LAUNCHERS}", command, "every launch that the plan can choose, against the oracle", 80
         )
 
 

@@ -197,6 +197,9 @@ class Silent:
     def chip(self, array: Any) -> int:
         return 90
 
+    def processors(self, array: Any) -> int:
+        return 132
+
     def on(self, array: Any) -> AbstractContextManager[Any]:
         return nullcontext()
 

@@ -274,8 +274,8 @@ def tile_shape(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
     """Of what is repeated to make a problem: as few of the rows as the oracle shall judge, of the first axes first."""
     tile = list(shape)
     for i in (i for i in range(len(shape)) if i != axis):
-        rest = math.prod(tile) // tile[i]
-        tile[i] = max((n for n in range(1, tile[i] + 1) if tile[i] % n == 0 and n * rest <= CHECKED), default=1)
+        most = min(tile[i], max(1, CHECKED * tile[i] // math.prod(tile)))
+        tile[i] = next(n for n in range(most, 0, -1) if tile[i] % n == 0)
     return tuple(tile)
 
 

@@ -28,15 +28,15 @@ template <int N> XE_DEVICE void labels_of(const void* target, i64 at, i64 step, 
 // Most problems are given no options. What asks for them row by row is worked out twice over in the text where that is
 // much of the work: once for such a problem, of which the compiler knows that there are none.
 
-// Labels in 64 bits, no z-loss, no weights. (A mean may well have its scale from memory.)
+// Labels in 64 bits, no z-loss, no weights, no ragged rows. (A mean may well have its scale from memory.)
 template <class T> XE_DEVICE bool is_usual(const Problem<T>& p) {
     const u64 weights = reinterpret_cast<u64>(p.weight) | reinterpret_cast<u64>(p.sample_weight);
-    return static_cast<int>(p.kind) == INT64 && weights == 0 && p.z_loss == 0;
+    return static_cast<int>(p.kind) == INT64 && static_cast<int>(p.whole) && weights == 0 && p.z_loss == 0;
 }
 
 // Such a problem, with what is known of it as constants.
 template <class T> XE_DEVICE Problem<T> as_usual(Problem<T> p) {
-    p.kind = INT64, p.weight = p.sample_weight = nullptr, p.z_loss = 0;
+    p.kind = INT64, p.weight = p.sample_weight = nullptr, p.z_loss = 0, p.whole = 1;
     return p;
 }
 

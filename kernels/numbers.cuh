@@ -112,10 +112,12 @@ template <int N> XE_DEVICE void load_accs(const float* from, double (&x)[N]) {
     for (int i = 0; i < N; ++i) x[i] = from[i];
 }
 
-// How a stretch of memory is cut for 16-byte accesses.
+// How a stretch of memory is cut for 16-byte accesses; `whole`: it is known to be nothing but vectors.
 template <class T> struct Cut {
     int head, vectors, tail;  // elements, vectors, elements
-    XE_DEVICE Cut(const T* x, int count) {
+    XE_DEVICE Cut(const T* x, int count, bool whole) : head(0), tail(0) {
+        vectors = static_cast<int>(static_cast<u32>(count) / Vector<T>::SIZE);
+        if (whole) return;
         const int before = static_cast<int>((16 - (reinterpret_cast<u64>(x) & 15)) & 15) / static_cast<int>(sizeof(T));
         head = before < count ? before : count;
         vectors = static_cast<int>(static_cast<u32>(count - head) / Vector<T>::SIZE);

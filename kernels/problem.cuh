@@ -49,6 +49,8 @@ template <class T> struct Problem {
     bool* correct;                                   // one per row, of labels; null: not wanted
     u32* ticket;                                     // null, or what `open` sets to 0 for the launch after this one
     A* of_parts; i64 parts, part;                    // a row in `parts` of `part` classes: 4 numbers for each, as stats
+    i64 whole;                                       // whether every row is nothing but vectors of 16 bytes
+    i64 first, ahead;                                // blocks that are the first on the device; rows that are prefetched ahead
 };
 
 // What a kernel over rows does first: sums.cu counts its blocks with a ticket, and this launch comes before it.
@@ -84,6 +86,31 @@ XE_DEVICE i64 label_at(const void* target, i64 at, int kind) {
 }
 XE_DEVICE bool is_label(int kind) { return INT8 <= kind && kind <= UINT64; }
 
+// Where a row lies in every array: r = o·p.inner + i.
+struct Place { i64 o, i; };
+template <class T> XE_DEVICE Place place_of(const Problem<T>& p, i64 r) {
+    return {p.inner == 1 ? r : r / p.inner, p.inner == 1 ? 0 : r % p.inner};
+}
+
+// Whether row r counts, as far as little work tells: of one that does not, no logits need be read. Labels of 8 and 16
+// bits are not looked at.
+template <class T> XE_DEVICE bool may_count(const Problem<T>& p, i64 r, Place at) {
+    if (p.sample_weight && p.sample_weight[r] == 0) return false;
+    const int kind = static_cast<int>(p.kind);
+    if (kind < INT32 || kind > UINT64 || !static_cast<int>(p.ignores)) return true;
+    const i64 element = at.o * p.target_outer + at.i * p.target_inner;
+    if (kind >= INT64) return static_cast<const i64*>(p.target)[element] != p.ignore_index;
+    const int bits = static_cast<const int*>(p.target)[element];
+    return (kind == INT32 ? bits : static_cast<i64>(static_cast<u32>(bits))) != p.ignore_index;
+}
+// Brings its label nearer.
+template <class T> XE_DEVICE void prefetch_label(const Problem<T>& p, Place at) {
+    const int kind = static_cast<int>(p.kind);
+    if (!is_label(kind)) return;
+    const i64 element = at.o * p.target_outer + at.i * p.target_inner;
+    prefetch(static_cast<const char*>(p.target) + (element << (kind - INT8) / 2));
+}
+
 // What is known of a row before its logits are. Class k has the share a_k = w_k (keep·q_k + each) of the target, and the
 // label's class `on_label` beside. (SMOOTH: where no class is named, no share counts.)
 template <class T, int VARIANT> struct Row {
@@ -104,19 +131,18 @@ template <class T, int VARIANT> struct Row {
     A keep;
 
     Row() = default;
-    XE_DEVICE Row(const Problem<T>& p, i64 r)
-        : Row(p, r, p.inner == 1 ? r : r / p.inner, p.inner == 1 ? 0 : r % p.inner) {}
-    XE_DEVICE Row(const Problem<T>& p, i64 r, i64 o, i64 i)
-        : Row(p, is_label(kind_of(p)) ? label_at(p.target, o * p.target_outer + i * p.target_inner, kind_of(p)) : 0,
+    XE_DEVICE Row(const Problem<T>& p, i64 r) : Row(p, r, place_of(p, r)) {}
+    XE_DEVICE Row(const Problem<T>& p, i64 r, Place at)
+        : Row(p, is_label(kind_of(p)) ? label_at(p.target, at.o * p.target_outer + at.i * p.target_inner, kind_of(p)) : 0,
               p.sample_weight ? p.sample_weight[r] : 1, p.upstream ? p.upstream[r * p.upstream_step] : p.scale) {
-        x = p.logits + (o * p.logits_outer + i * p.logits_inner);
-        g = p.grad + (o * p.grad_outer + i * p.grad_inner);
+        x = p.logits + (at.o * p.logits_outer + at.i * p.logits_inner);
+        g = p.grad + (at.o * p.grad_outer + at.i * p.grad_inner);
         if (!by_class(VARIANT)) return;
         keep = kind >= OF_LOGITS ? p.keep : 0;
         target_class = p.target_class;
-        const i64 at = o * p.target_outer + i * p.target_inner;
-        q = kind == OF_FLOAT32 ? static_cast<const void*>(static_cast<const float*>(p.target) + at)
-                               : static_cast<const void*>(static_cast<const T*>(p.target) + at);
+        const i64 element = at.o * p.target_outer + at.i * p.target_inner;
+        q = kind == OF_FLOAT32 ? static_cast<const void*>(static_cast<const float*>(p.target) + element)
+                               : static_cast<const void*>(static_cast<const T*>(p.target) + element);
     }
     // All but where it lies, of what has been read for it.
     XE_DEVICE Row(const Problem<T>& p, i64 named, A weight, A upstream) {

@@ -38,7 +38,7 @@
  *          the maximum and products beyond the range share: text is what limits 16-bit rows, and registers the rest.
  */
 
-#include "stats.cuh"
+#include "lean.cuh"
 
 // A part of a row: its maximum; the sum of e^{x - max} of that piece of one thread which holds the maximum, whose own 1
 // is in it, and of all others; and of a target that every class has a share of, half the gap and the mass. Where all
@@ -106,6 +106,7 @@ template <class T, int VARIANT, int K, int STEP, bool EVEN> struct Held {
     static constexpr int SIZE = V::SIZE, EDGES = 2 * (SIZE - 1) > STEP ? (2 * SIZE - 3 + STEP) / STEP : 1;
     const Problem<T>& p;
     const Row<T, VARIANT>& row;
+    const T* const logits;
     const Cut<T> cut;
     const int lane;
     int first;             // the number of v[0] among the vectors of the row
@@ -113,8 +114,8 @@ template <class T, int VARIANT, int K, int STEP, bool EVEN> struct Held {
     A at_edge[EDGES];      // the logits; later their powers, where those are kept
     uint4 v[K];
 
-    XE_DEVICE Held(const Problem<T>& p, const Row<T, VARIANT>& row, Cut<T> cut, int lane, int first)
-        : p(p), row(row), cut(cut), lane(lane), first(first) {
+    XE_DEVICE Held(const Problem<T>& p, const Row<T, VARIANT>& row, const T* logits, Cut<T> cut, int lane, int first)
+        : p(p), row(row), logits(logits), cut(cut), lane(lane), first(first) {
 #pragma unroll
         for (int e = 0; e < EDGES; ++e) edge[e] = edge_class(e);
     }
@@ -132,10 +133,10 @@ template <class T, int VARIANT, int K, int STEP, bool EVEN> struct Held {
 
     XE_DEVICE void load_edge(bool needed) {
 #pragma unroll
-        for (int e = 0; e < EDGES; ++e) at_edge[e] = needed && edge[e] >= 0 ? to_acc(row.x[edge[e]]) : -infinity<A>();
+        for (int e = 0; e < EDGES; ++e) at_edge[e] = needed && edge[e] >= 0 ? to_acc(logits[edge[e]]) : -infinity<A>();
     }
     XE_DEVICE void load(bool needed) {
-        const T* from = row.x + class_of(0);
+        const T* from = logits + class_of(0);
         const int vectors = needed ? cut.vectors : 0;
 #pragma unroll
         for (int j = 0; j < K; ++j) {
@@ -256,7 +257,7 @@ template <class T, int VARIANT, int K, int STEP, bool EVEN> struct Held {
 #pragma unroll
         for (int e = 0; e < EDGES; ++e) {
             if (edge[e] < 0) continue;
-            const A x = KEEP ? 0 : to_acc(row.x[edge[e]]);
+            const A x = KEEP ? 0 : to_acc(logits[edge[e]]);
             const A a = answer.scale * (by_class(VARIANT) ? row.beside_label(edge[e]) : row.each);
             row.g[edge[e]] = from_acc(entry<JOB, KEEP>(answer, powers, cap, x, at_edge[e], share, a), T());
         }
@@ -299,7 +300,7 @@ template <class T, int VARIANT, int K, int STEP, bool EVEN> struct Held {
             const bool of_label = at == -EDGES - 1, of_top = every_class(VARIANT) && at == -EDGES - 2;
             const int k = of_label ? label : of_top ? top : class_at(at);
             if (k < 0) continue;
-            const Capped<A> c = capped(cap, of_label ? at_label : of_top ? at_top : to_acc(row.x[k]));
+            const Capped<A> c = capped(cap, of_label ? at_label : of_top ? at_top : to_acc(logits[k]));
             const A y = answer.grad(c.x, row.a(k), c.slope);
             row.g[k] = from_acc(y, T());
         } while (++at != -EDGES && at != K * SIZE);
@@ -310,17 +311,17 @@ template <class T, int VARIANT, int K, int STEP, bool EVEN> struct Held {
 #pragma unroll 1
         for (int at = with_edge ? -EDGES : 0; at < K * SIZE; ++at) {
             const int k = class_at(at);
-            if (k >= 0) f(k, to_acc(row.x[k]));
+            if (k >= 0) f(k, to_acc(logits[k]));
         }
     }
     // Likewise, a vector in a turn: for what is short, and done in many rows.
     template <class F> XE_DEVICE void each_vector_again(bool with_edge, F f) const {
 #pragma unroll
         for (int e = 0; e < EDGES; ++e) {
-            if (with_edge && edge[e] >= 0) f(edge[e], to_acc(row.x[edge[e]]));
+            if (with_edge && edge[e] >= 0) f(edge[e], to_acc(logits[edge[e]]));
         }
         int k = class_of(0);
-        const T* from = row.x + k;
+        const T* from = logits + k;
 #pragma unroll 1
         for (int j = 0; j < K && has(j); ++j, k += STEP * SIZE, from += STEP * SIZE) {
             A x[SIZE];
@@ -450,6 +451,15 @@ template <class A, int VARIANT, int LANES, int CLUSTER> struct Team {
     }
 };
 
+// Brings `count` vectors of a row nearer, from number `first` on, but for ragged ends.
+template <class T> XE_DEVICE void prefetch_row(const Problem<T>& p, i64 r, int first, int count) {
+    constexpr int SIZE = Vector<T>::SIZE;
+    const T* const x = p.logits + r * p.logits_outer;
+    const int end = min((first + count) * SIZE, static_cast<int>(p.classes));
+    const u64 from = (reinterpret_cast<u64>(x + first * SIZE) + 15) / 16 * 16, to = reinterpret_cast<u64>(x + end) / 16 * 16;
+    if (first * SIZE < end && from < to) prefetch(reinterpret_cast<const void*>(from), static_cast<u32>(to - from));
+}
+
 template <class T, int JOB, int VARIANT, int K, int LANES, int CLUSTER, bool STREAM, bool EVEN>
 XE_DEVICE void xent_rows(const Problem<T>& p) {
     typedef typename Acc<T>::type A;
@@ -479,24 +489,43 @@ XE_DEVICE void xent_rows(const Problem<T>& p) {
                            : block / (PARTS ? static_cast<u32>(p.parts) : CLUSTER);
     const bool exists = !LANES || mine < p.rows;  // lanes without a row take part in the shuffles
     const i64 r = exists ? mine : p.rows - 1;
-    Row<T, VARIANT> row = EVEN ? Row<T, VARIANT>(p, r, r, 0) : Row<T, VARIANT>(p, r);
-    if (EVEN) row.target_class = 1;  // which the compiler does not know
+    const Place at = EVEN ? Place{r, 0} : place_of(p, r);
+    const T* logits = p.logits + (at.o * p.logits_outer + at.i * p.logits_inner);
     int classes = static_cast<int>(p.classes);
-    if (PARTS) {
-        const i64 start = block % static_cast<u32>(p.parts) * p.part;
-        classes = static_cast<int>(min(p.part, p.classes - start));
-        row.narrow(start, classes);
-        if (OF_PART && row.label < 0) row.on_label = 0;
-    }
-    const Cut<T> cut(row.x, classes);
-    const Cap<A> cap(p.softcap);
-    const bool needed = exists && row.needs_logits(JOB);
+    const i64 start = PARTS ? block % static_cast<u32>(p.parts) * p.part : 0;
+    if (PARTS) classes = static_cast<int>(min(p.part, p.classes - start)), logits += start;
+    const Cut<T> cut(logits, classes, static_cast<int>(p.whole) != 0);
 
     // A group of STEP lanes owns stretches of STEP·K vectors. A warp whose stretch is beyond the row only takes part in
     // the merging; the first always has the edges.
     const bool busy = BLOCKS == 1 || static_cast<int>(lane / STEP * (STEP * K)) < max(cut.vectors, 1);
     const int first = static_cast<int>(lane / STEP * (STEP * K) + lane % STEP), stride = threads * K;
-    H held(p, row, cut, static_cast<int>(lane), first);
+    Row<T, VARIANT> row;
+    H held(p, row, logits, cut, static_cast<int>(lane), first);
+    if (!STREAM) {
+        // The logits come first: what is known of a row is asked while they are on their way. Only whether they are
+        // needed at all is asked before, and by the first blocks not even that, for whom nobody has prefetched the label.
+        constexpr bool MAY_SKIP = !writes_stats(JOB) && JOB != LOG_SOFTMAX;
+        const bool asks = MAY_SKIP && blockIdx.x >= static_cast<u32>(p.first);
+        const bool read = exists && (!asks || may_count(p, r, at));
+        if (busy) held.load(read);
+        const i64 next = r + p.ahead;
+        if (EVEN && p.ahead != 0 && next < p.rows && (LANES ? lane == 0 : threadIdx.x == 0)) {
+            if (!WRITES) {
+                prefetch_label(p, {next, 0});
+            } else if (!MAY_SKIP || may_count(p, next, {next, 0})) {
+                prefetch_row(p, next, team.rank * static_cast<int>(blockDim.x) * K, stride / BLOCKS);
+            }
+        }
+    }
+    row = Row<T, VARIANT>(p, r, at);
+    if (EVEN) row.target_class = 1;  // which the compiler does not know
+    if (PARTS) {
+        row.narrow(start, classes);
+        if (OF_PART && row.label < 0) row.on_label = 0;
+    }
+    const Cap<A> cap(p.softcap);
+    const bool needed = exists && row.needs_logits(JOB);
     held.load_edge(needed);
 
     // The label's logit, in the thread that will overwrite it. For `correct` in all of them; nobody overwrites it before
@@ -524,10 +553,7 @@ XE_DEVICE void xent_rows(const Problem<T>& p) {
     } else {
         int highest = first;  // the piece that holds the thread's maximum
         if constexpr (!STREAM) {
-            if (busy) {
-                held.load(needed);
-                part = held.template part<KEEP>(true, cap, kept);
-            }
+            if (busy) part = held.template part<KEEP>(true, cap, kept);
         } else {
             do {
                 held.load(needed);
@@ -605,12 +631,13 @@ XE_DEVICE void xent_rows(const Problem<T>& p) {
         put_correct<JOB>(p, r, answer, rival, beaten);
     }
     if (!WRITES || !exists || !busy) return;
+    row.g = p.grad + (at.o * p.grad_outer + at.i * p.grad_inner) + start;  // not before, for want of registers
 
     const bool silent = JOB != LOG_SOFTMAX && row.scale == 0;
     const bool all_exactly = JOB != LOG_SOFTMAX && !answer.products_are_finite();
     const auto write = [&](bool last) {  // the piece with the edges
         if (silent) return held.clear(last);
-        if (STREAM || READS_STATS) held.load(needed);
+        if (STREAM) held.load(needed);
         if (READS_STATS && every_class(VARIANT) && answer.confident) {
             if (H::capped(cap, held.largest(last)).x == stats.max) {
                 held.each_again(last, [&](int k, A x) { if (H::capped(cap, x).x == stats.max) top = k, at_top = x; });
@@ -636,6 +663,11 @@ XE_DEVICE void xent_rows(const Problem<T>& p) {
     }
 }
 
+// Which kernels are worked out once more for problems without options.
+XE_DEVICE constexpr bool may_be_usual(int job, int variant, bool stream) {
+    return (variant == PLAIN || variant == SMOOTH) && !stream && (job == LOSS_AND_GRAD || job == LOSS);
+}
+
 #define XE_CLUSTER_0
 #define XE_CLUSTER_1
 #define XE_CLUSTER_2 XE_CLUSTER(2)
@@ -643,5 +675,7 @@ XE_DEVICE void xent_rows(const Problem<T>& p) {
 #define XE_CLUSTER_8 XE_CLUSTER(8)
 #define XE_ROWS(name, T, JOB, VARIANT, K, LANES, CLUSTER, STREAM, EVEN, THREADS, BLOCKS)                        \
     extern "C" __global__ void XE_CLUSTER_##CLUSTER __launch_bounds__(THREADS, BLOCKS) name(const Problem<T> p) { \
-        xent_rows<T, JOB, VARIANT, K, LANES, CLUSTER, STREAM, EVEN>(open(p));                                         \
+        with_what_is_known<may_be_usual(JOB, VARIANT, STREAM)>(open(p), [](const Problem<T>& q) {                     \
+            xent_rows<T, JOB, VARIANT, K, LANES, CLUSTER, STREAM, EVEN>(q);                                           \
+        });                                                                                                           \
     }

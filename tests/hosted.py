@@ -18,6 +18,9 @@ class Hosted(Cupy):
     def chip(self, array):
         return 90
 
+    def processors(self, array):
+        return 132
+
     def on(self, array):
         return contextlib.nullcontext()
 

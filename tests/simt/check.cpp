@@ -199,6 +199,7 @@ void access(const void* at, u64 bytes, Access kind, Where where) {
     Dl_info module;
     if (!e && !write && dladdr(p, &module)) return;  // a constant of the kernel's own
     if (!e) out_of_bounds(p, bytes, write, where);
+    if (kind == PREFETCH) return;  // reads nothing that anybody could have written otherwise
     const auto name = [&] { return "byte " + std::to_string(p - e->base) + " of " + e->what; };
     const Stamp now = stamp(cluster, self->id, self->now, kind == ATOMIC);
     if (write && !e->writable) fail("bounds", where, "writes %s, which is read-only", name().c_str());

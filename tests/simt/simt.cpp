@@ -485,6 +485,11 @@ void access(const void* p, int bytes, Access kind, int line) {
         fail("misaligned", line, "touches %d bytes at an address that is no multiple of %d", bytes, bytes);
     check::access(p, static_cast<u64>(bytes), kind, line);
 }
+void prefetch(const void* p, u32 bytes, u32 unit, int line) {
+    if (!bytes || bytes % unit || reinterpret_cast<u64>(p) % unit)
+        fail("misaligned", line, "prefetches %u bytes at %p, which are no whole %u", bytes, p, unit);
+    check::access(p, bytes, PREFETCH, line);
+}
 void fence() { check::fence(); }
 void ticket() { check::ticket(); }
 void* shared(const void* key, i64 bytes, int align) { return array(*self->block, key, bytes, align).base; }

@@ -24,11 +24,12 @@ namespace simt {
 
 struct Index { u32 x, y, z; };
 struct Place { Index thread, block, block_dim, grid_dim; };  // of a thread
-enum Access { READ = 0, WRITE = 1, READ_L2 = 2, ATOMIC = 3 };
+enum Access { READ = 0, WRITE = 1, READ_L2 = 2, ATOMIC = 3, PREFETCH = 4 };
 enum Collective { SHFL, SHFL_XOR, BALLOT, SYNC_WARP };
 
 Place place();  // of the one that runs
 void access(const void* p, int bytes, Access kind, int line);  // a multiple of its size? the checker looks closer
+void prefetch(const void* p, u32 bytes, u32 unit, int line);   // both multiples of `unit`?
 void* shared(const void* key, i64 bytes, int align);  // one array per block and place of declaration
 u64 collective(Collective what, u64 value, int by, int line);
 bool block_barrier(bool yes, int line);
@@ -149,6 +150,13 @@ XE_RAW inline void st16(void* p, uint4 v, XE_HERE) {
     *static_cast<uint4*>(p) = v;
 }
 template <class T> XE_RAW T ld_l2(const T* p, XE_HERE) { simt::access(p, sizeof(T), simt::READ_L2, line); return *p; }
+inline void prefetch(const void* p, XE_HERE) { simt::prefetch(p, 1, 1, line); }
+inline void prefetch(const void* p, u32 bytes, XE_HERE) {
+    simt::prefetch(p, bytes, 16, line);
+#ifdef __SANITIZE_ADDRESS__
+    (void)*static_cast<const volatile char*>(p), (void)*(static_cast<const volatile char*>(p) + bytes - 1);
+#endif
+}
 XE_RAW inline u32 take_ticket(u32* p, XE_HERE) {
     simt::access(p, 4, simt::ATOMIC, line);
     simt::ticket();

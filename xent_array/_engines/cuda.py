@@ -50,13 +50,12 @@ COLUMNS = (
 # 2048, find in L2 what they read again for a gradient; beyond, memory is read twice.
 STREAMED = ((1024, 16, 16, 4, (512, 2)), (1 << 31, 16, 16, 4, (512, 1)))
 # Rows in lanes of a warp: bytes of the row, vectors per thread, lanes. The fewest threads that hold a row do the least
-# that is not per logit.
+# that is not per logit; of 16-bit logits, of whose exponentials so many can be kept, half as many vectors.
 WARP_ROWS = ((64, 1, 4), (128, 2, 4), (256, 4, 4), (512, 8, 4), (1024, 8, 8), (2048, 8, 16), (4096, 8, 32))
-ALONE = 128  # threads of the longest row that one block holds where there are clusters, and that streams one for a loss
-# Bytes of a longer row, and how many blocks hold it for a gradient. Blocks of few threads, several on a multiprocessor,
-# load for each other; of a cluster the more blocks wait for each other, the less each has to do.
-CLUSTERS = ((24 << 10, 1), (64 << 10, 2), (128 << 10, 4), (1 << 62, 8))
-STREAMING = ((128 << 10, 1, ALONE), (256 << 10, 4, 256), (1 << 62, 8, 256))  # for a loss, and their threads
+WARP_ROWS_LEAN = (*WARP_ROWS[:3], (512, 4, 8), (1024, 4, 16), (2048, 4, 32), (4096, 8, 32))
+ALONE = 128  # threads of the longest row that a block holds for a loss
+STREAMING = ((128 << 10, 1, ALONE), (512 << 10, 2, 256), (1 << 62, 4, 256))  # bytes of longer rows, blocks, their threads
+AHEAD = 4 << 20  # bytes of logits between what is read and what is prefetched, where a gradient is written
 # Rows of more bytes are read in parts, each by a block: where there are clusters, or else by what is wanted; bytes of a
 # part, or a multiple of them where there would be more parts than that; threads of what merges them.
 WHOLE, WHOLE_LOSS, WHOLE_GRAD = 1 << 20, 128 << 10, 256 << 10
@@ -121,6 +120,20 @@ class Plan:
             return _kernels.kernel("columns.cu", "XE_COLUMNS", "P", ctype, job, self.variant, *held, *self.bound)
         how = self.vectors, self.lanes, self.cluster, self.stream, self.even
         return _kernels.kernel("rows.cu", "XE_ROWS", self.family, ctype, job, self.variant, *how, *self.bound)
+
+    def begins(self, job: str, processors: int) -> tuple[int, int]:
+        """(how many blocks are on the device at a time, how many rows further on each prefetches; 0: none).
+
+        Blocks that come later find there what they need of memory, in W and B: labels; and the logits where a gradient
+        is written, few enough ahead that the cache still has them when they are read.
+        """
+        if self.family not in "WB":
+            return 0, 0
+        first = processors * (self.bound[0] * self.bound[1] // self.threads)
+        ahead = first // self.cluster * self.rows_per_block
+        if writes_grad(job):
+            ahead = min(ahead, AHEAD // (self.classes * DTYPES[self.dtype][1])) if self.chip >= 90 else -1
+        return first, max(ahead, 1) if ahead >= 0 else 0
 
     def words(self) -> str:
         """Who works on a row, and what is launched."""
@@ -207,26 +220,32 @@ def plan(
         parts = -(-size // part)
         return replace(found, parts=parts, part=part // itemsize, blocks=rows * parts)
     vectors, most, blocks = _held(itemsize, variant, job, chip)
-    for limit, wanted, lanes in WARP_ROWS:
+    lean = itemsize == 2 or not writes_grad(job)
+    for limit, wanted, lanes in WARP_ROWS_LEAN if lean else WARP_ROWS:
         if size <= limit and wanted * lanes <= vectors * 32:
             fewer = max(1, wanted // vectors)
-            # Of 4 lanes each has more than one element of head and tail, and needs registers for them.
-            bound = (WARP_THREADS, most * blocks // WARP_THREADS - (lanes * fewer == 4 and writes_grad(job)))
-            return spread("W", wanted // fewer, lanes * fewer, WARP_THREADS, bound)
+            held, lanes = wanted // fewer, lanes * fewer
+            several = most * blocks // WARP_THREADS
+            if writes_grad(job):  # of 4 lanes each has more than one element of head and tail
+                several = min(several - (lanes == 4), 5 if held == 8 else several)
+            elif variant in ("PLAIN", "SMOOTH") and held <= 4 < lanes and itemsize < 8:
+                several = 12
+            return spread("W", held, lanes, WARP_THREADS, (WARP_THREADS, several))
     threads = _whole_warps(-(-size // (16 * vectors)))
     if threads <= ALONE:
         return spread("B", vectors, 0, threads, (most, blocks))
     if not writes_grad(job):  # which is read once anyhow
         cluster, threads = next(how for limit, *how in STREAMING if size <= limit) if chip >= 90 else (1, ALONE)
         return spread("O", vectors, 0, threads, (threads, most * blocks // threads), cluster, stream=True)
-    usual = next(cluster for limit, cluster in CLUSTERS if size <= limit)
-    fits = (usual > 1 and variant in ("PLAIN", "SMOOTH")) or (variant == "PLAIN" and chip < 100)
-    if fits and job == "LOSS_AND_GRAD" and itemsize < 8 and chip >= 90 and even:
-        most, blocks = 512, 2  # as the rows that clusters hold need fewer registers there
-    for cluster in (usual, 8) if chip >= 90 else (1,):
+    if variant in ("PLAIN", "SMOOTH") and job == "LOSS_AND_GRAD" and itemsize < 8 and chip >= 90 and even:
+        most = 512 if variant == "PLAIN" and threads > most else 384
+    for cluster in (1, 2, 4, 8) if chip >= 90 else (1,):
         threads = _whole_warps(-(-size // (16 * vectors * cluster)))
         if threads <= most:
             return spread("B", vectors, 0, threads, (most, blocks), cluster)
+        alone = variant in ("PLAIN", "SMOOTH") and cluster < 8 and (itemsize > 2 or cluster == 1)
+        if alone and threads <= most * blocks:
+            return spread("B", vectors, 0, threads, (most * blocks, 1), cluster)
     # One block on each SM, whose threads hold more where registers are left.
     wider = (16, 512) if variant in ("PLAIN", "SMOOTH") and itemsize < 8 else (vectors, most * blocks)
     cluster = 1 if chip < 90 else 8
@@ -409,6 +428,9 @@ class Problem(NamedTuple):
     of_parts: Array | None = None
     parts: int = 1
     part: int = 0
+    whole: int = 1
+    first: int = 0
+    ahead: int = 0
 
 
 class Sum(NamedTuple):
@@ -478,6 +500,7 @@ class Launcher(Protocol):
 
     def declines(self, rows: Rows) -> str | None: ...
     def chip(self, array: Array) -> int: ...  # compute capability, times ten
+    def processors(self, array: Array) -> int: ...  # how many its device has
     def on(self, array: Array) -> AbstractContextManager[Any]: ...  # makes the device of the array current
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array: ...
     def copy(self, array: Array, to: Array) -> None: ...
@@ -495,6 +518,9 @@ class Cupy:
 
     def chip(self, array: Array) -> int:
         return _chip(array.device.id)
+
+    def processors(self, array: Array) -> int:
+        return _processors(array.device.id)
 
     def on(self, array: Array) -> AbstractContextManager[Any]:
         device: AbstractContextManager[Any] = array.device
@@ -539,6 +565,11 @@ def _chip(device: int) -> int:
     return int(_cupy().cuda.Device(device).compute_capability)
 
 
+@cache
+def _processors(device: int) -> int:
+    return int(_cupy().cuda.Device(device).attributes["MultiProcessorCount"])
+
+
 class Noted(NamedTuple):
     """A launch of a tape."""
 
@@ -553,7 +584,8 @@ class Tape:
 
     def __init__(self, launcher: Launcher) -> None:
         self._launcher = launcher
-        self.declines, self.chip, self.on, self.look = launcher.declines, launcher.chip, launcher.on, launcher.look
+        self.declines, self.on, self.look = launcher.declines, launcher.on, launcher.look
+        self.chip, self.processors = launcher.chip, launcher.processors
         self.rooms: list[Array] = []
         self.launches: list[Noted] = []
         self.copies = False
@@ -725,9 +757,14 @@ class Cuda:
                 word(1 - smoothing), word(smoothing / classes), word(rows.z_loss), word(rows.softcap or 0.0), correct,
                 partials,
             )  # fmt: skip
+            whole = even and not any(
+                size % 16 for size in (_address(logits), *(n * logits.dtype.itemsize for n in (classes, of_logits[0])))
+            )
             if chosen.parts > 1:
-                self._in_parts(job, rows, problem, chosen)
+                self._in_parts(job, rows, problem._replace(whole=int(whole)), chosen)
             else:
+                first, ahead = chosen.begins(job, self.launcher.processors(logits))
+                problem = problem._replace(first=first, ahead=ahead, whole=int(chosen.family in "TP" or whole))
                 self._launch(problem, kernel, chosen.blocks, chosen.threads, chosen.cluster)
         if out is not None and grad is not out:
             self.launcher.copy(grad, out)
