@@ -85,7 +85,8 @@ class Launches(NamedTuple):
     def kernels(self) -> set[str]:
         """What it is there for."""
         jobs = [job for job in cuda.JOBS if job != "LOG_SOFTMAX" or self.variant == "PLAIN"]
-        sums = {cuda.sums_kernel(self.dtype).name} if self.reduction != "none" else set()
+        cluster = cuda.SUM_CLUSTER if self.rows > cuda.SUM_ALONE and self.chip >= 90 else 1
+        sums = {cuda.sums_kernel(self.dtype, cluster).name} if self.reduction != "none" else set()
         return {kernel.name for job in jobs for kernel in self.plan(job).kernels(job)} | sums
 
 

@@ -230,9 +230,7 @@ def measure(
     return list(rows.values()), notes
 
 
-def make(
-    case: Case, seed: int, threads: int, xp: Any, judged: bool = True
-) -> tuple[Problem, Truth | None, list[Tile]]:
+def make(case: Case, seed: int, threads: int, xp: Any, judged: bool = True) -> tuple[Problem, Truth | None, list[Tile]]:
     """A problem, the truth on one tile of it (where it will be judged), and where to look for that tile.
 
     The rows repeat those of one tile. So the mean over all is that over the tile, and the oracle, which is slow, needs

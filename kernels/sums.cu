@@ -5,10 +5,11 @@
  * with factor_i the sample weight, 0 for an ignored row; a bad label counts nothing here (its own row is NaN). Legal
  * before any logit is read: all of it follows from targets and weights. The divisor never leaves the device.
  *
- *   D  XE_SUMS(name, A)   counts rows (where `counts`), adds losses (where `losses` are given), or both at once
+ *   D  XE_SUMS(name, A, CLUSTER)   counts rows (where `counts`), adds losses (where `losses` are given), or both
  *
- * Launch   1024 threads; 1 block for few rows, else 64: constants, so that the order of the sum follows from N alone.
- *          Blocks leave their sums in `partials`. Who adds those up: where there is a `ticket`, the last block to finish.
+ * Launch   1024 threads; 1 block for few rows, a cluster of CLUSTER blocks for more (compute capability 9.0), else 64
+ *          blocks: constants, so that the order of the sum follows from N alone. The blocks of a cluster send their sums
+ *          to its first; others leave them in `partials`. Who adds those up: where there is a `ticket`, the last to finish.
  *          It must be 0 at the start, and the launch over the rows, which comes before, sees to that (`open`): so no
  *          memory outlives a call, which streams, graphs and calls that never ended could disagree about. Where rows
  *          are counted nothing comes before; there the blocks only leave their sums, and a second launch, of 1 block,
@@ -58,20 +59,32 @@ XE_DEVICE Sums sum_threads(Sums s) {
 template <class A> XE_DEVICE Sums of_rows(const Sum<A>& p) {
     constexpr int AHEAD = 32 / sizeof(A);  // more of double do not fit in 64 registers
     const i64 step = static_cast<i64>(gridDim.x) * blockDim.x;
-    const bool has_labels = p.counts && INT8 <= p.kind && p.kind <= UINT64, weighs = p.weight || p.sample_weight;
+    const int kind = static_cast<int>(p.kind);
+    const bool has_labels = p.counts && is_label(kind), weighs = p.weight || p.sample_weight;
     Sums s = {0, 0};
     i64 kept = 0;
     for (i64 start = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x; start < p.rows; start += AHEAD * step) {
-        i64 label[AHEAD];
-        A loss[AHEAD];
+        i64 label[AHEAD] = {};
+        A loss[AHEAD] = {};
+        const bool all = start + (AHEAD - 1) * step < p.rows;
+        if (has_labels && all && p.inner == 1) {  // at once: where each is asked after the other, each is waited for
+            labels_at(p.target, start * p.target_outer, step * p.target_outer, kind, label);
+        } else if (has_labels) {
+#pragma unroll 1
+            for (int u = 0; u < AHEAD; ++u) {
+                const i64 r = start + u * step;
+                if (r >= p.rows) break;
+                const i64 o = p.inner == 1 ? r : r / p.inner, i = p.inner == 1 ? 0 : r % p.inner;
+                const i64 named = label_at(p.target, o * p.target_outer + i * p.target_inner, kind);
 #pragma unroll
-        for (int u = 0; u < AHEAD; ++u) {
-            const i64 r = start + u * step;
-            label[u] = 0, loss[u] = 0;
-            if (r >= p.rows) continue;
-            const i64 o = p.inner == 1 ? r : r / p.inner, i = p.inner == 1 ? 0 : r % p.inner;
-            if (has_labels) label[u] = label_at(p.target, o * p.target_outer + i * p.target_inner, p.kind);
-            if (p.losses) loss[u] = p.losses[r];
+                for (int v = 0; v < AHEAD; ++v) label[v] = u == v ? named : label[v];
+            }
+        }
+        if (p.losses) {
+#pragma unroll
+            for (int u = 0; u < AHEAD; ++u) {
+                if (start + u * step < p.rows) loss[u] = p.losses[start + u * step];
+            }
         }
 #pragma unroll
         for (int u = 0; u < AHEAD; ++u) {
@@ -99,10 +112,37 @@ XE_DEVICE Sums of_blocks(const double* partials, i64 blocks) {
     return s;
 }
 
-template <class A> XE_DEVICE void xent_sums(const Sum<A>& p) {
+template <class A, int CLUSTER> XE_DEVICE void xent_sums(const Sum<A>& p) {
     double* const partials = p.partials + 1;
+#ifdef XE_CLUSTERS
+    XE_SHARED(uint4, inbox, CLUSTER);
+    XE_SHARED(u64, arrived, 1);
+    if (CLUSTER > 1) {
+        if (threadIdx.x == 0) {
+            mbar_init(arrived, 1);
+            mbar_init_fence();
+            mbar_expect(arrived, CLUSTER * 16);  // only the first block is sent any
+        }
+        cluster_arrive();
+    }
+#endif
     Sums s = sum_threads(p.parts ? of_blocks(partials, p.parts) : of_rows(p));
-    if (gridDim.x > 1) {
+#ifdef XE_CLUSTERS
+    if (CLUSTER > 1) {
+        union Bits { Sums s; uint4 v; XE_DEVICE Bits() : v() {} } bits;
+        cluster_wait();  // the mailbox of the first is open
+        bits.s = s;
+        if (threadIdx.x == 0) st_async16(inbox + cluster_rank(), 0, bits.v, arrived);
+        if (cluster_rank() != 0) return;
+        mbar_wait(arrived, 0);
+        s = {0, 0};
+        for (int b = 0; b < CLUSTER; ++b) {
+            bits.v = ld16(inbox + b);
+            s.count += bits.s.count, s.loss += bits.s.loss;
+        }
+    }
+#endif
+    if (CLUSTER == 1 && gridDim.x > 1) {
         bool last = false;
         if (threadIdx.x == 0) {
             partials[2 * blockIdx.x] = s.count, partials[2 * blockIdx.x + 1] = s.loss;
@@ -123,7 +163,9 @@ template <class A> XE_DEVICE void xent_sums(const Sum<A>& p) {
     if (p.loss_to) *p.loss_to = static_cast<A>(by == 0 ? not_a_number<double>() : s.loss / by);
 }
 
-#define XE_SUMS(name, A)                                                      \
-    extern "C" __global__ void __launch_bounds__(1024) name(const Sum<A> p) { \
-        xent_sums<A>(p);                                                      \
+#define XE_CLUSTER_1
+#define XE_CLUSTER_8 XE_CLUSTER(8)
+#define XE_SUMS(name, A, CLUSTER)                                                                    \
+    extern "C" __global__ void XE_CLUSTER_##CLUSTER __launch_bounds__(1024) name(const Sum<A> p) { \
+        xent_sums<A, CLUSTER>(p);                                                                    \
     }

@@ -276,7 +276,7 @@ def compiled(request):
             if even in (is_even(family, variant, job), is_even(family, variant, job, job in IN_PLACE))
             for kernel in chosen.kernels(job)
         ]
-        wanted += [(kernels, mode), ([cuda.sums_kernel(dtype)], mode)]
+        wanted += [(kernels, mode), ([cuda.sums_kernel(dtype, 1)], mode)]
     emulated.prepare(wanted)
 
 
@@ -295,7 +295,7 @@ def test_every_job(family, dtype, variant, compiled):
         flat = plans(family, dtype, variant, "flat")
         names |= {k.name for (job, _), plan in flat.items() for k in plan.kernels(job)}
     assert {name for name in names if "_grad_" in name} & set(engine.launcher.launches)
-    assert set(engine.launcher.launches) <= names | {cuda.sums_kernel(dtype).name}
+    assert set(engine.launcher.launches) <= names | {cuda.sums_kernel(dtype, 1).name}
 
 
 @pytest.mark.full
@@ -805,7 +805,7 @@ def test_a_call_is_few_launches_and_nothing_else(call, axis, rows, monkeypatch):
     if rows != "few":
         monkeypatch.setattr(cuda, "SUM_ALONE", 50)
     if rows == "very many":
-        monkeypatch.setattr(cuda, "COUNT_ALONE", 50)
+        monkeypatch.setattr(cuda, "SUM_TOGETHER", 50)
     watched = Watched(np)
     monkeypatch.setattr(_problem, "namespace", lambda array: watched)
     rng = np.random.default_rng(7)
@@ -834,7 +834,7 @@ def test_a_known_divisor_costs_no_launch(monkeypatch):
     x = rng.standard_normal((60, 6), dtype=np.float32)
     for alone in (cuda.SUM_ALONE, 50):
         monkeypatch.setattr(cuda, "SUM_ALONE", alone)
-        monkeypatch.setattr(cuda, "COUNT_ALONE", alone)
+        monkeypatch.setattr(cuda, "SUM_TOGETHER", alone)
         for y, options in (
             (rng.random((60, 6), dtype=np.float32), {}),
             (rng.integers(6, size=60), {"denominator": 7.0, "validate": False}),
@@ -910,9 +910,11 @@ def test_an_argument_is_the_same_in_python_and_in_cuda(argument):
 
 
 @pytest.mark.parametrize("order", [ORDERS[0], *(pytest.param(o, marks=pytest.mark.full) for o in ORDERS[1:])])
-def test_sums_over_many_rows(order, monkeypatch):
-    """More than one block sums, and counts: partial sums, with a ticket and without, the same bits in any order."""
-    monkeypatch.setattr(cuda, "COUNT_ALONE", cuda.SUM_ALONE)
+@pytest.mark.parametrize("how", ["by a cluster", "by blocks apart"])
+def test_sums_over_many_rows(how, order, monkeypatch):
+    """More than one block sums, and counts: messages, or partial sums with a ticket and without; the same in any order."""
+    if how == "by blocks apart":
+        monkeypatch.setattr(cuda, "SUM_TOGETHER", cuda.SUM_ALONE)
     rng = np.random.default_rng(4)
     n = cuda.SUM_ALONE + 1000
     x, y = rng.standard_normal((n, 3), dtype=np.float32), rng.integers(-1, 3, size=n)
@@ -1798,8 +1800,30 @@ BUGS = {
     "D: the last but one block sums": ("sums.cu", "== gridDim.x - 1", "== gridDim.x - 2", "D", "PLAIN"),
     "D: a row past the last": (
         "sums.cu",
-        "if (r >= p.rows) continue;",
-        "if (r > p.rows) continue;",
+        "if (r >= p.rows) break;",
+        "if (r > p.rows) break;",
+        "D one block",
+        "PLAIN",
+    ),
+    "D cluster: nobody waits for the messages": ("sums.cu", "mbar_wait(arrived, 0);", "", "D cluster", "PLAIN"),
+    "D cluster: messages before there is a mailbox": (
+        "sums.cu",
+        "cluster_wait();  // the",
+        "// the",
+        "D cluster",
+        "PLAIN",
+    ),
+    "D cluster: the sums of blocks, but one": (
+        "sums.cu",
+        "int b = 0; b < CLUSTER",
+        "int b = 1; b < CLUSTER",
+        "D cluster",
+        "PLAIN",
+    ),
+    "D: the labels of a row further on": (
+        "sums.cu",
+        "labels_at(p.target, start * p.target_outer, step",
+        "labels_at(p.target, start * p.target_outer, 1 + step",
         "D one block",
         "PLAIN",
     ),
@@ -1815,7 +1839,7 @@ BUGS = {
 
 def buggy(family, variant):
     """A problem that shows the bugs of a family."""
-    if family in ("D", "D no bad label", "D one block"):
+    if family in ("D", "D no bad label", "D one block", "D cluster"):
         rng = np.random.default_rng(6)
         n = 1077
         options = {"ignore_index": -1, "weight": rng.random(3), "validate": False}
@@ -1929,9 +1953,10 @@ def buggy(family, variant):
 @pytest.mark.parametrize("bug", BUGS)
 def test_planted_bug_is_caught(bug, monkeypatch):
     file, old, new, family, variant = BUGS[bug]
-    if family in ("D", "D no bad label"):  # so that fewer rows are many
+    if family in ("D", "D no bad label", "D cluster"):  # so that fewer rows are many
         monkeypatch.setattr(cuda, "SUM_ALONE", 1000)
-        monkeypatch.setattr(cuda, "COUNT_ALONE", 1000)
+    if family in ("D", "D no bad label"):
+        monkeypatch.setattr(cuda, "SUM_TOGETHER", 1000)
     tally.COUNTS["planted"] += 1
     logits, target, options, chip = buggy(family, variant)
     mode = "plain" if family == "W far" else "check"

@@ -2,7 +2,7 @@
 
 `plan` turns the shape of a problem into launch numbers: pure Python, and the only source of both what a kernel is
 compiled with and how it is launched. `Cuda` turns `Rows` into arguments and at most three launches: the divisor of a
-mean (it stays on the device; two launches where more than COUNT_ALONE rows are counted), the rows, the sum of their
+mean (it stays on the device; two launches where more rows are counted than SUM_TOGETHER says), the rows, the sum of their
 losses. Nothing here waits for the device. Beside them there are only copies of what the kernels do not read as it is.
 
 Everything that touches CuPy goes through a `Launcher`, so that the tests can put an emulation in its place; and a
@@ -54,7 +54,11 @@ STREAMED = ((1024, 16, 16, 4, (512, 2)), (1 << 31, 16, 16, 4, (512, 1)))
 WARP_ROWS = ((64, 1, 4), (128, 2, 4), (256, 4, 4), (512, 8, 4), (1024, 8, 8), (2048, 8, 16), (4096, 8, 32))
 WARP_ROWS_LEAN = (*WARP_ROWS[:3], (512, 4, 8), (1024, 4, 16), (2048, 4, 32), (4096, 8, 32))
 ALONE = 128  # threads of the longest row that a block holds for a loss
-STREAMING = ((128 << 10, 1, ALONE), (512 << 10, 2, 256), (1 << 62, 4, 256))  # bytes of longer rows, blocks, their threads
+STREAMING = (
+    (128 << 10, 1, ALONE),
+    (512 << 10, 2, 256),
+    (1 << 62, 4, 256),
+)  # bytes of longer rows, blocks, their threads
 AHEAD = 4 << 20  # bytes of logits between what is read and what is prefetched, where a gradient is written
 # Rows of more bytes are read in parts, each by a block: where there are clusters, or else by what is wanted; bytes of a
 # part, or a multiple of them where there would be more parts than that; threads of what merges them.
@@ -62,7 +66,10 @@ WHOLE, WHOLE_LOSS, WHOLE_GRAD = 1 << 20, 128 << 10, 256 << 10
 PART, MOST_PARTS, MERGE_THREADS = 64 << 10, 1024, 128
 SUM_THREADS, SUM_BLOCKS = 1024, 64
 PARTIALS = (2 * SUM_BLOCKS + 1,)  # doubles: two for each block, after the ticket
-SUM_ALONE, COUNT_ALONE = 1 << 13, 1 << 16  # rows up to which one block is as fast; and no slower than a second launch
+# Rows up to which one block sums them; where there are clusters, up to which one of these does; where there are none, up
+# to which one block counts them faster than a second launch begins.
+SUM_ALONE, SUM_TOGETHER, COUNT_ALONE = 1 << 13, 1 << 16, 1 << 15
+SUM_CLUSTER = 8
 
 
 # The plan
@@ -342,7 +349,7 @@ def catalogue(
                     if found.variant == variant and is_named(found):
                         seen.update(found.kernels(job))
         if variant == "PLAIN":
-            seen.add(sums_kernel(dtype))
+            seen |= {sums_kernel(dtype, cluster) for cluster in ((1, SUM_CLUSTER) if chip >= 90 else (1,))}
     yield from sorted(seen, key=lambda kernel: kernel.name)
 
 
@@ -381,8 +388,8 @@ def merge_kernel(dtype: str) -> Kernel:
 
 
 @cache
-def sums_kernel(dtype: str) -> Kernel:
-    return _kernels.kernel("sums.cu", "XE_SUMS", "D", "double" if dtype == "float64" else "float")
+def sums_kernel(dtype: str, cluster: int) -> Kernel:
+    return _kernels.kernel("sums.cu", "XE_SUMS", "D", "double" if dtype == "float64" else "float", cluster)
 
 
 # The engine
@@ -705,9 +712,10 @@ class Cuda:
         return RowStats(*(self._empty(rows, rows.shape) for _ in range(4)))._replace(correct=correct)
 
     def _partials(self, rows: Rows) -> Array | None:
-        """Room for the sums of blocks and their ticket, where the losses are more than one block adds."""
+        """Room for the sums of blocks and their ticket, where the losses are more than one block or cluster adds."""
         count = rows.shape[0] * rows.shape[1]
-        return self.launcher.empty(PARTIALS, "float64") if rows.reduction != "none" and count > SUM_ALONE else None
+        most = SUM_TOGETHER if self.launcher.chip(rows.logits) >= 90 else SUM_ALONE
+        return self.launcher.empty(PARTIALS, "float64") if rows.reduction != "none" and count > most else None
 
     def _rows(
         self,
@@ -809,7 +817,8 @@ class Cuda:
 
     def _count(self, rows: Rows, **wanted: Any) -> None:
         """Counts before there is anything that could set a ticket to 0: many rows by two launches."""
-        if rows.shape[0] * rows.shape[1] > COUNT_ALONE:
+        most = SUM_TOGETHER if self.launcher.chip(rows.logits) >= 90 else COUNT_ALONE
+        if rows.shape[0] * rows.shape[1] > most:
             partials = self.launcher.empty(PARTIALS, "float64")
             self._sum(rows, counts=True, blocks=SUM_BLOCKS, partials=partials)
             wanted |= {"partials": partials, "parts": SUM_BLOCKS}
@@ -861,7 +870,10 @@ class Cuda:
             divisor, divisor_at, upstream if given else 1.0, None if given else upstream,
             partials, parts, ticket, divisor_to, scale_to, loss_to,
         )  # fmt: skip
-        self._launch(argument, sums_kernel(rows.logits.dtype.name), blocks, SUM_THREADS)
+        together = blocks == 1 and not parts and count > SUM_ALONE and self.launcher.chip(rows.logits) >= 90
+        cluster = SUM_CLUSTER if together else 1
+        kernel = sums_kernel(rows.logits.dtype.name, cluster)
+        self._launch(argument, kernel, max(blocks, cluster), SUM_THREADS, cluster)
 
     def _gradient(self, rows: Rows, logits: Array) -> Array:
         """Room for the gradient, laid out like the logits so that what is read wide can be written wide."""
