@@ -54,7 +54,7 @@ STREAMED = ((1024, 16, 16, 4, (512, 2)), (1 << 31, 16, 16, 4, (512, 1)))
 WARP_ROWS = ((64, 1, 4), (128, 2, 4), (256, 4, 4), (512, 8, 4), (1024, 8, 8), (2048, 8, 16), (4096, 8, 32))
 WARP_ROWS_LEAN = (*WARP_ROWS[:3], (512, 4, 8), (1024, 4, 16), (2048, 4, 32), (4096, 8, 32))
 ALONE = 128  # threads of the longest row that a block holds for a loss
-STREAMING = (
+STREAMING = ((128 << 10, 1), (256 << 10, 4), (1 << 62, 8))  # bytes of longer rows, blocks of ALONE threads that read one
     (128 << 10, 1, ALONE),
     (512 << 10, 2, 256),
     (1 << 62, 4, 256),
@@ -242,8 +242,8 @@ def plan(
     if threads <= ALONE:
         return spread("B", vectors, 0, threads, (most, blocks))
     if not writes_grad(job):  # which is read once anyhow
-        cluster, threads = next(how for limit, *how in STREAMING if size <= limit) if chip >= 90 else (1, ALONE)
-        return spread("O", vectors, 0, threads, (threads, most * blocks // threads), cluster, stream=True)
+        cluster = next(cluster for limit, cluster in STREAMING if size <= limit) if chip >= 90 else 1
+        return spread("O", vectors, 0, ALONE, (ALONE, most * blocks // ALONE), cluster, stream=True)
     if variant in ("PLAIN", "SMOOTH") and job == "LOSS_AND_GRAD" and itemsize < 8 and chip >= 90 and even:
         most = 512 if variant == "PLAIN" and threads > most else 384
     for cluster in (1, 2, 4, 8) if chip >= 90 else (1,):
