@@ -54,11 +54,11 @@ STREAMED = ((1024, 16, 16, 4, (512, 2)), (1 << 31, 16, 16, 4, (512, 1)))
 WARP_ROWS = ((64, 1, 4), (128, 2, 4), (256, 4, 4), (512, 8, 4), (1024, 8, 8), (2048, 8, 16), (4096, 8, 32))
 WARP_ROWS_LEAN = (*WARP_ROWS[:3], (512, 4, 8), (1024, 4, 16), (2048, 4, 32), (4096, 8, 32))
 ALONE = 128  # threads of the longest row that a block holds for a loss
-STREAMING = ((128 << 10, 1), (256 << 10, 4), (1 << 62, 8))  # bytes of longer rows, blocks of ALONE threads that read one
-    (128 << 10, 1, ALONE),
-    (512 << 10, 2, 256),
-    (1 << 62, 4, 256),
-)  # bytes of longer rows, blocks, their threads
+STREAMING = (
+    (128 << 10, 1),
+    (256 << 10, 4),
+    (1 << 62, 8),
+)  # bytes of longer rows, blocks of ALONE threads that read one
 AHEAD = 4 << 20  # bytes of logits between what is read and what is prefetched, where a gradient is written
 # Rows of more bytes are read in parts, each by a block: where there are clusters, or else by what is wanted; bytes of a
 # part, or a multiple of them where there would be more parts than that; threads of what merges them.
