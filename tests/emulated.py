@@ -78,8 +78,8 @@ class Emulator:
         return self.compute
 
     def processors(self, array):
-        """By turns as many that all blocks are among the first, and none, so that each prefetches for the next."""
-        return 132 * (len(self.launches) % 2)
+        """By turns none, so that every block asks before it reads and prefetches for the next, and enough for all."""
+        return 132 * ((len(self.launches) + self.seed) % 2)
 
     def on(self, array):
         return contextlib.nullcontext()

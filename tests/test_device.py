@@ -20,6 +20,8 @@ WRAPPERS = [
     ("st16(f, ld16(f + 4));", r"LDG\.E\.128", r"STG\.E\.128"),
     ("st8(f, ld8(f + 2));", r"LDG\.E\.64", r"STG\.E\.64"),
     ("d[0] = ld_l2(d + 1);", r"LDG\.E\.64\.STRONG\.GPU"),
+    ("prefetch(f + u[0]);", r"CCTL\.E\.PF2"),
+    ("prefetch(f, u[0]);", r"UBLKPF\.L2"),
     ("XE_SHARED(uint4, x, 64); st16(x + u[0], ld16(f)); sync_block(); f[9] = x[u[1]].x;", r"STS\.128"),
     ("XE_SHARED(uint4, x, 64); x[u[0]].y = 1; sync_block(); st16(f, ld16(x + u[1]));", r"LDS\.128"),
     ("XE_SHARED(float, x, 64); x[u[0]] = 1; sync_block(); f[0] = x[u[1]];", r"STS ", r"LDS ", r"BAR\.SYNC"),

@@ -77,6 +77,7 @@ template <class T> XE_DEVICE void moved_l2(T* x) {
 extern "C" __global__ void memory(
     float* f, double* d, u32* u, u64* l, u16* s, f16* h, bf16* b, uint2* w, uint4* v
 ) {
+    prefetch(f), prefetch(v, 96 * 16);
     moved_l2(f), moved_l2(d), moved_l2(u), moved_l2(l), moved_l2(s), moved(h), moved(b);
     XE_SHARED(uint2, short_tile, 32);
     XE_SHARED(uint4, tile, 32);

@@ -59,7 +59,7 @@ STREAMING = (
     (256 << 10, 4),
     (1 << 62, 8),
 )  # bytes of longer rows, blocks of ALONE threads that read one
-AHEAD = 4 << 20  # bytes of logits between what is read and what is prefetched, where a gradient is written
+AHEAD = 6 << 20  # bytes of logits between what is read and what is prefetched, where a gradient is written
 # Rows of more bytes are read in parts, each by a block: where there are clusters, or else by what is wanted; bytes of a
 # part, or a multiple of them where there would be more parts than that; threads of what merges them.
 WHOLE, WHOLE_LOSS, WHOLE_GRAD = 1 << 20, 128 << 10, 256 << 10
@@ -221,21 +221,23 @@ def plan(
         return spread("P", held, warps, threads, (threads, blocks), stream=stream, width=width)
     if size > (WHOLE if chip >= 90 else WHOLE_GRAD if writes_grad(job) else WHOLE_LOSS):
         variant = {"SMOOTH": "GENERAL", "SOFT": "GENERAL"}.get(variant, variant)  # neither has class weights
-        vectors, most, blocks = _held(itemsize, variant, job, chip)
+        vectors, most, blocks = _held(itemsize, variant, job, chip, even)
         part = -(-size // (PART * MOST_PARTS)) * PART
         found = spread("S", vectors, 0, ALONE, (ALONE, most * blocks // ALONE), cluster=0, stream=True)
         parts = -(-size // part)
         return replace(found, parts=parts, part=part // itemsize, blocks=rows * parts)
-    vectors, most, blocks = _held(itemsize, variant, job, chip)
+    vectors, most, blocks = _held(itemsize, variant, job, chip, even)
     lean = itemsize == 2 or not writes_grad(job)
     for limit, wanted, lanes in WARP_ROWS_LEAN if lean else WARP_ROWS:
         if size <= limit and wanted * lanes <= vectors * 32:
             fewer = max(1, wanted // vectors)
             held, lanes = wanted // fewer, lanes * fewer
             several = most * blocks // WARP_THREADS
-            if writes_grad(job):  # of 4 lanes each has more than one element of head and tail
-                several = min(several - (lanes == 4), 5 if held == 8 else several)
-            elif variant in ("PLAIN", "SMOOTH") and held <= 4 < lanes and itemsize < 8:
+            if writes_grad(job):
+                # Of few lanes each has more than one element of head and tail, and needs registers for them.
+                ragged = lanes < (6 if job == "LOSS_AND_GRAD" else 2 * (16 // itemsize - 1))
+                several = min(several - ragged, (5 if even else 4) if held == 8 else several)
+            elif (job, variant) == ("LOSS", "PLAIN") and held <= 4 < lanes and itemsize < 8:
                 several = 12
             return spread("W", held, lanes, WARP_THREADS, (WARP_THREADS, several))
     threads = _whole_warps(-(-size // (16 * vectors)))
@@ -244,22 +246,23 @@ def plan(
     if not writes_grad(job):  # which is read once anyhow
         cluster = next(cluster for limit, cluster in STREAMING if size <= limit) if chip >= 90 else 1
         return spread("O", vectors, 0, ALONE, (ALONE, most * blocks // ALONE), cluster, stream=True)
-    if variant in ("PLAIN", "SMOOTH") and job == "LOSS_AND_GRAD" and itemsize < 8 and chip >= 90 and even:
-        most = 512 if variant == "PLAIN" and threads > most else 384
-    for cluster in (1, 2, 4, 8) if chip >= 90 else (1,):
+    plain = variant in ("PLAIN", "SMOOTH") and itemsize < 8
+    if plain and job == "LOSS_AND_GRAD" and even and chip >= 90:
+        most = 512 if variant == "PLAIN" and threads > most else max(most, 384 if chip < 100 else 0)
+    tall = (16, 512) if plain else (vectors, most * blocks)  # one block on each SM, whose threads have more registers
+    clusters = (1, 2, 4, 8) if chip >= 90 else (1,)
+    for cluster in clusters:
         threads = _whole_warps(-(-size // (16 * vectors * cluster)))
         if threads <= most:
             return spread("B", vectors, 0, threads, (most, blocks), cluster)
-        alone = variant in ("PLAIN", "SMOOTH") and cluster < 8 and (itemsize > 2 or cluster == 1)
-        if alone and threads <= most * blocks:
-            return spread("B", vectors, 0, threads, (most * blocks, 1), cluster)
-    # One block on each SM, whose threads hold more where registers are left.
-    wider = (16, 512) if variant in ("PLAIN", "SMOOTH") and itemsize < 8 else (vectors, most * blocks)
-    cluster = 1 if chip < 90 else 8
-    threads = _whole_warps(-(-size // (16 * wider[0] * cluster)))
-    if threads <= wider[1]:
-        return spread("B", wider[0], 0, threads, (wider[1], 1), cluster)
-    vectors, most, blocks = _held(itemsize, variant, job, chip)
+        if most == 512 and cluster == 1 and threads <= 1024:
+            return spread("B", vectors, 0, threads, (1024, 1))
+        threads = _whole_warps(-(-size // (16 * tall[0] * cluster)))
+        # Two blocks on a multiprocessor work for each other. A cluster must do without where registers are short, and
+        # does where there is little to calculate.
+        if threads <= tall[1] and (cluster == clusters[-1] or (plain and (itemsize == 4 or most < 512))):
+            return spread("B", tall[0], 0, threads, (tall[1], 1), cluster)
+    vectors, most, blocks = _held(itemsize, variant, job, chip, even)
     return spread("O", vectors, 0, most, (most, blocks), cluster, stream=True)
 
 
@@ -287,7 +290,7 @@ def _columns(
     return warps, held, wide if wide <= width else 1, bound, True
 
 
-def _held(itemsize: int, variant: str, job: str, chip: int) -> tuple[int, int, int]:
+def _held(itemsize: int, variant: str, job: str, chip: int, even: bool) -> tuple[int, int, int]:
     """(vectors that a thread holds of a row, most threads of a block, such blocks of an SM): that nothing spills."""
     if itemsize == 8:
         return 8, 256, 2
@@ -297,6 +300,8 @@ def _held(itemsize: int, variant: str, job: str, chip: int) -> tuple[int, int, i
         if writes_grad(job) and itemsize == 2:
             return 8, 256, 2
         return 8, 320 if job == "STATS_AND_GRAD" else 384, 2
+    if variant == "SOFT" and (not even or job == "STATS_AND_GRAD"):
+        return 8, 320, 2
     # 16 bits are converted by hand on the oldest chips, and take the compiler more registers on the newest.
     if not writes_grad(job):
         return 8, 384 if variant == "SOFT" or (itemsize == 2 and chip < 80) else 512, 2
