@@ -920,7 +920,7 @@ def test_an_argument_is_the_same_in_python_and_in_cuda(argument):
 @pytest.mark.parametrize("order", [ORDERS[0], *(pytest.param(o, marks=pytest.mark.full) for o in ORDERS[1:])])
 @pytest.mark.parametrize("how", ["by a cluster", "by blocks apart"])
 def test_sums_over_many_rows(how, order, monkeypatch):
-    """More than one block sums, and counts: messages, or partial sums with a ticket and without; the same in any order."""
+    """More than one block sums and counts: by messages, or partial sums with a ticket and without; in any order."""
     if how == "by blocks apart":
         monkeypatch.setattr(cuda, "SUM_TOGETHER", cuda.SUM_ALONE)
     rng = np.random.default_rng(4)

@@ -2,8 +2,7 @@
 
 `plan` turns the shape of a problem into launch numbers: pure Python, and the only source of both what a kernel is
 compiled with and how it is launched. `Cuda` turns `Rows` into arguments and at most three launches: the divisor of a
-mean (it stays on the device; two launches where more rows are counted than SUM_TOGETHER says), the rows, the sum of their
-losses. Nothing here waits for the device. Beside them there are only copies of what the kernels do not read as it is.
+mean (it stays on the device; two launches where very many rows are counted), the rows, the sum of their losses. Nothing here waits for the device. Beside them there are only copies of what the kernels do not read as it is.
 
 Everything that touches CuPy goes through a `Launcher`, so that the tests can put an emulation in its place; and a
 `Tape`, which notes what a call has launched, for the next call of its kind (`_again.py`).
@@ -54,11 +53,8 @@ STREAMED = ((1024, 16, 16, 4, (512, 2)), (1 << 31, 16, 16, 4, (512, 1)))
 WARP_ROWS = ((64, 1, 4), (128, 2, 4), (256, 4, 4), (512, 8, 4), (1024, 8, 8), (2048, 8, 16), (4096, 8, 32))
 WARP_ROWS_LEAN = (*WARP_ROWS[:3], (512, 4, 8), (1024, 4, 16), (2048, 4, 32), (4096, 8, 32))
 ALONE = 128  # threads of the longest row that a block holds for a loss
-STREAMING = (
-    (128 << 10, 1),
-    (256 << 10, 4),
-    (1 << 62, 8),
-)  # bytes of longer rows, blocks of ALONE threads that read one
+# Bytes of longer rows, and blocks of ALONE threads that read one for a loss.
+STREAMING = ((128 << 10, 1), (256 << 10, 4), (1 << 62, 8))
 AHEAD = 6 << 20  # bytes of logits between what is read and what is prefetched, where a gradient is written
 # Rows of more bytes are read in parts, each by a block: where there are clusters, or else by what is wanted; bytes of a
 # part, or a multiple of them where there would be more parts than that; threads of what merges them.
@@ -66,8 +62,8 @@ WHOLE, WHOLE_LOSS, WHOLE_GRAD = 1 << 20, 128 << 10, 256 << 10
 PART, MOST_PARTS, MERGE_THREADS = 64 << 10, 1024, 128
 SUM_THREADS, SUM_BLOCKS = 1024, 64
 PARTIALS = (2 * SUM_BLOCKS + 1,)  # doubles: two for each block, after the ticket
-# Rows up to which one block sums them; where there are clusters, up to which one of these does; where there are none, up
-# to which one block counts them faster than a second launch begins.
+# Rows up to which one block sums them; up to which one cluster does, where there are clusters; and where there are none,
+# up to which one block counts them faster than a second launch begins.
 SUM_ALONE, SUM_TOGETHER, COUNT_ALONE = 1 << 13, 1 << 16, 1 << 15
 SUM_CLUSTER = 8
 
