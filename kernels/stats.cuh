@@ -75,7 +75,10 @@ template <class T, int VARIANT> struct Answer {
     // Whether the products that a row of gradients has in common are finite, or all that comes of them is NaN.
     XE_DEVICE bool products_are_finite() const {
         A most = max_acc(max_acc(share * scale, -share * scale), max_acc(scale, -scale));
-        if (by_class(VARIANT)) most = max_acc(most, max_acc(coef * scale, -coef * scale));  // no a·scale is much larger
+        if (by_class(VARIANT)) {  // no a·scale is much larger than these
+            most = max_acc(most, max_acc(coef * scale, -coef * scale));
+            most = max_acc(most, max_acc(stats.mass * scale, -stats.mass * scale));
+        }
         return most != infinity<A>();
     }
 

@@ -631,6 +631,26 @@ def test_products_beyond_the_range(family, variant):
     check(emulated.engine(mode="check", jobs=cuda.JOBS[:-1]), *vast(family, variant))
 
 
+@pytest.mark.full(but_one_per="family")
+@pytest.mark.parametrize("variant", ["SOFT", "GENERAL"])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family[0] != "T" or "two" in family])
+def test_a_share_beyond_the_range(family, variant):
+    """Of which z-loss takes so much that what is left is in the range again, and coef never left it."""
+    logits, _, _, chip, *_ = problem(family, "float32", variant)
+    logits[...] = -100
+    logits[:, :2] = -10
+    target = np.zeros(logits.shape, np.float32)
+    target[:, 0] = 2.0**29
+    z_loss = 2.0**26 / (10 - np.log(2))
+    options = {"axis": 1, "reduction": "none", "validate": False, "z_loss": z_loss, "grad_output": 2.0**99}
+    if variant == "GENERAL":
+        options["weight"] = np.ones(logits.shape[1], np.float32)
+    truth = truth_of(logits, target, options)
+    assert np.isfinite(truth.grad).all()
+    engine = emulated.engine(chip=chip)
+    assert_grad(cross_entropy_value_and_grad(logits, target, engine=engine, **options)[1], truth)
+
+
 @pytest.mark.full(but_one_per="classes")
 @pytest.mark.parametrize("start", range(4))
 @pytest.mark.parametrize("classes", [5, 40, 300])
