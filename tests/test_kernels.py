@@ -419,6 +419,31 @@ def test_an_infinite_weight_of_the_largest_logit(classes, softcap):
     assert np.isinf(loss).any()
 
 
+@pytest.mark.full(but_one_per="family")
+@pytest.mark.parametrize("variant", ["PLAIN", "CAPPED", "GENERAL", "CAPPED_GENERAL"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_infinite_weight_of_the_label(family, variant):
+    """Infinity times its probability, less infinity, is NaN, also where the product is fused into the difference."""
+    dtypes = [dtype for dtype in DTYPES if is_case(family, dtype, variant)]
+    dtype = dtypes[list(FAMILIES).index(family) % len(dtypes)]
+    logits, target, options, chip, *_ = problem(family, dtype, variant)
+    met = 0
+    if target.ndim < logits.ndim:
+        met = target[(0,) * target.ndim]
+    else:
+        target[1::2, met] = 0
+    options["weight"][met] = np.inf
+    options["reduction"] = "none"
+    truth = truth_of(logits, target, options)
+    assert np.isnan(np.take(truth.grad, met, 1)).any()
+    engine = emulated.engine(chip=chip)
+    loss, grad = cross_entropy_value_and_grad(logits, target, engine=engine, **options)
+    assert_loss(loss, truth)
+    assert_grad(grad, truth)
+    stats = row_stats(logits, target, engine=engine, **{k: v for k, v in options.items() if k != "reduction"})
+    assert_grad(cross_entropy_grad(logits, target, engine=engine, stats=stats, **options), truth)
+
+
 @pytest.mark.full(but_one_per="classes")
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("classes", [6, 60, 3000])
