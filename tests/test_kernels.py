@@ -406,14 +406,17 @@ def test_a_large_weight_under_a_small_scale(classes):
 
 
 @pytest.mark.parametrize("softcap", [None, 9.0])
-@pytest.mark.parametrize("classes", [40, 300])
-def test_an_infinite_weight_of_the_largest_logit(classes, softcap):
-    """Of a thread, or of the row, for which 0·inf counts 0."""
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("classes", [12, 40, 300])
+def test_an_infinite_weight_of_the_largest_logit(classes, axis, softcap):
+    """Of a thread, or of the row, for which 0·inf counts 0; some are the largest by softcap only."""
     rng = np.random.default_rng(classes)
     x, y = rng.standard_normal((classes, classes), dtype=np.float32), rng.integers(classes, size=classes)
-    x[np.arange(0, classes, 2), 7] = 8
+    x[::2, 7] = 8
+    x[::3, 3], x[::3, 7] = 2000, 1000
+    x = x if axis else np.ascontiguousarray(x.T)
     options = {"weight": np.where(np.arange(classes) == 7, np.inf, 1), "label_smoothing": 0.1, "softcap": softcap}
-    options |= {"reduction": "none", "validate": False}
+    options |= {"axis": axis, "reduction": "none", "validate": False}
     loss = cross_entropy(x, y, engine=emulated.engine(), **options)
     assert_loss(loss, truth_of(x, y, options))
     assert np.isinf(loss).any()
