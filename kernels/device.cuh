@@ -62,6 +62,8 @@ XE_DEVICE void seldom() { __prof_trigger(7); }
 // Arithmetic. ex2: 2 units in the last place; results below 2^-126 are 0 (CuPy compiles with -ftz=true anyhow).
 XE_DEVICE float exp2_fast(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 XE_DEVICE float reciprocal(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }  // 1 unit
+XE_DEVICE float multiply_rounded(float a, float b) { return __fmul_rn(a, b); }  // never fused with the sum it goes into
+XE_DEVICE double multiply_rounded(double a, double b) { return __dmul_rn(a, b); }
 XE_DEVICE float f16_float(u16 x) { float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x)); return y; }
 XE_DEVICE u16 f16_bits(float x) { u16 y; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x)); return y; }
 XE_DEVICE u32 float_bits(float x) { return __float_as_uint(x); }

@@ -24,7 +24,7 @@ template <class A> XE_DEVICE Stats<A> merge(const Stats<A>& one, const Stats<A>&
     const Stats<A>&high = first ? one : two, &low = first ? two : one;
     Stats<A> both = high;
     both.rest += (1 + low.rest) * (low.max == high.max ? 1 : exp_acc(low.max - high.max));
-    both.gap += low.gap + times(low.mass, 2 * half_below(high.max, low.max));
+    both.gap += low.gap + 2 * times(low.mass, half_below(high.max, low.max));
     both.mass += low.mass;
     return both;
 }

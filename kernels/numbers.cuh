@@ -14,14 +14,6 @@ XE_DEVICE float larger(float m, float x) { return fmaxf(m, x); }
 XE_DEVICE double larger(double m, double x) { return x > m ? x : m; }
 template <class A> XE_DEVICE A not_a_number() { return static_cast<A>(bits_float(0x7fc00000u)); }
 
-// A product that no compiler fuses with the sum it goes into.
-#ifdef XE_EMULATE  // by g++ -ffp-contract=off
-template <class A> XE_DEVICE A multiply_rounded(A a, A b) { return a * b; }
-#else
-XE_DEVICE float multiply_rounded(float a, float b) { return __fmul_rn(a, b); }
-XE_DEVICE double multiply_rounded(double a, double b) { return __dmul_rn(a, b); }
-#endif
-
 // nothing(): all -inf, which is what a logit that is not there counts as.
 template <class T> struct Vector {  // 16-bit logits, two in a word
     static constexpr int SIZE = 8;

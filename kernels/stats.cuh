@@ -75,7 +75,10 @@ template <class T, int VARIANT> struct Answer {
     // Whether the products that a row of gradients has in common are finite, or all that comes of them is NaN.
     XE_DEVICE bool products_are_finite() const {
         A most = max_acc(max_acc(share * scale, -share * scale), max_acc(scale, -scale));
-        if (by_class(VARIANT)) most = max_acc(most, max_acc(coef * scale, -coef * scale));  // no a·scale is much larger
+        if (by_class(VARIANT)) {  // no a·scale is much larger than these
+            most = max_acc(most, max_acc(coef * scale, -coef * scale));
+            most = max_acc(most, max_acc(stats.mass * scale, -stats.mass * scale));
+        }
         return most != infinity<A>();
     }
 
@@ -102,13 +105,14 @@ template <class T, int VARIANT> struct Answer {
     }
 
     // scale·[coef·p - a] for any class; where p > 1/2, 1 - p is taken from rest, which has not cancelled. The slope is
-    // softcap's; what is multiplied last may make the whole infinite.
+    // softcap's; what is multiplied last may make the whole infinite. Where coef was infinite, so must coef·p be before an
+    // infinite a is taken from it, which leaves NaN: fused into the difference it would be finite.
     XE_DEVICE A grad(A x, A a, A slope = 1) const {
         if (x == stats.max && confident) {
             const A kept = (stats.mass - a) + more;  // coef - a would lose `more`
             return scale * ((kept - coef * (stats.rest * p_max)) * slope);
         }
-        return scale * ((coef * (exp_acc(x - stats.max) * p_max) - a) * slope);
+        return scale * ((multiply_rounded(coef, exp_acc(x - stats.max) * p_max) - a) * slope);
     }
 };
 

@@ -191,7 +191,8 @@ template <class T, int JOB, int VARIANT, int C> struct Thread {
             if (every_class(VARIANT)) {
                 a[k] += k == label ? row.on_label : 0;
                 const A half = half_max - static_cast<A>(0.5) * c.x;
-                if (a[k] != 0 && !is_top) half_gap += a[k] * half;  // 0·inf counts 0, and so does inf - inf
+                // 0·inf counts 0, and so does inf - inf; softcap makes more logits the same
+                if (a[k] != 0 && c.x != highest.x) half_gap += a[k] * half;
                 mass += a[k];
                 if (is_top) top_a = a[k];
             }

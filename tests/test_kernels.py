@@ -414,17 +414,45 @@ def test_a_large_weight_under_a_small_scale(classes):
 
 
 @pytest.mark.parametrize("softcap", [None, 9.0])
-@pytest.mark.parametrize("classes", [40, 300])
-def test_an_infinite_weight_of_the_largest_logit(classes, softcap):
-    """Of a thread, or of the row, for which 0·inf counts 0."""
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("classes", [12, 40, 300])
+def test_an_infinite_weight_of_the_largest_logit(classes, axis, softcap):
+    """Of a thread, or of the row, for which 0·inf counts 0; some are the largest by softcap only."""
     rng = np.random.default_rng(classes)
     x, y = rng.standard_normal((classes, classes), dtype=np.float32), rng.integers(classes, size=classes)
-    x[np.arange(0, classes, 2), 7] = 8
+    x[::2, 7] = 8
+    x[::3, 3], x[::3, 7] = 2000, 1000
+    x = x if axis else np.ascontiguousarray(x.T)
     options = {"weight": np.where(np.arange(classes) == 7, np.inf, 1), "label_smoothing": 0.1, "softcap": softcap}
-    options |= {"reduction": "none", "validate": False}
+    options |= {"axis": axis, "reduction": "none", "validate": False}
     loss = cross_entropy(x, y, engine=emulated.engine(), **options)
     assert_loss(loss, truth_of(x, y, options))
     assert np.isinf(loss).any()
+
+
+@pytest.mark.full(but_one_per="family")
+@pytest.mark.parametrize("variant", ["PLAIN", "CAPPED", "GENERAL", "CAPPED_GENERAL"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_infinite_weight_of_the_label(family, variant):
+    """Infinity times its probability, less infinity, is NaN, also where the product is fused into the difference."""
+    dtypes = [dtype for dtype in DTYPES if is_case(family, dtype, variant)]
+    dtype = dtypes[list(FAMILIES).index(family) % len(dtypes)]
+    logits, target, options, chip, *_ = problem(family, dtype, variant)
+    met = 0
+    if target.ndim < logits.ndim:
+        met = target[(0,) * target.ndim]
+    else:
+        target[1::2, met] = 0
+    options["weight"][met] = np.inf
+    options["reduction"] = "none"
+    truth = truth_of(logits, target, options)
+    assert np.isnan(np.take(truth.grad, met, 1)).any()
+    engine = emulated.engine(chip=chip)
+    loss, grad = cross_entropy_value_and_grad(logits, target, engine=engine, **options)
+    assert_loss(loss, truth)
+    assert_grad(grad, truth)
+    stats = row_stats(logits, target, engine=engine, **{k: v for k, v in options.items() if k != "reduction"})
+    assert_grad(cross_entropy_grad(logits, target, engine=engine, stats=stats, **options), truth)
 
 
 @pytest.mark.full(but_one_per="classes")
@@ -637,6 +665,26 @@ def vast(family, variant):
 def test_products_beyond_the_range(family, variant):
     """In place too, where the rows of a lane are read by the thread that writes them."""
     check(emulated.engine(mode="check", jobs=cuda.JOBS[:-1]), *vast(family, variant))
+
+
+@pytest.mark.full(but_one_per="family")
+@pytest.mark.parametrize("variant", ["SOFT", "GENERAL"])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family[0] != "T" or "two" in family])
+def test_a_share_beyond_the_range(family, variant):
+    """Of which z-loss takes so much that what is left is in the range again, and coef never left it."""
+    logits, _, _, chip, *_ = problem(family, "float32", variant)
+    logits[...] = -100
+    logits[:, :2] = -10
+    target = np.zeros(logits.shape, np.float32)
+    target[:, 0] = 2.0**29
+    z_loss = 2.0**26 / (10 - np.log(2))
+    options = {"axis": 1, "reduction": "none", "validate": False, "z_loss": z_loss, "grad_output": 2.0**99}
+    if variant == "GENERAL":
+        options["weight"] = np.ones(logits.shape[1], np.float32)
+    truth = truth_of(logits, target, options)
+    assert np.isfinite(truth.grad).all()
+    engine = emulated.engine(chip=chip)
+    assert_grad(cross_entropy_value_and_grad(logits, target, engine=engine, **options)[1], truth)
 
 
 @pytest.mark.full(but_one_per="classes")

@@ -694,6 +694,16 @@ def test_infinite_weight_of_a_class_that_is_met(backend, value):
         assert not np.isfinite(oracle(LOGITS, missed, weight=weight, label_smoothing=smoothing).loss)
 
 
+@each_target
+def test_infinite_weight_of_a_logit_that_softcap_makes_the_largest(backend, target):
+    """It is no further below the maximum than the maximum itself, for which 0·∞ counts 0."""
+    logits = LOGITS.copy()
+    logits[:, 3], logits[:, 1] = 2.0**15, 2.0**14
+    options = {"weight": np.array([1, INF, 1, 1, 1]), "label_smoothing": 0.125, "softcap": 1.0}
+    check(backend, logits, target, **options)
+    assert_array_equal(oracle(logits, target, reduction="none", **options).loss, INF)
+
+
 @pytest.mark.parametrize("engine", ["cpu", "numpy", "generic"])
 def test_memory_order_changes_no_bit(engine):
     """Of what a mean divides by, nor of a sum: rows are added in the user's order, however they lie in memory."""

@@ -476,6 +476,25 @@ extern "C" __global__ void halved(float* x) { x[threadIdx.x] *= 0.5f; }
     assert np.float32(1.5e-38) * np.float32(0.5) > 0  # and Python's own arithmetic is as it was
 
 
+@pytest.mark.parametrize("mode", ["plain", "check"])
+@pytest.mark.parametrize(("ctype", "dtype"), [("float", np.float32), ("double", np.float64)])
+def test_which_products_are_fused(ctype, dtype, mode):
+    """As on a GPU, where g++ optimises and the processor can; but never one that is to be rounded."""
+    text = f"""
+extern "C" __global__ void fused({ctype}* x) {{
+    const {ctype} a = x[threadIdx.x], b = x[32], c = x[33];
+    x[threadIdx.x] = threadIdx.x % 2 ? multiply_rounded(a, b) - c : a * b - c;
+}}
+"""
+    library = simt.compile(DEVICE + text, ["fused"], mode)
+    eps = np.finfo(dtype).eps
+    x = np.full(34, 1 + eps, dtype)
+    x[33] = 1 + 2 * eps
+    library.launch("fused", 1, 32, [x])
+    fuses = mode == "plain" and simt.build.fuses()
+    np.testing.assert_array_equal(x[:32], np.tile([eps**2 if fuses else 0, 0], 16))
+
+
 # ----------------------------------------------------------------------------------------------------- AddressSanitizer
 
 ASAN = """

@@ -9,10 +9,12 @@
 source   the text that NVRTC would get: local includes inlined, entry lines appended. Kernels keep to the names and
          rules of kernels/device.cuh.
 entries  the names of the extern "C" kernels that will be launched.
-mode     "plain"  -O1: fast; a local that g++ sees to be read before it is written is a SimtError of `compile`
+mode     "plain"  -O1: fast; a local that g++ sees to be read before it is written is a SimtError of `compile`. Products
+                  are fused into the sums they go into, as NVRTC does it, where the processor can: `build.fuses()`
          "check"  our own callbacks for g++ -fsanitize=thread: every access is checked for races (happens-before over
                   barriers, clusters, messages, tickets), reads of what was never written, bounds, alignment
-         "asan"   AddressSanitizer and UBSan; the process must have been started with `simt.build.asan_environment()`
+         "asan"   AddressSanitizer and UBSan; the process must have been started with `simt.build.asan_environment()`.
+                  In both of these all products are rounded: a kernel must be right either way
 arch     what __CUDA_ARCH__ says, 900 by default
 defines  names for -D
 
@@ -36,9 +38,10 @@ and a text that names the thread and the line of the source.
 counts as written. `simt.patch(source, old, new)` plants a bug: it insists that `old` is there (once unless told).
 
 What this cannot show: that the PTX in the wrappers of device.cuh is right; the accuracy of ex2.approx and of the GPU's
-libm; fused multiply-adds; __launch_bounds__ and the attributes that a launch needs; two clusters at once; any time. The
-checker remembers two readers of a byte, so it may miss the third; and of a struct of a kernel's own it misses the copy
-that is a call's argument or result (`f(x[i])`, `x[i] = f()`), but not that of a variable (`T v = x[i]`).
+libm; that NVRTC fuses the same products as g++; __launch_bounds__ and the attributes that a launch needs; two clusters
+at once; any time. The checker remembers two readers of a byte, so it may miss the third; and of a struct of a kernel's
+own it misses the copy that is a call's argument or result (`f(x[i])`, `x[i] = f()`), but not that of a variable
+(`T v = x[i]`).
 """
 
 from __future__ import annotations
@@ -64,8 +67,9 @@ HERE = Path(__file__).parent
 ORDERS = ("fifo", "lifo", "random", "priority")
 
 _COMMON = ("-std=c++17", "-g1", "-fPIC", "-ffp-contract=off", "-fno-gnu-unique", "-Wno-unknown-pragmas")
+_FUSED = ("-ffp-contract=fast", "-fexpensive-optimizations")  # -O1 has not the second, which fuses
 KERNEL_FLAGS = {
-    "plain": ("-O1", "-Werror=uninitialized", "-Werror=maybe-uninitialized"),
+    "plain": ("-O1", *_FUSED, "-Werror=uninitialized", "-Werror=maybe-uninitialized"),
     "check": ("-O0", "-fsanitize=thread,undefined", "-fno-sanitize=vptr,object-size,alignment,null"),
     "asan": ("-O0", "-fsanitize=address,undefined", "-fno-sanitize=vptr,object-size", "-fsanitize-recover=address"),
 }
@@ -143,7 +147,9 @@ def _compile(source: str, entries: tuple[str, ...], mode: str, arch: int, define
         raise RuntimeError("mode 'asan' needs a process that was started with simt.build.asan_environment()")
     text = source + "\n" + "".join(f"SIMT_ENTRY({entry})\n" for entry in entries)
     machine = _machine_file(mode)
-    flags = (*_COMMON, *KERNEL_FLAGS[mode], f"-D__CUDA_ARCH__={arch}", *(f"-D{name}" for name in defines))
+    processor = ("-mfma",) if "__FMA__" in _macros() else ()  # an option of x86; elsewhere it is there or not
+    names = (f"-D__CUDA_ARCH__={arch}", *(f"-D{name}" for name in defines))
+    flags = (*_COMMON, *KERNEL_FLAGS[mode], *processor, *names)
     file = _built(f"kernel_{mode}", text, (*flags, "-include", str(HERE / "simt.h")), (HERE / "simt.h",), (machine,))
     return Library(file, mode, source)
 
@@ -159,6 +165,11 @@ def asan_environment() -> dict[str, str]:
 def available() -> str | None:
     """Why the emulation cannot be used here; None if it can."""
     return None if shutil.which("g++") else "needs g++"
+
+
+def fuses() -> bool:
+    """Whether this processor has a fused multiply-add, so that mode "plain" uses it."""
+    return "__FP_FAST_FMAF " in _macros()
 
 
 class Library:
@@ -326,6 +337,12 @@ def _cache() -> Path:
 @functools.cache
 def _gxx_version() -> str:
     return _gxx("--version")
+
+
+@functools.cache
+def _macros() -> str:
+    """What g++ defines for this processor."""
+    return _gxx("-march=native", "-dM", "-E", "-x", "c++", os.devnull)
 
 
 def _built(name: str, text: str, flags: Sequence[str], reads: Sequence[Path], libraries: Sequence[Path] = ()) -> Path:

@@ -183,6 +183,10 @@ inline void fence_gpu() { simt::fence(); }
 // The hardware's exp2 is rounded twice over and flushes subnormal numbers; this one is right, and flushes too.
 inline float exp2_fast(float x) { const float y = exp2f(x); return y < 1.17549435e-38f ? 0.0f : y; }
 inline float reciprocal(float x) { return 1 / x; }
+template <class A> A multiply_rounded(A a, A b) {
+    const volatile A product = a * b;  // which is in memory, before it goes into a sum
+    return product;
+}
 inline float f16_float(u16 x) { return static_cast<float>(simt_bits<_Float16>(x)); }
 inline u16 f16_bits(float x) { return simt_bits<u16>(static_cast<_Float16>(x)); }
 inline void seldom() {}
