@@ -2,7 +2,8 @@
 
 `plan` turns the shape of a problem into launch numbers: pure Python, and the only source of both what a kernel is
 compiled with and how it is launched. `Cuda` turns `Rows` into arguments and at most three launches: the divisor of a
-mean (it stays on the device; two launches where very many rows are counted), the rows, the sum of their losses. Nothing here waits for the device. Beside them there are only copies of what the kernels do not read as it is.
+mean (it stays on the device; two launches where very many rows are counted), the rows, the sum of their losses. Nothing
+here waits for the device. Beside them there are only copies of what the kernels do not read as it is.
 
 Everything that touches CuPy goes through a `Launcher`, so that the tests can put an emulation in its place; and a
 `Tape`, which notes what a call has launched, for the next call of its kind (`_again.py`).
