@@ -63,8 +63,8 @@ WHOLE, WHOLE_LOSS, WHOLE_GRAD = 1 << 20, 128 << 10, 256 << 10
 PART, MOST_PARTS, MERGE_THREADS = 64 << 10, 1024, 128
 SUM_THREADS, SUM_BLOCKS = 1024, 64
 PARTIALS = (2 * SUM_BLOCKS + 1,)  # doubles: two for each block, after the ticket
-# Rows up to which one block sums them; up to which one cluster does, where there are clusters; and where there are none,
-# up to which one block counts them faster than a second launch begins.
+# Rows up to which one block sums them; up to which one cluster does, where there are any; and where there are none, up
+# to which one block counts them faster than a second launch begins.
 SUM_ALONE, SUM_TOGETHER, COUNT_ALONE = 1 << 13, 1 << 16, 1 << 15
 SUM_CLUSTER = 8
 
@@ -243,9 +243,9 @@ def plan(
     if not writes_grad(job):  # which is read once anyhow
         cluster = next(cluster for limit, cluster in STREAMING if size <= limit) if chip >= 90 else 1
         return spread("O", vectors, 0, ALONE, (ALONE, most * blocks // ALONE), cluster, stream=True)
-    plain = variant in ("PLAIN", "SMOOTH") and itemsize < 8
+    plain = variant in ("PLAIN", "SMOOTH") and (itemsize == 4 or (itemsize == 2 and chip < 100))
     if plain and job == "LOSS_AND_GRAD" and even and chip >= 90:
-        most = 512 if variant == "PLAIN" and threads > most else max(most, 384 if chip < 100 else 0)
+        most = 512 if variant == "PLAIN" and threads > most else 384
     tall = (16, 512) if plain else (vectors, most * blocks)  # one block on each SM, whose threads have more registers
     clusters = (1, 2, 4, 8) if chip >= 90 else (1,)
     for cluster in clusters:
