@@ -61,7 +61,7 @@ def stages() -> list[Stage]:
             [_timed(f"cells-{dtype}", f"^cells .* {dtype} ", 25, "against every peer")]
             for dtype in ("float32", "bfloat16")
         ),
-        [_timed("options", "^(host|peaked|options)", 20, "the host's time, peaked logits, options")],
+        [_timed("options", "^(host|engines|peaked|options)", 20, "the host's time, peaked logits, options")],
         [_timed("dtypes", "^(soft|dtypes|long)", 20, "distributions, every dtype, long rows")],
         [_timed("layouts", "^(few|axis)", 20, "few classes, classes apart")],
         [_engines()],

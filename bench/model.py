@@ -165,7 +165,7 @@ def predicted(wanted: list[Goal], codes: Callable[[Iterable[Kernel]], dict[str, 
 
     def of(problem: Problem, job: str) -> tuple[Launch, int, Times]:
         plan = plans[problem, job]
-        found = _model.times_of(plan, job, known.get, chip, problem.more)
+        found = _model.times_of(plan, job, known.get, chip, problem.more, problem.usual)
         assert found is not None
         return found[0], max(known[kernel.name].spill_stores for kernel in plan.kernels(job)), found[1]
 

@@ -76,7 +76,17 @@ class Problem:
     def mean(self, losses: Array) -> Any:
         """Of the losses of all rows, of CuPy or PyTorch, as an accurate library would give it."""
         wide = losses.double() if hasattr(losses, "double") else losses.astype(np.float64)
-        return wide.mean() if losses.dtype == wide.dtype else host(wide.mean()).astype(np.float32)
+        mean = wide.sum() / self.divisor
+        return mean if losses.dtype == wide.dtype else host(mean).astype(np.float32)
+
+    @cached_property
+    def divisor(self) -> float:
+        """Of the mean: what the rows weigh."""
+        if "sample_weight" in self.options:
+            return float(host(self.options["sample_weight"]).astype(np.float64).sum())
+        if "weight" in self.options and self.has_labels:
+            return float(host(self.options["weight"]).astype(np.float64)[host(self.target)].sum())
+        return float(self.rows)
 
 
 def ours(problem: Problem, engine: str | None = None) -> Calls:
@@ -95,7 +105,7 @@ def ours(problem: Problem, engine: str | None = None) -> Calls:
             each = {**keywords, "reduction": "none"}
             calls[EACH] = Call(lambda: loss(x, y, **each), finish=problem.mean)
             calls[EACH_OUT] = Call(
-                lambda: both(x, y, out=out, grad_output=1 / problem.rows, **each),
+                lambda: both(x, y, out=out, grad_output=1 / problem.divisor, **each),
                 finish=lambda pair: (problem.mean(pair[0]), pair[1]),
             )
     return calls
@@ -200,7 +210,7 @@ def quack(problem: Problem) -> Calls:
         EACH: Call(lambda: cross_entropy_fwd(x, y), finish=problem.mean),
         EACH_OUT: Call(
             lambda: cross_entropy_fwd(x, y, return_dx=True),
-            finish=lambda pair: (problem.mean(pair[0]), pair[1] / problem.rows),
+            finish=lambda pair: (problem.mean(pair[0]), pair[1] / problem.divisor),
         ),
     }
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import fcntl
 import functools
 import importlib
 import importlib.metadata
@@ -99,7 +101,10 @@ def run(cases: list[Case], settings: Settings) -> int:
     rows: list[Row] = []
     begun = {}
     if settings.ahead:
-        begun = {case: begin(case, makers, settings, xp)._replace(calls={}) for case in cases}
+        for case in cases:
+            with _alone(case):
+                begun[case] = begin(case, makers, settings, xp)._replace(calls={})
+                _release(xp)
         _release(xp)  # others are timed meanwhile, or run their own
         say(READY)
         sys.stdout.flush()
@@ -128,6 +133,17 @@ def limit_threads(threads: int) -> None:
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     os.environ["XENT_ARRAY_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = str(threads)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+@contextlib.contextmanager
+def _alone(case: Case) -> Iterator[None]:
+    """No other run begins a case of so much memory meanwhile: several may share a GPU until they are told to time."""
+    if case.nbytes <= POOLED:
+        yield
+        return
+    with (Path(tempfile.gettempdir()) / "xent_array-bench.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 # One case

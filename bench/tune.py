@@ -44,6 +44,12 @@ def plans_for(problem: Problem, job: str = "LOSS_AND_GRAD") -> Iterator[cuda.Pla
     """The plan's own first, then every other of the families W, B and O that keeps the rules of tests/test_plan.py."""
     chosen = problem.plan(job)
     yield chosen
+    for plan in _all_others(problem, chosen):
+        if plan.kernel(job) != chosen.kernel(job):
+            yield plan
+
+
+def _all_others(problem: Problem, chosen: cuda.Plan) -> Iterator[cuda.Plan]:
     if chosen.family not in "WBOS":
         return
     itemsize = cuda.DTYPES[problem.dtype][1]

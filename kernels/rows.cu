@@ -13,10 +13,14 @@
  *   S  CLUSTER = 0          a row is read in parts by as many blocks as there are: STATS leaves those of each part, which
  *                           merge.cu merges; GRAD and LOG_SOFTMAX then read the parts once more
  *
- * Launch   W: blockDim.x / LANES rows per block; B, O: one row per block or cluster, of whole warps; S: one part. A thread holds K
- *          vectors of 16 bytes; in W and B K·16·threads must cover the row. THREADS, BLOCKS: __launch_bounds__. EVEN:
- *          rows are evenly spaced, and what else has a number per class is aligned like the logits. All numbers come
- *          from `plan` in xent_array/_engines/cuda.py.
+ * Launch   W: blockDim.x / LANES rows per block; B, O: one row per block or cluster, of whole warps; S: one part. A thread
+ *          holds K vectors of 16 bytes; in W and B K·16·threads must cover the row. THREADS, BLOCKS: __launch_bounds__.
+ *          EVEN: rows are evenly spaced, and what else has a number per class is aligned like the logits. All numbers
+ *          come from `plan` in xent_array/_engines/cuda.py.
+ * Waiting  nothing is asked of a row before its logits, but whether it counts: the chain from label to logits to sums is
+ *          what a block would wait for. For a gradient one thread brings the logits of row r + p.ahead into L2, if that
+ *          one counts, so that later blocks wait for no DRAM; the first p.first blocks, for whom nobody did, do not ask.
+ *          The distance is 6 MB of logits: at 17 MB they are let go again before they are read, below 3 MB they come late.
  * Moves    per row: STATS, LOSS read C; all others read C and write C. O reads C once more for a gradient,
  *          the last pieces first, so that what is in cache is used. A target distribution is read twice likewise.
  * Wide     a row is [head | vectors of 16 bytes | tail] by its own address: every C and every start keeps 128-bit
@@ -30,7 +34,8 @@
  * Aliasing grad may be the logits: an element is read and written by one thread, and x[label] before anything of the
  *          row is written.
  * Tried    On an H200: loads that evict first cost 4 to 6 points of bandwidth wherever a gradient is written, stores
- *          that do so nothing. Comparing every logit with the maximum, so that its 1 is never added, makes 16-bit rows
+ *          that do so half a point. Logits asked for before the label gain up to 10 points, the prefetch as much again
+ *          for rows that fill an SM. Comparing every logit with the maximum, so that its 1 is never added, makes 16-bit rows
  *          limited by instructions. Blocks that stay and bring the next row by bulk copies: no faster.
  *          Elsewhere: v1 vectors j·blockDim.x apart: an address per load. Now a warp owns a stretch: one address.
  *          v2 a barrier.cluster to swap parts: waits for all stores. Now messages to a mailbox: st.async + mbarrier.

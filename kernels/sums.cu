@@ -7,7 +7,7 @@
  *
  *   D  XE_SUMS(name, A, CLUSTER)   counts rows (where `counts`), adds losses (where `losses` are given), or both
  *
- * Launch   1024 threads; 1 block for few rows, a cluster of CLUSTER blocks for more (compute capability 9.0), else 64
+ * Launch   1024 threads; 1 block for few rows, a cluster of CLUSTER blocks for more (compute capability 9.0), else 128
  *          blocks: constants, so that the order of the sum follows from N alone. The blocks of a cluster send their sums
  *          to its first; others leave them in `partials`. Who adds those up: where there is a `ticket`, the last to finish.
  *          It must be 0 at the start, and the launch over the rows, which comes before, sees to that (`open`): so no

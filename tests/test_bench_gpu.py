@@ -34,20 +34,23 @@ def test_five_minutes_hold_what_is_worth_most():
     said = dry_run("--minutes", "5")
     assert int(re.search(r"(?m)^\d+ pieces, (\d+) seconds$", said)[1]) <= 300
     for i in range(1, gpu.LAUNCHERS + 1):
-        assert f"python -m bench.launches --part {i}/{gpu.LAUNCHERS} --most 80\n" in said
-    assert "--require cupy -k cupy or test_gpu -n 12 -p no:cacheprovider -p no:benchmark --tb=short tests\n" in said
+        assert f"python -m bench.launches --part {i}/{gpu.LAUNCHERS} --most 70\n" in said
+    chosen = "--require cupy -k (cupy or test_gpu) and not standin and not many"
+    assert f"{chosen} -n 10 -p no:cacheprovider -p no:benchmark --tb=short tests\n" in said
     at = {name: int(when) for when, name in re.findall(r"(?m)^ *(\d+) s +\d+ s  (.*?)  \(", said)}
     assert (
         at["tests"]
         == at[f"launches 1/{gpu.LAUNCHERS}"]
         < at["time cells-float32"]
         < at["time cells-bfloat16"]
-        < at["time others"]
+        < at["time options"]
+        < at["time dtypes"]
+        < at["time layouts"]
     )
-    assert sum(name.startswith("sanitizer") for name in at) == 4
+    assert sum(name.startswith("sanitizer") for name in at) == 8
     chosen = gpu.that_fit(gpu.stages(), 5)
     assert sum(gpu.needs(stage) for stage in chosen if "cells" in stage[0].name) <= 90
-    assert sum(gpu.needs(stage) for stage in chosen if "others" in stage[0].name) <= 60
+    assert sum(gpu.needs(stage) for stage in chosen if re.search("options|dtypes|layouts", stage[0].name)) <= 60
 
 
 @pytest.mark.parametrize("minutes", [1, 2, 3.5, 5, 8, 60])
@@ -74,7 +77,7 @@ def test_every_case_for_a_gpu_is_timed_in_one_piece_with_a_file_of_its_own():
         found = [command for command in commands if re.search(command[command.index("--cases") + 1], case.name)]
         assert len(found) == 1, case.name
     files = [piece.command[-1] for stage in gpu.stages() for piece in stage if "--out" in piece.command]
-    assert len(set(files)) == len(files) == 4
+    assert len(set(files)) == len(files) == 6
     for stage in gpu.stages():
         assert len(stage) == 1 or not any(piece.ahead for piece in stage), "what is timed runs alone"
         for piece in stage:  # an argument that the parser does not know would end it at once

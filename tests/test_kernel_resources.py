@@ -137,17 +137,18 @@ def test_rows_are_read_and_written_in_16_bytes():
     assert {(even, passes) for _, even, passes in seen} == set(itertools.product((False, True), (1, 2)))
 
 
-# Of a block that holds a row of labels, 8 vectors in a thread, on sm_90: how many instructions of the text there may be
-# for each logit. Of memory's time at 16 bits, issuing 22 takes eight tenths.
+# Of a block that holds a row of labels, 8 vectors in a thread, on sm_90: how many instructions there may be for each logit,
+# of those that a usual warp executes; of a text that is not there twice, all of it. Of memory's time at 16 bits, issuing
+# 22 takes eight tenths.
 MOST_INSTRUCTIONS = {
     ("bf16", "loss_and_grad", "plain"): 22,
     ("bf16", "loss", "plain"): 14,
     ("float", "loss_and_grad", "plain"): 28,
-    ("float", "loss", "plain"): 18.5,
+    ("float", "loss", "plain"): 18,
     ("bf16", "loss_and_grad", "smooth"): 25,
     ("bf16", "loss", "smooth"): 17,
     ("float", "loss_and_grad", "smooth"): 31,
-    ("float", "loss", "smooth"): 23,
+    ("float", "loss", "smooth"): 21,
     ("bf16", "loss_and_grad", "soft"): 40,
     ("float", "loss_and_grad", "soft"): 40,
     ("bf16", "loss_and_grad", "capped"): 40,
@@ -162,7 +163,9 @@ def test_there_are_no_more_instructions_than_memory_leaves_time_for():
         if name is None or row["chip"] != kernel_resources.SHIPPED or name.groups() not in MOST_INSTRUCTIONS:
             continue
         logits = 8 * (8 if name[1] == "bf16" else 4)
-        assert row["instructions"] <= MOST_INSTRUCTIONS[name.groups()] * logits, row
+        executed = row["executed"][0]
+        assert (executed < row["instructions"] / 2) == (name[3] in ("plain", "smooth")), row
+        assert executed <= MOST_INSTRUCTIONS[name.groups()] * logits, row
         met.add(name.groups())
     assert met == set(MOST_INSTRUCTIONS)
 

@@ -97,18 +97,26 @@ class Launch(NamedTuple):
     turn: int = 0  # bytes that a thread moves in one turn of the loop over a row; 0: any loop may be it
     twice: bool = True  # whether what is streamed for a gradient is read twice, by one launch
     known: bool = False  # whether the kernel says what a usual warp does not execute; else its text is what there is
+    usual: bool = True  # whether that is what is executed, not the text beside it for all other problems
+    cluster: int = 1
+    ahead: bool = False  # whether logits are prefetched, so that no block waits for memory before it calculates
 
     @classmethod
-    def of(cls, plan: cuda.Plan, job: str, more: int = 0) -> Launch:
-        """Where `more` bytes must move beside what the plan knows of."""
+    def of(cls, plan: cuda.Plan, job: str, more: int = 0, usual: bool = True) -> Launch:
+        """Where `more` bytes must move beside what the plan knows of, of a problem with or without options per row."""
         logits = plan.rows * plan.classes * cuda.DTYPES[plan.dtype][1]
         vectors, lanes, turn = plan.vectors, plan.lanes, max(1, 16 * plan.vectors)
         if plan.family == "P":  # whose threads hold classes of several rows, and whose warps wait if they share rows
             turn = plan.vectors * plan.width * cuda.DTYPES[plan.dtype][1]
             vectors, lanes = 0, int(plan.lanes == 1)
+        gradient = cuda.writes_grad(job)
+        twofold = plan.family in "WB" and plan.variant in ("PLAIN", "SMOOTH") and job in ("LOSS", "LOSS_AND_GRAD")
+        whole = plan.classes * cuda.DTYPES[plan.dtype][1] % 16 == 0
         return cls(
-            plan.rows, logits, plan.bytes(job) + more, more, job not in ("LOSS", "STATS"), plan.stream,
-            vectors, lanes, plan.threads, plan.blocks, 0, turn, plan.parts == 1, plan.family in ("T", "P"),
+            plan.rows, logits, plan.bytes(job) + more, more, gradient, plan.stream,
+            vectors, lanes, plan.threads, plan.blocks, 0, turn, plan.parts == 1, twofold or plan.family in "TP",
+            plan.family in "TP" or (usual and whole), plan.cluster,
+            gradient and plan.begins(job, 1)[1] > 0,
         )  # fmt: skip
 
 
@@ -135,6 +143,7 @@ SKIPPED = 0.3  # of the instructions: what stores a vector that is not there
 SHARPNESS = 7  # how suddenly one time takes over from another
 TURNS = 0.25  # of the lesser time on top, where a processor has one block, which loads, then calculates
 POWER = 1.3  # of the number of blocks, by which that is divided
+WAITS = 0.037  # of the time on top, each time that a cluster is twice as large, where no block waits for memory
 SECTOR = 32  # bytes that come with the label's logit, read by itself, where the caches have let go of its row
 STARTED = 4.5e-6  # seconds beside these, of a launch; and of each that waits for one before it
 
@@ -150,7 +159,8 @@ def times(launch: Launch, code: Code, chip: Chip) -> Times:
     wide = code.loads128 + code.stores128 > 0
     instructions, special, loops = EXECUTED * code.instructions, float(code.mufu), code.loops
     if launch.known and code.executed:
-        instructions, special, loops = code.executed
+        usual, special, loops = code.executed
+        instructions = usual if launch.usual else EXECUTED * (code.instructions - usual)
     for body, mufu, moved, widest in loops:
         over_the_row = moved > 0 and not (wide and 0 < widest < 16)  # else over its ragged ends, or for a barrier
         if launch.turn and not (launch.stream and moved >= launch.turn):
@@ -173,11 +183,12 @@ def times(launch: Launch, code: Code, chip: Chip) -> Times:
     pieces = math.ceil(per_thread / (16 * launch.vectors)) if launch.stream and launch.vectors else 1
     apart = blocks * launch.threads // 32 if launch.lanes and not launch.shared else blocks  # which never wait
     lesser = min(by_memory, max(by_instructions, by_special))
-    return Times(*three, together + TURNS * lesser / (apart**POWER * pieces))
+    waiting = WAITS * math.log2(launch.cluster) * together if launch.ahead else TURNS * lesser / (apart**POWER * pieces)
+    return Times(*three, together + waiting)
 
 
 def times_of(
-    plan: cuda.Plan, job: str, known: Callable[[str], Code | None], chip: Chip, more: int = 0
+    plan: cuda.Plan, job: str, known: Callable[[str], Code | None], chip: Chip, more: int = 0, usual: bool = True
 ) -> tuple[Launch, Times] | None:
     """A job as a whole, and the times of its launches over the rows together; None where a kernel is not known."""
     each = []
@@ -185,10 +196,10 @@ def times_of(
         code = known(chosen.kernel(step).name)
         if code is None:
             return None
-        each.append(times(Launch.of(chosen, step, more), code, chip))
+        each.append(times(Launch.of(chosen, step, more, usual), code, chip))
     waits = STARTED * (len(plan.kernels(job)) - 1)
     memory, instructions, special, whole = map(sum, zip(*each, strict=True))
-    return Launch.of(plan, job, more), Times(memory, instructions, special, whole + waits)
+    return Launch.of(plan, job, more, usual), Times(memory, instructions, special, whole + waits)
 
 
 def _resident(launch: Launch, code: Code, chip: Chip) -> int:
@@ -279,6 +290,11 @@ class Problem(NamedTuple):
         return math.prod(self.shape) // self.classes
 
     @property
+    def usual(self) -> bool:
+        """Whether no option asks for something row by row."""
+        return not {"z", "weight", "sample_weight"} & set(self.options)
+
+    @property
     def more(self) -> int:
         """Bytes that must move beside those of logits, gradient and labels."""
         return self.rows * self.classes * cuda.DTYPES[self.dtype][1] if "soft" in self.options else 0
@@ -318,12 +334,12 @@ def explain(text: str) -> str:
         plan = problem.plan(job)
         if plan.words() != said:
             lines.append(said := plan.words())
-        launch = Launch.of(plan, job, problem.more)
+        launch = Launch.of(plan, job, problem.more, problem.usual)
         least = f"{launch.bytes / chip.bandwidth / 1e3:.3g} microseconds at the {chip.bandwidth:.0f} GB/s of a copy"
         lines.append(f"  {job.lower().replace('_', ' '):14} {launch.bytes:,} bytes")
         lines.append(f"{margin}at least {least} on {chip.name} ({told})")
         lines += [f"{margin}{kernel.name}" for kernel in plan.kernels(job)]
-        found = times_of(plan, job, counts().get, chip, problem.more)
+        found = times_of(plan, job, counts().get, chip, problem.more, problem.usual)
         if found is None:
             lines.append(f"{margin}(the instructions of this kernel have not been counted)")
             continue

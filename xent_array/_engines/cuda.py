@@ -61,7 +61,7 @@ AHEAD = 6 << 20  # bytes of logits between what is read and what is prefetched, 
 # part, or a multiple of them where there would be more parts than that; threads of what merges them.
 WHOLE, WHOLE_LOSS, WHOLE_GRAD = 1 << 20, 128 << 10, 256 << 10
 PART, MOST_PARTS, MERGE_THREADS = 64 << 10, 1024, 128
-SUM_THREADS, SUM_BLOCKS = 1024, 64
+SUM_THREADS, SUM_BLOCKS = 1024, 128
 PARTIALS = (2 * SUM_BLOCKS + 1,)  # doubles: two for each block, after the ticket
 # Rows up to which one block sums them; up to which one cluster does, where there are any; and where there are none, up
 # to which one block counts them faster than a second launch begins.
@@ -233,7 +233,9 @@ def plan(
             if writes_grad(job):
                 # Of few lanes each has more than one element of head and tail, and needs registers for them.
                 ragged = lanes < (6 if job == "LOSS_AND_GRAD" else 2 * (16 // itemsize - 1))
-                several = min(several - ragged, (5 if even else 4) if held == 8 else several)
+                several = min(
+                    several - ragged, (5 if even and (itemsize > 2 or chip >= 80) else 4) if held == 8 else several
+                )
             elif (job, variant) == ("LOSS", "PLAIN") and held <= 4 < lanes and itemsize < 8:
                 several = 12
             return spread("W", held, lanes, WARP_THREADS, (WARP_THREADS, several))
@@ -243,7 +245,7 @@ def plan(
     if not writes_grad(job):  # which is read once anyhow
         cluster = next(cluster for limit, cluster in STREAMING if size <= limit) if chip >= 90 else 1
         return spread("O", vectors, 0, ALONE, (ALONE, most * blocks // ALONE), cluster, stream=True)
-    plain = variant in ("PLAIN", "SMOOTH") and (itemsize == 4 or (itemsize == 2 and chip < 100))
+    plain = variant in ("PLAIN", "SMOOTH") and (itemsize == 4 or (itemsize == 2 and 80 <= chip < 100))
     if plain and job == "LOSS_AND_GRAD" and even and chip >= 90:
         most = 512 if variant == "PLAIN" and threads > most else 384
     tall = (16, 512) if plain else (vectors, most * blocks)  # one block on each SM, whose threads have more registers
