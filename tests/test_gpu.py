@@ -17,7 +17,7 @@ from xent_array._engines import cuda
 SHAPES = [
     (1000, 10, "float32"),
     (cuda.SUM_ALONE + 99, 21, "float16"),
-    (cuda.COUNT_ALONE + 99, 5, "float32"),
+    (cuda.SUM_TOGETHER + 99, 5, "float32"),
     (500, 250, "float32"),
     (64, 5001, "float32"),
     (16, 50257, "float16"),

@@ -118,7 +118,8 @@ def test_nothing_spills_where_it_matters():
 def test_rows_are_read_and_written_in_16_bytes():
     """K wide loads and, of even rows, K wide stores per thread; loads again where a row is streamed for a gradient.
 
-    And one more of each, in loops: for confident rows, and for those that do not count.
+    And one more of each, in loops: for confident rows, and for those that do not count. All of it twice where problems
+    without options have a text of their own.
     """
     seen = set()
     for row in ROWS:
@@ -130,8 +131,12 @@ def test_rows_are_read_and_written_in_16_bytes():
         job = re.search("loss_and_grad|stats_and_grad|log_softmax|grad|loss|stats", row["kernel"])[0]
         writes = job not in ("loss", "stats")
         passes = 2 if stream and cluster and writes and job != "grad" else 1  # in parts, by two launches
-        assert row["loads128"] - passes * vectors in (0, 1), row
-        assert row["stores128"] - (vectors if writes and even else 0) in ((0, 1) if writes and even else (0,)), row
+        texts = 1 if stream or job not in ("loss", "loss_and_grad") or "_capped_" in row["kernel"] else 2
+        more = range(texts + 1)
+        assert row["loads128"] - texts * passes * vectors in more, row
+        assert row["stores128"] - (texts * vectors if writes and even else 0) in (more if writes and even else (0,)), (
+            row
+        )
         seen.add((job, even, passes))
     assert {job for job, *_ in seen} == {job.lower() for job in cuda.JOBS}
     assert {(even, passes) for _, even, passes in seen} == set(itertools.product((False, True), (1, 2)))

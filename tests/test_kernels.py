@@ -966,21 +966,23 @@ def test_an_argument_is_the_same_in_python_and_in_cuda(argument):
 
 
 @pytest.mark.parametrize("order", [ORDERS[0], *(pytest.param(o, marks=pytest.mark.full) for o in ORDERS[1:])])
-@pytest.mark.parametrize("how", ["by a cluster", "by blocks apart"])
+@pytest.mark.parametrize("how", ["by a cluster", "by blocks apart", "where there are no clusters"])
 def test_sums_over_many_rows(how, order, monkeypatch):
     """More than one block sums and counts: by messages, or partial sums with a ticket and without; in any order."""
     if how == "by blocks apart":
         monkeypatch.setattr(cuda, "SUM_TOGETHER", cuda.SUM_ALONE)
+    chip = 80 if how == "where there are no clusters" else 90
+    monkeypatch.setattr(cuda, "COUNT_ALONE", cuda.SUM_ALONE)
     rng = np.random.default_rng(4)
     n = cuda.SUM_ALONE + 1000
     x, y = rng.standard_normal((n, 3), dtype=np.float32), rng.integers(-1, 3, size=n)
     options = {"ignore_index": -1, "weight": np.array([0.5, 1, 2]), "sample_weight": rng.random(n), "validate": False}
-    engine = emulated.engine(order=order, seed=1)
+    engine = emulated.engine(order=order, seed=1, chip=chip)
     loss, grad = cross_entropy_value_and_grad(x, y, engine=engine, grad_output=3.0, **options)
     truth = truth_of(x, y, options, grad_output=3.0)
     assert_loss(loss, truth)
     assert_grad(grad, truth)
-    again, _ = cross_entropy_value_and_grad(x, y, engine=emulated.engine(), grad_output=3.0, **options)
+    again, _ = cross_entropy_value_and_grad(x, y, engine=emulated.engine(chip=chip), grad_output=3.0, **options)
     assert loss.tobytes() == again.tobytes()
 
 
