@@ -322,10 +322,17 @@ def usual(family, dtype):
     return logits, target, {name: options[name] for name in ("axis", "reduction", "validate")}, *chip
 
 
+USUAL = [family for family in FAMILIES if family[0] in "TPWB" and family not in USUAL_LEFT_OUT]
+
+
 @pytest.mark.full(but_one_per="dtype")
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    "family", [family for family in FAMILIES if family[0] in "TPWB" and family not in USUAL_LEFT_OUT]
+    ("family", "dtype"),
+    [
+        (family, dtype)
+        for (number, family), dtype in itertools.product(enumerate(USUAL), DTYPES)
+        if family[0] in "TP" or dtype in ("float32", ("float16", "bfloat16")[number % 2])
+    ],
 )
 def test_every_job_without_options(family, dtype, compiled):
     logits, target, options, chip, *_ = usual(family, dtype)
