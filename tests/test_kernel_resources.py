@@ -142,9 +142,9 @@ def test_rows_are_read_and_written_in_16_bytes():
     assert {(even, passes) for _, even, passes in seen} == set(itertools.product((False, True), (1, 2)))
 
 
-# Of a block that holds a row of labels, 8 vectors in a thread, on sm_90: how many instructions there may be for each logit,
-# of those that a usual warp executes; of a text that is not there twice, all of it. Of memory's time at 16 bits, issuing
-# 22 takes eight tenths.
+# Of a block that holds a row of labels, 8 vectors in a thread, on sm_90: how many instructions there may be for each
+# logit, of those that a usual warp executes; where the text is not there twice, of all. Of memory's time at 16 bits,
+# issuing 22 takes eight tenths.
 MOST_INSTRUCTIONS = {
     ("bf16", "loss_and_grad", "plain"): 22,
     ("bf16", "loss", "plain"): 14,

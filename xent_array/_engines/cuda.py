@@ -229,15 +229,7 @@ def plan(
         if size <= limit and wanted * lanes <= vectors * 32:
             fewer = max(1, wanted // vectors)
             held, lanes = wanted // fewer, lanes * fewer
-            several = most * blocks // WARP_THREADS
-            if writes_grad(job):
-                # Of few lanes each has more than one element of head and tail, and needs registers for them.
-                ragged = lanes < (6 if job == "LOSS_AND_GRAD" else 2 * (16 // itemsize - 1))
-                several = min(
-                    several - ragged, (5 if even and (itemsize > 2 or chip >= 80) else 4) if held == 8 else several
-                )
-            elif (job, variant) == ("LOSS", "PLAIN") and held <= 4 < lanes and itemsize < 8:
-                several = 12
+            several = _warp_blocks(most * blocks // WARP_THREADS, held, lanes, itemsize, variant, job, chip, even)
             return spread("W", held, lanes, WARP_THREADS, (WARP_THREADS, several))
     threads = _whole_warps(-(-size // (16 * vectors)))
     if threads <= ALONE:
@@ -306,6 +298,20 @@ def _held(itemsize: int, variant: str, job: str, chip: int, even: bool) -> tuple
         return 8, 384 if variant == "SOFT" or (itemsize == 2 and chip < 80) else 512, 2
     more = itemsize == 2 and not 80 <= chip < 100
     return 8, 320 if more or (variant == "SMOOTH" and itemsize == 4) else 384, 2
+
+
+def _warp_blocks(
+    several: int, held: int, lanes: int, itemsize: int, variant: str, job: str, chip: int, even: bool
+) -> int:
+    """How many blocks of rows in lanes a multiprocessor shall have, where `several` of other rows fit: none spills."""
+    if not writes_grad(job):
+        lean = (job, variant) == ("LOSS", "PLAIN") and held <= 4 < lanes and itemsize < 8
+        return 12 if lean else several
+    # Of few lanes each has more than one element of head and tail, and needs registers for them.
+    several -= lanes < (6 if job == "LOSS_AND_GRAD" else 2 * (16 // itemsize - 1))
+    if held < 8:
+        return several
+    return min(several, 5 if even and (itemsize > 2 or chip >= 80) else 4)
 
 
 def _tiny_blocks(classes: int, each: int, itemsize: int, chip: int, variant: str) -> int:
