@@ -33,6 +33,8 @@ WRAPPERS = [
     ("if (any_thread(f[threadIdx.x] > 0)) u[0] = 1;", r"BAR\.RED\.OR"),
     ("f[0] = 1; fence_gpu(); u[0] = take_ticket(u + 1);", r"MEMBAR\.SC\.GPU|MEMBAR\.ALL\.GPU", r"ATOMG\.E\.ADD"),
     ("f[0] = exp2_fast(f[1]);", r"MUFU\.EX2"),
+    ("f[0] = multiply_rounded(f[1], f[2]) + f[3];", r"FMUL", r"FADD"),
+    ("d[0] = multiply_rounded(d[1], d[2]) + d[3];", r"DMUL", r"DADD"),
     ("f[0] = to_acc(f16_or_bf16<f16>(s[0]));", r"HADD2\.F32"),
     ("s[0] = from_acc(f[0], f16()).bits;", r"F2FP?\.F16"),
     ("s[0] = from_acc(f[0], bf16()).bits;", r"F2FP\.BF16"),

@@ -341,6 +341,22 @@ extern "C" __global__ void ends(const float* x, float* y) { y[threadIdx.x] = exp
     np.testing.assert_array_equal(y[:8], np.array([0, 1, 2, 0.5, 2.0**-126, 0, np.nan, np.inf], np.float32))
 
 
+def test_a_product_that_is_rounded_before_it_is_a_term(launch):
+    text = """
+extern "C" __global__ void products(float* f, double* d) {
+    f[threadIdx.x] = multiply_rounded(f[threadIdx.x], f[threadIdx.x]) - f[32 + threadIdx.x];
+    d[threadIdx.x] = multiply_rounded(d[threadIdx.x], d[threadIdx.x]) - d[32 + threadIdx.x];
+}
+"""
+    arrays = []
+    for kind, bits in ((np.float32, 12), (np.float64, 27)):
+        one = np.full(32, 1 + 2.0**-bits, kind)
+        arrays.append(np.stack([one, one * one]))  # whose product has a bit beyond the last
+    launch(text, "products", arrays)
+    for array in arrays:
+        np.testing.assert_array_equal(array[0], 0)
+
+
 def test_every_wrapper_has_a_test():
     """By name, here or in test_simt.py, or inside another wrapper that has one."""
     named = set(re.findall(r"XE_DEVICE [\w ]*?\*?(\w+)\(", DEVICE)) | set(re.findall(r"XE_DEVICE A (\w+)\(", DEVICE))
