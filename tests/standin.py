@@ -44,6 +44,7 @@ class Device:
         self.id = 0 if device is None else int(device)
 
     compute_capability = "90"
+    attributes = types.MappingProxyType({"MultiProcessorCount": 132})
 
     def __int__(self):
         return self.id
