@@ -52,7 +52,7 @@ AHEAD = json.loads(Path(__file__).with_name("h200_prefetch.json").read_text())
 
 @pytest.mark.parametrize("clusters", [False, True], ids=["blocks", "clusters"])
 def test_every_measured_time_is_met_where_logits_are_prefetched(clusters):
-    """Of these kernels only how much a cluster waits was fitted; there are ragged rows among them."""
+    """Of these only two numbers were fitted: how much a cluster waits, and what is not for confident rows."""
     assert AHEAD["row"] == ["dtype", "classes", *Launch._fields, "milliseconds", "kernel"]
     assert AHEAD["kernel"] == list(Code._fields)
     known = {name: Code(*row) for name, row in AHEAD["kernels"].items()}
@@ -62,8 +62,8 @@ def test_every_measured_time_is_met_where_logits_are_prefetched(clusters):
         if (launch.cluster > 1) == clusters:
             errors.append(abs(_model.times(launch, known[kernel], H200).all * 1e3 / milliseconds - 1))
     assert len(errors) == (75 if clusters else 28)
-    assert max(errors) < (0.17 if clusters else 0.09)
-    assert np.sqrt(np.mean(np.square(errors))) < (0.08 if clusters else 0.045)
+    assert max(errors) < (0.15 if clusters else 0.07)
+    assert np.sqrt(np.mean(np.square(errors))) < (0.06 if clusters else 0.03)
 
 
 def test_what_is_executed_needs_no_factor():

@@ -98,6 +98,7 @@ class Launch(NamedTuple):
     twice: bool = True  # whether what is streamed for a gradient is read twice, by one launch
     known: bool = False  # whether the kernel says what a usual warp does not execute; else its text is what there is
     usual: bool = True  # whether that is what is executed, not the text beside it for all other problems
+    mostly: float = 1.0  # of that, the part that is not for confident rows
     cluster: int = 1
     ahead: bool = False  # whether logits are prefetched, so that no block waits for memory before it calculates
 
@@ -115,7 +116,7 @@ class Launch(NamedTuple):
         return cls(
             plan.rows, logits, plan.bytes(job) + more, more, gradient, plan.stream,
             vectors, lanes, plan.threads, plan.blocks, 0, turn, plan.parts == 1, twofold or plan.family in "TP",
-            plan.family in "TP" or (usual and whole), plan.cluster,
+            plan.family in "TP" or (usual and whole), MOSTLY if twofold else 1.0, plan.cluster,
             gradient and plan.begins(job, 1)[1] > 0,
         )  # fmt: skip
 
@@ -138,12 +139,13 @@ class Times(NamedTuple):
 LOSS, GRAD, GRAD_ONCE = 1.01, 1.005, 1.03  # times of the memory's: by what is written, and how it was loaded
 READ = 0.993  # of a copy's bytes in a second, a kernel that only reads has
 EXECUTED = 0.8  # of a text that does not say: the rest is for labels of other dtypes, rows that start otherwise
+MOSTLY = 0.9  # of what W and B execute for problems without options
 FULL = 22  # warps of a processor: so many issue 1 - 1/e of what it could
 SKIPPED = 0.3  # of the instructions: what stores a vector that is not there
 SHARPNESS = 7  # how suddenly one time takes over from another
 TURNS = 0.25  # of the lesser time on top, where a processor has one block, which loads, then calculates
 POWER = 1.3  # of the number of blocks, by which that is divided
-WAITS = 0.037  # of the time on top, each time that a cluster is twice as large, where no block waits for memory
+WAITS = 0.045  # of the time on top, each time that a cluster is twice as large, where no block waits for memory
 SECTOR = 32  # bytes that come with the label's logit, read by itself, where the caches have let go of its row
 STARTED = 4.5e-6  # seconds beside these, of a launch; and of each that waits for one before it
 
@@ -160,7 +162,7 @@ def times(launch: Launch, code: Code, chip: Chip) -> Times:
     instructions, special, loops = EXECUTED * code.instructions, float(code.mufu), code.loops
     if launch.known and code.executed:
         usual, special, loops = code.executed
-        instructions = usual if launch.usual else EXECUTED * (code.instructions - usual)
+        instructions = launch.mostly * usual if launch.usual else EXECUTED * (code.instructions - usual)
     for body, mufu, moved, widest in loops:
         over_the_row = moved > 0 and not (wide and 0 < widest < 16)  # else over its ragged ends, or for a barrier
         if launch.turn and not (launch.stream and moved >= launch.turn):

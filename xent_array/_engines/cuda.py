@@ -50,9 +50,8 @@ COLUMNS = (
 # 2048, find in L2 what they read again for a gradient; beyond, memory is read twice.
 STREAMED = ((1024, 16, 16, 4, (512, 2)), (1 << 31, 16, 16, 4, (512, 1)))
 # Rows in lanes of a warp: bytes of the row, vectors per thread, lanes. The fewest threads that hold a row do the least
-# that is not per logit; of 16-bit logits, of whose exponentials so many can be kept, half as many vectors.
+# that is not per logit.
 WARP_ROWS = ((64, 1, 4), (128, 2, 4), (256, 4, 4), (512, 8, 4), (1024, 8, 8), (2048, 8, 16), (4096, 8, 32))
-WARP_ROWS_LEAN = (*WARP_ROWS[:3], (512, 4, 8), (1024, 4, 16), (2048, 4, 32), (4096, 8, 32))
 ALONE = 128  # threads of the longest row that a block holds for a loss
 # Bytes of longer rows, and blocks of ALONE threads that read one for a loss.
 STREAMING = ((128 << 10, 1), (256 << 10, 4), (1 << 62, 8))
@@ -224,12 +223,17 @@ def plan(
         parts = -(-size // part)
         return replace(found, parts=parts, part=part // itemsize, blocks=rows * parts)
     vectors, most, blocks = _held(itemsize, variant, job, chip, even)
-    lean = itemsize == 2 or not writes_grad(job)
-    for limit, wanted, lanes in WARP_ROWS_LEAN if lean else WARP_ROWS:
+    for limit, wanted, lanes in WARP_ROWS:
         if size <= limit and wanted * lanes <= vectors * 32:
             fewer = max(1, wanted // vectors)
             held, lanes = wanted // fewer, lanes * fewer
-            several = _warp_blocks(most * blocks // WARP_THREADS, held, lanes, itemsize, variant, job, chip, even)
+            several = most * blocks // WARP_THREADS
+            # Of few lanes each has more than one element of head and tail, and needs registers for them.
+            if writes_grad(job):
+                several -= lanes < (6 if job == "LOSS_AND_GRAD" else 2 * (16 // itemsize - 1))
+                several -= itemsize == 2 and chip < 80
+            else:
+                several -= lanes < 6 and itemsize == 2
             return spread("W", held, lanes, WARP_THREADS, (WARP_THREADS, several))
     threads = _whole_warps(-(-size // (16 * vectors)))
     if threads <= ALONE:
@@ -298,20 +302,6 @@ def _held(itemsize: int, variant: str, job: str, chip: int, even: bool) -> tuple
         return 8, 384 if variant == "SOFT" or (itemsize == 2 and chip < 80) else 512, 2
     more = itemsize == 2 and not 80 <= chip < 100
     return 8, 320 if more or (variant == "SMOOTH" and itemsize == 4) else 384, 2
-
-
-def _warp_blocks(
-    several: int, held: int, lanes: int, itemsize: int, variant: str, job: str, chip: int, even: bool
-) -> int:
-    """How many blocks of rows in lanes a multiprocessor shall have, where `several` of other rows fit: none spills."""
-    if not writes_grad(job):
-        lean = (job, variant) == ("LOSS", "PLAIN") and held <= 4 < lanes and itemsize < 8
-        return 12 if lean else several
-    # Of few lanes each has more than one element of head and tail, and needs registers for them.
-    several -= lanes < (6 if job == "LOSS_AND_GRAD" else 2 * (16 // itemsize - 1))
-    if held < 8:
-        return several
-    return min(several, 5 if even and (itemsize > 2 or chip >= 80) else 4)
 
 
 def _tiny_blocks(classes: int, each: int, itemsize: int, chip: int, variant: str) -> int:
