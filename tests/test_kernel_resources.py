@@ -92,7 +92,7 @@ def test_the_matrix_is_whole():
     wanted -= set(itertools.product("O", ["float"], with_grad, ["PLAIN", "SMOOTH"], of_clusters))
     wanted -= set(
         itertools.product("O", dtypes[:2], with_grad, ["PLAIN", "SMOOTH"], here)
-    )  # newer chips lack registers
+    )  # newer ones lack room
     assert have == wanted
     assert {(i.dtype, i.chip) for i in ITEMS if i.family == "M"} == set(itertools.product(dtypes, chips))
     assert {(i.dtype, i.chip) for i in ITEMS if i.family == "D"} == set(itertools.product(["float", "double"], chips))
