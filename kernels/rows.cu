@@ -461,7 +461,8 @@ template <class T> XE_DEVICE void prefetch_row(const Problem<T>& p, i64 r, int f
     constexpr int SIZE = Vector<T>::SIZE;
     const T* const x = p.logits + r * p.logits_outer;
     const int end = min((first + count) * SIZE, static_cast<int>(p.classes));
-    const u64 from = (reinterpret_cast<u64>(x + first * SIZE) + 15) / 16 * 16, to = reinterpret_cast<u64>(x + end) / 16 * 16;
+    const u64 from = (reinterpret_cast<u64>(x + first * SIZE) + 15) / 16 * 16,
+              to = reinterpret_cast<u64>(x + end) / 16 * 16;
     if (first * SIZE < end && from < to) prefetch(reinterpret_cast<const void*>(from), static_cast<u32>(to - from));
 }
 
@@ -508,8 +509,8 @@ XE_DEVICE void xent_rows(const Problem<T>& p) {
     Row<T, VARIANT> row;
     H held(p, row, logits, cut, static_cast<int>(lane), first);
     if (!STREAM) {
-        // The logits come first: what is known of a row is asked while they are on their way. Only whether they are
-        // needed at all is asked before, and by the first blocks not even that, for whom nobody has prefetched the label.
+        // The logits come first: what is known of a row is asked while they are on their way. Only whether they are needed
+        // at all is asked before, and by the first blocks not even that, for whom nobody has prefetched the label.
         constexpr bool MAY_SKIP = !writes_stats(JOB) && JOB != LOG_SOFTMAX;
         const bool asks = MAY_SKIP && blockIdx.x >= static_cast<u32>(p.first);
         const bool read = exists && (!asks || may_count(p, r, at));

@@ -77,8 +77,8 @@ def test_the_plan_of(problem, capsys):
 def test_the_plan_is_the_one_that_was_fastest():
     """Of the plans that were timed for a number of classes, or within 4 % of it.
 
-    Of rows that clusters hold in 32 bits, those with 16 vectors were timed at 262144 classes only. Left out are lanes of
-    a warp: what was timed of them is a few MiB, and the plan is for many rows.
+    Of rows that clusters hold in 32 bits, those with 16 vectors were timed at 262144 classes only. Left out are rows in
+    lanes of a warp: what was timed of them is a few MiB, and the plan is for many rows.
     """
     slower, not_timed, timed = {}, set(), 0
     for file, job in (("ahead", "LOSS_AND_GRAD"), ("ahead", "LOSS"), ("loads", "LOSS")):
