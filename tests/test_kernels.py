@@ -398,6 +398,7 @@ def alike(classes, dtype, rows=24):
     return logits, np.full(rows, at)
 
 
+@pytest.mark.full(but_one_per="classes")
 @pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1}, {"softcap": 90.0}], ids=str)
 @pytest.mark.parametrize("classes", [9, 200, 5000])
 def test_two_that_are_as_large_are_not_one(classes, options):
@@ -437,7 +438,7 @@ def test_an_infinite_weight_of_the_largest_logit(classes, axis, softcap):
     assert np.isinf(loss).any()
 
 
-@pytest.mark.full(but_one_per="family")
+@pytest.mark.full(but_one_per="variant")
 @pytest.mark.parametrize("variant", ["PLAIN", "CAPPED", "GENERAL", "CAPPED_GENERAL"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_infinite_weight_of_the_label(family, variant):
