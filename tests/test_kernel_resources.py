@@ -90,9 +90,7 @@ def test_the_matrix_is_whole():
     with_grad = [job for job in cuda.JOBS if cuda.writes_grad(job)]
     of_clusters = [chip for chip in chips if chip not in ("sm_75", "sm_80")]
     wanted -= set(itertools.product("O", ["float"], with_grad, ["PLAIN", "SMOOTH"], of_clusters))
-    wanted -= set(
-        itertools.product("O", dtypes[:2], with_grad, ["PLAIN", "SMOOTH"], here)
-    )  # newer ones lack room
+    wanted -= set(itertools.product("O", dtypes[:2], with_grad, ["PLAIN", "SMOOTH"], here))  # newer ones lack room
     assert have == wanted
     assert {(i.dtype, i.chip) for i in ITEMS if i.family == "M"} == set(itertools.product(dtypes, chips))
     assert {(i.dtype, i.chip) for i in ITEMS if i.family == "D"} == set(itertools.product(["float", "double"], chips))
