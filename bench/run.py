@@ -104,8 +104,7 @@ def run(cases: list[Case], settings: Settings) -> int:
         for case in cases:
             with _alone(case):
                 begun[case] = begin(case, makers, settings, xp)._replace(calls={})
-                _release(xp)
-        _release(xp)  # others are timed meanwhile, or run their own
+                _release(xp)  # others are timed meanwhile, or begin their own
         say(READY)
         sys.stdout.flush()
         sys.stdin.readline()
@@ -267,7 +266,7 @@ def make(case: Case, seed: int, threads: int, xp: Any, judged: bool = True) -> t
         e = np.exp(rng.standard_normal(shape))
         target = (e / e.sum(axis, keepdims=True)).astype(dtype)
     options = {case.option: suite.OPTIONS[case.option]} if case.option else {}
-    for name, count in (("weight", case.classes), ("sample_weight", target.shape)):
+    for name, count in (("weight", case.classes), ("sample_weight", shape[:axis] + shape[axis + 1 :])):
         if name in options:
             options[name] = rng.uniform(0.5, 2, count).astype(np.float32)
     truth = oracle(logits, target, axis=axis, grad_output=1 / math.prod(times), **options) if judged else None
@@ -356,8 +355,6 @@ def _release(xp: Any) -> None:
     """Gives the memory that pools hold back to the GPU."""
     if xp is not np:
         xp.get_default_memory_pool().free_all_blocks()
-        if "torch" in sys.modules:
-            sys.modules["torch"].cuda.empty_cache()
         if "torch" in sys.modules:
             sys.modules["torch"].cuda.empty_cache()
 

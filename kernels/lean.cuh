@@ -1,4 +1,4 @@
-// What keeps short rows lean: much of the work on them is not per logit.
+// What keeps rows lean: much of the work on short ones is not per logit.
 
 #pragma once
 #include "stats.cuh"

@@ -161,9 +161,26 @@ def test_a_peaked_case_has_large_labels_and_the_same_truth():
     assert SMALL._replace(peaked=True).name == f"{SMALL.name} peaked"
 
 
-def test_losses_of_each_row_are_held_against_the_mean():
+@pytest.mark.parametrize("option", ["", "sample_weight"])
+@pytest.mark.parametrize("target", ["labels", "soft"])
+def test_a_tile_is_repeated_along_every_axis_of_rows(target, option, monkeypatch):
+    """And looked for at the start, in the middle and at the end."""
+    monkeypatch.setattr(run, "CHECKED", 100)
+    assert run.tile_shape((4, 7, 6, 5), 1) == (1, 7, 2, 5)
+    problem, truth, tiles = run.make(Case("test", (4, 7, 6, 5), axis=1, target=target, option=option), 0, 1, np)
+    assert problem.logits.shape == (4, 7, 6, 5)
+    assert [(tile[0].start, tile[2].start) for tile in tiles] == [(0, 0), (2, 2), (3, 4)]
+    loss, grad = peers.ours(problem)[GRAD].run()
+    run.check((loss, grad), truth, tiles, strictly=True)
+    grad[3, 0, 5, 4] += 1
+    with pytest.raises(AssertionError, match="grad"):
+        run.check((loss, grad), truth, tiles, strictly=True)
+
+
+@pytest.mark.parametrize("option", ["", "weight", "sample_weight"])
+def test_losses_of_each_row_are_held_against_the_mean(option):
     """As on a GPU: the calls of a problem whose arrays are CuPy's, on arrays that are not."""
-    problem, truth, tiles = run.make(Case("test", (8, 5)), 0, 1, np)
+    problem, truth, tiles = run.make(Case("test", (8, 5), option=option), 0, 1, np)
     calls = peers.ours(dataclasses.replace(problem, xp=None))
     assert {EACH, EACH_OUT} <= set(calls)
     losses = calls[EACH].run()

@@ -135,8 +135,10 @@ class Plan:
         first = processors * (self.bound[0] * self.bound[1] // self.threads)
         ahead = first // self.cluster * self.rows_per_block
         if writes_grad(job):
-            ahead = min(ahead, AHEAD // (self.classes * DTYPES[self.dtype][1])) if self.chip >= 90 else -1
-        return first, max(ahead, 1) if ahead >= 0 else 0
+            if self.chip < 90:
+                return first, 0
+            ahead = min(ahead, AHEAD // (self.classes * DTYPES[self.dtype][1]))
+        return first, max(ahead, 1)
 
     def words(self) -> str:
         """Who works on a row, and what is launched."""
