@@ -13,6 +13,7 @@ from pathlib import Path
 
 JOBS = {  # modules with a `main` of their own
     "report": "draws what bench/results holds",
+    "tensors": "times tensors of PyTorch and arrays of JAX on the CPU",
     "host": "times what a call on CuPy arrays costs the host",
     "model": "predicts what a GPU would say, without one",
     "gpu": "is the job for a GPU that is there for minutes",
@@ -61,6 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     if given.list:
         print(*(case.name for case in cases), sep="\n")
         return 0
+    pace = run.PACE[given.quick]
     cores = len(os.sched_getaffinity(0))
     if given.threads is not None and not 1 <= given.threads <= cores:
         parser.error(f"--threads must be from 1 to {cores}, the cores this process may use")
@@ -69,10 +71,10 @@ def main(arguments: list[str] | None = None) -> int:
         run.Settings(
             backend=given.backend,
             threads=given.threads or cores,
-            rounds=given.rounds or (3 if given.quick else 7),
-            turn=given.turn or (timing.TURN / 5 if given.quick else timing.TURN),
+            rounds=given.rounds or pace["rounds"],
+            turn=given.turn or pace["turn"],
             seconds=3.0 if given.seconds is None else given.seconds,
-            memory=not given.quick,
+            memory=pace["memory"],
             out=given.out,
             seed=given.seed,
             commit=given.commit,

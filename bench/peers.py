@@ -23,17 +23,22 @@ from xent_array._problem import problem_without_target
 
 from .suite import (
     ACROSS,
+    AUTOGRAD,
     COMPILED,
     COPY,
     COPY_BY_ONE,
+    DETACHED,
     EACH,
     EACH_OUT,
+    EAGER,
     GRAD,
     IN_PLACE,
     LOSS,
+    MODULE,
     OURS,
     OUT,
     READ,
+    TENSORS,
     Case,
 )  # fmt: skip
 from .timing import Call, reader
@@ -146,8 +151,7 @@ def torch(problem: Problem, compiled: bool = False) -> Calls:
 
     if problem.case.axis % len(problem.case.shape) != 1:
         raise Unsupported("takes classes along axis 1 only")
-    torch.set_num_threads(problem.threads)
-    x, y = tensor(problem.logits), tensor(problem.target)
+    x, y = _tensors(problem)
     options = {name: tensor(value) if name.endswith("weight") else value for name, value in problem.options.items()}
     softcap, z_loss, by_row = (options.pop(name, None) for name in ("softcap", "z_loss", "sample_weight"))
 
@@ -170,13 +174,7 @@ def torch(problem: Problem, compiled: bool = False) -> Calls:
         with torch.no_grad():
             return function(x, y)
 
-    def both() -> tuple[Array, Array]:
-        leaf = x.detach().requires_grad_()
-        loss = function(leaf, y)
-        loss.backward()
-        return loss, leaf.grad
-
-    return {LOSS: Call(loss), GRAD: Call(both)}
+    return {LOSS: Call(loss), GRAD: _by_autograd(function, x, y)}
 
 
 def liger(problem: Problem) -> Calls:
@@ -221,8 +219,7 @@ def jax(problem: Problem) -> Calls:
     import jax.numpy as jnp
 
     axis = problem.case.axis
-    jax.config.update("jax_enable_x64", problem.case.dtype == "float64")
-    x, y = jnp.asarray(problem.logits), jnp.asarray(problem.target)
+    x, y = _jax_arrays(problem)
     options = {name: jnp.asarray(value) for name, value in problem.options.items()}
 
     def mean(x: Array, y: Array) -> Array:
@@ -246,6 +243,32 @@ def jax(problem: Problem) -> Calls:
         LOSS: Call(lambda: jax.block_until_ready(loss(x, y))),
         GRAD: Call(lambda: jax.block_until_ready(both(x, y))),
     }
+
+
+def tensors(problem: Problem) -> Calls:
+    """Ours on tensors that autograd has nothing to do with."""
+    x, y = _tensors(problem)
+    return {GRAD: Call(lambda: xent_array.cross_entropy_value_and_grad(x, y))}
+
+
+def autograd(problem: Problem) -> Calls:
+    """Ours where PyTorch's own loss would stand."""
+    return {GRAD: _by_autograd(xent_array.cross_entropy, *_tensors(problem))}
+
+
+def module(problem: Problem) -> Calls:
+    """Ours where PyTorch's own module would stand."""
+    from xent_array.torch import CrossEntropyLoss
+
+    return {GRAD: _by_autograd(CrossEntropyLoss(), *_tensors(problem))}
+
+
+def eager(problem: Problem) -> Calls:
+    """Ours on arrays of JAX, outside jit."""
+    import jax
+
+    x, y = _jax_arrays(problem)
+    return {GRAD: Call(lambda: jax.block_until_ready(xent_array.cross_entropy_value_and_grad(x, y)))}
 
 
 def sklearn(problem: Problem) -> Calls:
@@ -303,6 +326,31 @@ def numpy(problem: Problem) -> Calls:
         return loss_of(np.log(p)) if not problem.has_labels else loss_of(p, np.log), less_target(p)
 
     return {LOSS: Call(loss), GRAD: Call(both)}
+
+
+def _tensors(problem: Problem) -> tuple[Array, Array]:
+    import torch
+
+    torch.set_num_threads(problem.threads)
+    return tensor(problem.logits), tensor(problem.target)
+
+
+def _by_autograd(function: Callable[[Array, Array], Array], x: Array, y: Array) -> Call:
+    def both() -> tuple[Array, Array]:
+        leaf = x.detach().requires_grad_()
+        loss = function(leaf, y)
+        loss.backward()
+        return loss, leaf.grad
+
+    return Call(both)
+
+
+def _jax_arrays(problem: Problem) -> tuple[Array, Array]:
+    import jax
+    import jax.numpy as jnp
+
+    jax.config.update("jax_enable_x64", problem.case.dtype == "float64")
+    return jax.block_until_ready((jnp.asarray(problem.logits), jnp.asarray(problem.target)))
 
 
 def _without_options(problem: Problem) -> None:
@@ -377,7 +425,20 @@ PEERS: dict[str, dict[str, tuple[str, Maker]]] = {  # by backend: the name, the 
         "QuACK": ("quack.cross_entropy", quack),
         "cupyx": ("cupyx.scipy.special", partial(log_softmax, module="cupyx.scipy.special")),
     },
+    TENSORS: {
+        "torch": ("torch", torch),
+        AUTOGRAD: ("torch", autograd),
+        DETACHED: ("torch", tensors),
+        MODULE: ("xent_array.torch", module),
+        "JAX": ("jax", jax),
+        EAGER: ("jax", eager),
+    },
 }
+
+
+def namespace(backend: str) -> Any:
+    """Of the arrays that problems are made of."""
+    return importlib.import_module("numpy" if backend == TENSORS else backend)
 
 
 def libraries(backend: str, xp: Any, only: str | None = None) -> tuple[dict[str, Maker], dict[str, str]]:
@@ -385,7 +446,7 @@ def libraries(backend: str, xp: Any, only: str | None = None) -> tuple[dict[str,
     found: dict[str, Maker] = {COPY: copy, OURS: ours}
     absent = {}
     rows = problem_without_target(xp.zeros((1, 1), dtype=xp.float32), -1)
-    for name, engine in ENGINES.items():
+    for name, engine in ENGINES.items() if backend != TENSORS else ():
         reason = engine.declines(rows.rows)
         if reason is not None:
             absent[f"{OURS} (engine={name!r})"] = reason

@@ -13,7 +13,24 @@ from typing import Any, NamedTuple
 
 from . import peers, suite
 from .run import ROOT
-from .suite import ACROSS, COLD, COPY, EACH, EACH_OUT, GRAD, IN_PLACE, LOSS, OURS, OUT, WARM, Case
+from .suite import (
+    ACROSS,
+    AUTOGRAD,
+    COLD,
+    COPY,
+    DETACHED,
+    EACH,
+    EACH_OUT,
+    EAGER,
+    GRAD,
+    IN_PLACE,
+    LOSS,
+    OURS,
+    OUT,
+    TENSORS,
+    WARM,
+    Case,
+)  # fmt: skip
 
 Row = dict[str, Any]
 Rows = dict[tuple[str, str, str, str], Row]  # by backend, case, library, operation
@@ -71,7 +88,10 @@ def main(arguments: list[str] | None = None) -> int:
 def read(folder: Path) -> Rows:
     """Every row; where one was measured several times, the last."""
     lines = [line for path in sorted(folder.glob("*.jsonl")) for line in path.read_text().splitlines()]
-    rows = sorted(map(json.loads, lines), key=lambda row: row["date"])
+    return by_key(sorted(map(json.loads, lines), key=lambda row: row["date"]))
+
+
+def by_key(rows: Iterable[Row]) -> Rows:
     return {(row["backend"], row["case"], row["library"], row["operation"]): row for row in rows}
 
 
@@ -81,12 +101,16 @@ def read(folder: Path) -> Rows:
 def text(rows: Rows, plots: dict[str, Any], given: argparse.Namespace) -> str:
     """What stands between the markers."""
     parts = []
-    for backend, title in (("numpy", "CPU"), ("cupy", "GPU")):
+    for backend, title, tables in (
+        ("numpy", "CPU", _tables),
+        (TENSORS, "PyTorch tensors and JAX arrays on the CPU", tensors),
+        ("cupy", "GPU", _tables),
+    ):
         here = {key: row for key, row in rows.items() if key[0] == backend and row["group"] != suite.ENGINES[0].group}
         if not here:
             parts.append(f"**{title}**: no results yet.")
             continue
-        parts += [f"**{title}**, {_origin(here.values())}", *_tables(here, backend)]
+        parts += [f"**{title}**, {_origin(here.values())}", *tables(here, backend)]
     parts.append(_engines(rows))
     folder = given.results.relative_to(given.readme.parent) if given.results.is_absolute() else given.results
     for name in plots:
@@ -109,9 +133,42 @@ def _origin(rows: Iterable[Row]) -> str:
 
 
 def _tables(rows: Rows, backend: str) -> list[str]:
-    return [
-        part for part in (_speed(rows, backend), _first(rows), _memory(rows, backend), _accuracy(rows, backend)) if part
-    ]
+    names = {OURS: (OURS, GRAD), "with `out=`": (OURS, OUT), "in place": (OURS, IN_PLACE)}
+    names |= {peer: (peer, GRAD) for peer in PEERS[backend]}
+    memory = _memory(rows, backend, (*suite.SIZES, *suite.GPU_OTHER), names)
+    return [part for part in (_speed(rows, backend), _first(rows), memory, _accuracy(rows, backend)) if part]
+
+
+def tensors(rows: Rows, backend: str = TENSORS) -> list[str]:
+    """Ours on the tensors of PyTorch and the arrays of JAX, against what these libraries do themselves."""
+
+    def ratio(peer: Row | None, ours: Row | None) -> str:
+        return "" if peer is None or ours is None or ours["seconds"] is None else _times(peer, ours, 2)
+
+    lines = []
+    for case in dict.fromkeys((*suite.TENSOR_CASES, *suite.TENSORS_QUICK)):
+        of = {key[2]: row for key, row in rows.items() if key == (backend, case.name, key[2], GRAD)}
+        line = [
+            *(_ms(of.get(library)) for library in ("torch", AUTOGRAD, DETACHED)),
+            *(ratio(of.get("torch"), of.get(ours)) for ours in (AUTOGRAD, DETACHED)),
+            *(_ms(of.get(library)) for library in ("JAX", EAGER)),
+            ratio(of.get("JAX"), of.get(EAGER)),
+            _ms(of.get(OURS)),
+        ]
+        if any(line):
+            lines.append([_size(case), *line])
+    head = ["rows × classes", "PyTorch, ms", "ours, autograd", "ours, detached", "PyTorch / autograd",
+            "PyTorch / detached", "JAX jit, ms", "ours, eager", "JAX / eager", "ours, NumPy"]  # fmt: skip
+    what = (
+        "Loss and gradient in milliseconds: of a tensor, by PyTorch's `cross_entropy` and `backward()`, by ours and"
+        " `backward()` (autograd), and by our `cross_entropy_value_and_grad` (detached); of an array of JAX, by"
+        " `jit(value_and_grad)` of optax's formula and by our `cross_entropy_value_and_grad` outside `jit` (eager); and"
+        " of the same memory as a NumPy array"
+    )
+    names = {"PyTorch": "torch", "ours by autograd": AUTOGRAD, "ours detached": DETACHED, "JAX": "JAX"}
+    names |= {"ours eager": EAGER, "ours on NumPy": OURS}
+    memory = _memory(rows, backend, suite.TENSOR_CASES, {said: (library, GRAD) for said, library in names.items()})
+    return [part for part in (f"{what}:\n\n{_table(head, lines)}" if lines else "", memory) if part]
 
 
 def _speed(rows: Rows, backend: str) -> str:
@@ -219,11 +276,9 @@ def _first(rows: Rows) -> str:
     )
 
 
-def _memory(rows: Rows, backend: str) -> str:
-    """One sentence, of the first case that it was measured on."""
-    for case in (*suite.SIZES, *suite.GPU_OTHER):
-        names = {OURS: (OURS, GRAD), "with `out=`": (OURS, OUT), "in place": (OURS, IN_PLACE)}
-        names |= {peer: (peer, GRAD) for peer in PEERS[backend]}
+def _memory(rows: Rows, backend: str, cases: Iterable[Case], names: Mapping[str, tuple[str, str]]) -> str:
+    """One sentence, of the first case that it was measured on; `names` says by what name who does what."""
+    for case in cases:
         found = {said: rows.get((backend, case.name, *name), {}).get("memory") for said, name in names.items()}
         said = [f"{name} {memory / case.nbytes:.1f}" for name, memory in found.items() if memory is not None]
         if said:
@@ -270,7 +325,10 @@ def _size(case: Case) -> str:
 
 
 def _ms(row: Row | None) -> str:
-    return "" if row is None or row["seconds"] is None else f"{row['seconds'] * 1e3:.3g}"
+    if row is None or row["seconds"] is None:
+        return ""
+    three_digits = float(f"{row['seconds'] * 1e3:.3g}")
+    return f"{three_digits:g}"
 
 
 def _two_digits(value: float) -> str:

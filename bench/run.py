@@ -47,7 +47,7 @@ from .suite import (
     WARM,
     Case,
 )  # fmt: skip
-from .timing import Call, Clock, DeviceClock, host_clock, interleave, summary, wait_until_quiet, waiting_clock
+from .timing import TURN, Call, Clock, DeviceClock, host_clock, interleave, summary, wait_until_quiet, waiting_clock
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
@@ -85,10 +85,16 @@ class Settings(NamedTuple):
     most: float = float("inf")  # seconds, after which no case is begun to be timed
 
 
-def run(cases: list[Case], settings: Settings) -> int:
-    """Everything; 1 if a result of this library is wrong, else 0."""
+PACE: dict[bool, dict[str, Any]] = {  # by whether it is to be quick
+    True: {"rounds": 3, "turn": TURN / 5, "memory": False},
+    False: {"rounds": 7, "turn": TURN, "memory": True},
+}
+
+
+def run(cases: list[Case], settings: Settings, close: Callable[[list[Row]], list[str]] | None = None) -> int:
+    """Everything; 1 if a result of this library is wrong, else 0. `close` gives what is said in the end."""
     limit_threads(settings.threads)
-    xp = importlib.import_module(settings.backend)
+    xp = peers.namespace(settings.backend)
     makers, absent = peers.libraries(settings.backend, xp, only=None if settings.peers else "")
     about = _about(settings, xp)
     say = functools.partial(tqdm.write, file=sys.stdout)
@@ -122,7 +128,7 @@ def run(cases: list[Case], settings: Settings) -> int:
             if settings.out is not None:
                 with settings.out.open("a") as file:
                     file.writelines(json.dumps(row, separators=(",", ":")) + "\n" for row in found)
-    say("\n" + "\n".join(goals(rows, settings.backend)))
+    say("\n" + "\n".join(goals(rows, settings.backend) if close is None else close(rows)))
     failed = [row for of in (rows, *(begun[case].rows.values() for case in begun)) for row in of if row["failed"]]
     return int(any(row["library"].startswith(OURS) for row in failed))
 
@@ -321,7 +327,7 @@ def _empty_row(case: Case, library: str, operation: str, settings: Settings) -> 
         "axis": case.axis,
         "dtype": case.dtype,
         "target": case.target,
-        "clock": "host" if case.host or settings.backend == "numpy" else "device",
+        "clock": "device" if settings.backend == "cupy" and not case.host else "host",
         "threads": settings.threads,
         "failed": None,
         **dict.fromkeys(("seconds", "min", "q1", "q3", "first", "rounds", "runs", "bytes", "gb_per_s")),
@@ -379,7 +385,7 @@ def peak_memory(case: Case, library: str, operation: str, settings: Settings) ->
 
 def print_peak_memory(backend: str, library: str, operation: str, threads: str, fields: str) -> None:
     limit_threads(int(threads))
-    xp = importlib.import_module(backend)
+    xp = peers.namespace(backend)
     maker = peers.libraries(backend, xp, only=library)[0][library]
     group, shape, *rest = json.loads(fields)
     case = Case(group, tuple(shape), *rest)

@@ -13,6 +13,10 @@ ACROSS = "to the GPU and back"  # the logits there, a gradient as large back
 COLD, WARM = "first call, nothing compiled", "first call, compiled before"
 EVERY = (LOSS, GRAD, OUT, IN_PLACE, EACH, EACH_OUT, ACROSS)
 OURS = "xent_array"
+TENSORS = "tensors"  # the backend whose libraries take the memory of NumPy arrays as arrays of PyTorch and of JAX
+AUTOGRAD, DETACHED, MODULE, EAGER = (
+    f"{OURS} ({how})" for how in ("tensors, autograd", "tensors", "tensors, module", "JAX arrays")
+)
 OPTIONS = {  # None: an array of random weights
     "label_smoothing": 0.1,
     "weight": None,
@@ -93,6 +97,14 @@ QUICK = [
     *SIZES[4:6],
 ]
 
+# Tensors of PyTorch and arrays of JAX, on the CPU
+
+TENSOR_CASES = [
+    *(Case(TENSORS, shape, operations=(GRAD,)) for shape in (SMALL[2], (4096, 1000), *LARGE[:2])),
+    Case(TENSORS, (4000, 8000), operations=(GRAD,), memory=True),
+]
+TENSORS_QUICK = [TENSOR_CASES[0], Case(TENSORS, (2000, 1000), operations=(GRAD,))]
+
 # The GPU's cases
 
 CELLS = [*((32768, 256 * 2**k) for k in range(9)), (16384, 131072), (8192, 262144)]
@@ -136,6 +148,8 @@ SHOWN_LOSS = {
 
 
 def cases(backend: str, quick: bool) -> list[Case]:
+    if backend == TENSORS:
+        return TENSORS_QUICK if quick else TENSOR_CASES
     if quick:
         return QUICK
     if backend == "cupy":

@@ -28,6 +28,9 @@ USUAL_DTYPES = {
     "numpy-readonly": ("float32",),
 }
 
+# Likewise of what JAX would compile operation by operation; in what it traces test_jax.py has the plain composition.
+USUAL_ENGINES = {"jax": ("cpu",)}
+
 hypothesis.settings.register_profile("default", max_examples=60, deadline=None, derandomize=False)
 hypothesis.settings.register_profile("long", max_examples=100_000, deadline=None, derandomize=False)
 hypothesis.settings.load_profile("default")  # by name, because hypothesis has a profile of its own for CI
@@ -47,6 +50,8 @@ class Backend:
             self.dtypes = self.dtypes[2:]
         self.usual_dtypes = USUAL_DTYPES.get(name, self.dtypes)
         self.engines = ("cpu", "numpy", "generic") if name.startswith("numpy") else ("generic",)
+        if name in ("torch", "jax"):
+            self.engines = USUAL_ENGINES.get(name, ("cpu", "generic"))
         if name == "cupy":
             self.engines = ("cuda", "generic")
         if name == "emulated":  # the CUDA engine on NumPy arrays
@@ -150,6 +155,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     if config.getoption("--full"):
+        USUAL_ENGINES.clear()
         for name in set(USUAL_DTYPES) - {"jax"}:
             del USUAL_DTYPES[name]
     for name in config.getoption("--require"):

@@ -86,6 +86,13 @@ def test_an_array_of_no_dimension_is_a_number(make):
     as_arrays = cross_entropy_value_and_grad(logits, labels, grad_output=xp.asarray(2.0), **arrays)
     np.testing.assert_allclose(as_arrays[0], loss, rtol=1e-6)
     np.testing.assert_allclose(as_arrays[1], grad, rtol=1e-6)
+    of_rows = [
+        cross_entropy_grad(logits, labels, reduction="none", grad_output=g, engine=engine)
+        for g in (2.0, xp.asarray(2.0))
+        for engine in (None, "generic")
+    ]
+    for grad in of_rows[1:]:
+        np.testing.assert_allclose(grad, of_rows[0], rtol=1e-6)
     with pytest.raises(ValueError, match=r"label_smoothing must be from 0 to 1, got 1\.5"):
         cross_entropy(logits, labels, label_smoothing=xp.asarray(1.5))
     with pytest.raises(TypeError, match="z_loss must be a real number"):
@@ -240,7 +247,7 @@ def test_mistakes_of_shape_and_dtype_are_told_what_to_write():
 
 def test_an_option_that_is_traced_is_told_to_be_static():
     jax = pytest.importorskip("jax")
-    for role in ("label_smoothing", "z_loss", "softcap", "ignore_index"):
+    for role in ("label_smoothing", "z_loss", "softcap", "ignore_index", "validate", "axis"):
         with pytest.raises(TypeError, match=f"^{role} must be known while tracing: make it static"):
             jax.jit(lambda value, role=role: cross_entropy(LOGITS, LABELS, **{role: value}))(1)
 

@@ -20,10 +20,29 @@ import pytest
 from close import BAR
 from oracle import oracle
 
+import xent_array
+
 pytest.importorskip("tqdm")  # for bench.run
 from bench import __main__ as program
 from bench import peers, report, run, suite, timing
-from bench.suite import ACROSS, COPY, COPY_BY_ONE, EACH, EACH_OUT, GRAD, IN_PLACE, LOSS, OURS, OUT, Case
+from bench.suite import (
+    ACROSS,
+    AUTOGRAD,
+    COPY,
+    COPY_BY_ONE,
+    DETACHED,
+    EACH,
+    EACH_OUT,
+    EAGER,
+    GRAD,
+    IN_PLACE,
+    LOSS,
+    MODULE,
+    OURS,
+    OUT,
+    TENSORS,
+    Case,
+)  # fmt: skip
 from bench.timing import Call
 
 ROOT = Path(__file__).parents[1]
@@ -39,8 +58,12 @@ SETTINGS = run.Settings("numpy", 1, 1, 0.0, 0.0, False, None, 0, "abc", "python 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     """What the quick run prints, and its rows."""
-    file = tmp_path_factory.mktemp("bench") / "quick.jsonl"
-    command = [sys.executable, "-m", "bench", "--quick", "--threads", "1", "--out", str(file)]
+    return _run(tmp_path_factory.mktemp("bench"), "--quick", "--threads", "1")
+
+
+def _run(folder, *arguments):
+    file = folder / "rows.jsonl"
+    command = [sys.executable, "-m", "bench", *arguments, "--out", str(file)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout, [json.loads(line) for line in file.read_text().splitlines()]
@@ -50,7 +73,7 @@ def test_the_committed_rows_have_every_field():
     for file in sorted((ROOT / "bench" / "results").glob("*.jsonl")):
         rows = list(map(json.loads, file.read_text().splitlines()))
         assert {frozenset(row) for row in rows} == {frozenset(FIELDS)}, file.name
-        names = {case.name for backend in suite.GOALS for case in suite.cases(backend, quick=False)}
+        names = {case.name for backend in (*suite.GOALS, TENSORS) for case in suite.cases(backend, quick=False)}
         assert {row["case"] for row in rows} <= names | {case.name for case in suite.ENGINES}, file.name
 
 
@@ -366,13 +389,111 @@ def test_bytes_that_must_move():
     assert Case("test", (2, 5, 3), axis=1).must_move(COPY) == 2 * 30 * 4
 
 
+CAN_COUNT = pytest.mark.skipif(
+    not os.access("/proc/self/clear_refs", os.W_OK), reason="no /proc/self/clear_refs to write to"
+)
+
+
 @pytest.mark.full
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="no /proc/self/clear_refs to write to")
+@CAN_COUNT
 def test_peak_memory_counts_the_gradient_and_nothing_else():
     case = Case("test", (8192, 1000))
     fresh, in_place = (run.peak_memory(case, OURS, operation, SETTINGS) for operation in (GRAD, IN_PLACE))
     assert 0.9 < fresh / case.nbytes < 1.5
     assert in_place / case.nbytes < 0.5
+
+
+@pytest.mark.full
+@CAN_COUNT
+@pytest.mark.parametrize(("library", "least", "most"), [("torch", 2.5, 4), ("JAX", 0.9, 2), (AUTOGRAD, 0.9, 1.5)])
+def test_peak_memory_of_tensors(library, least, most):
+    """A gradient, and with PyTorch two arrays more; no copy of what goes in, which JAX makes while others go on."""
+    pytest.importorskip("jax" if library == "JAX" else "torch")
+    case = Case(TENSORS, (8192, 1000))
+    peak = run.peak_memory(case, library, GRAD, SETTINGS._replace(backend=TENSORS))
+    assert least < peak / case.nbytes < most
+
+
+# Tensors
+
+
+@pytest.fixture
+def peer(library):
+    """Whose arrays the library takes. PyTorch's threads and JAX's width of numbers, which makers set, are put back."""
+    if library == OURS:
+        yield np
+    elif library == EAGER:
+        jax = pytest.importorskip("jax")
+        wide = jax.config.jax_enable_x64
+        yield jax
+        jax.config.update("jax_enable_x64", wide)
+    else:
+        torch = pytest.importorskip("torch")
+        threads = torch.get_num_threads()
+        yield torch
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("library", [OURS, DETACHED, AUTOGRAD, MODULE, EAGER])
+def test_ours_is_given_the_arrays_that_its_name_says(library, peer, monkeypatch):
+    """In the memory of the problem, if not of JAX; and what it makes of them is held against the oracle."""
+    given = []
+
+    def spied(function):
+        def call(logits, target, **options):
+            given.append(logits)
+            return function(logits, target, **options)
+
+        return call
+
+    loss = spied(xent_array.cross_entropy)
+    monkeypatch.setattr(xent_array, "cross_entropy", loss)
+    monkeypatch.setattr(xent_array, "cross_entropy_value_and_grad", spied(xent_array.cross_entropy_value_and_grad))
+    monkeypatch.setitem(sys.modules, "xent_array.torch", SimpleNamespace(CrossEntropyLoss=lambda: loss))
+    problem, truth, tiles = run.make(Case(TENSORS, (6, 5), operations=(GRAD,)), 0, 1, np)
+    found = peers.libraries(TENSORS, np)[0][library](problem)[GRAD].run()
+    run.check(found, truth, tiles, strictly=True)
+    (logits,) = given
+    if library == OURS:
+        assert logits is problem.logits
+    elif library == EAGER:
+        assert isinstance(logits, peer.Array)
+        assert isinstance(found[1], peer.Array)
+    else:
+        assert logits.data_ptr() == problem.logits.ctypes.data
+        assert logits.requires_grad == (library != DETACHED)
+        assert isinstance(found[1], peer.Tensor)
+
+
+def test_tensors_of_what_is_not_installed_are_absent(monkeypatch):
+    for name in ("torch", "xent_array.torch"):
+        monkeypatch.setitem(sys.modules, name, None)
+    found, absent = peers.libraries(TENSORS, np)
+    assert {"torch", AUTOGRAD, DETACHED, MODULE} <= set(absent)
+    assert not set(found) & set(absent)
+    assert {COPY, OURS} <= set(found) <= {COPY, OURS, "JAX", EAGER}
+
+
+@pytest.mark.full
+def test_the_quick_run_of_tensors(tmp_path):
+    printed, rows = _run(tmp_path, "tensors", "--quick")
+    found, absent = peers.libraries(TENSORS, np)
+    shapes = [case.shape for case in suite.TENSORS_QUICK]
+    assert Counter((row["library"], tuple(row["shape"])) for row in rows) == Counter(itertools.product(found, shapes))
+    assert all(f"absent: {name}: " in printed for name in absent)
+    for row in rows:
+        assert set(row) == FIELDS
+        assert row["failed"] is None
+        assert row["command"].startswith("python -m bench tensors --quick ")
+        assert 0 < row["min"] <= row["q1"] <= row["seconds"] <= row["q3"]
+        if row["library"] != COPY:
+            assert 0 <= row["grad_units"] <= BAR
+    (line,) = re.findall(r"^\| 2000 × 1000 \|.*$", printed, re.MULTILINE)
+    seconds = {row["library"]: row["seconds"] for row in rows if row["shape"] == [2000, 1000]}
+    if "torch" in found:
+        assert f"| {seconds['torch'] / seconds[AUTOGRAD]:.2f}× |" in line
+    if "JAX" in found:
+        assert f"| {seconds['JAX'] / seconds[EAGER]:.2f}× |" in line
 
 
 # The suite
@@ -509,7 +630,7 @@ def _row(case, library, operation, seconds, backend="cupy", **more):
     machine = {"cpu": "a CPU", "cores": 16, "load": None, "gpu": "a GPU" if backend == "cupy" else None}
     return {
         "case": case.name, "library": library, "operation": operation, "backend": backend, "group": case.group,
-        "dtype": case.dtype, "seconds": seconds, "failed": None, "of_copy": 0.875, "gb_per_s": 1 / seconds,
+        "dtype": case.dtype, "seconds": seconds, "failed": None, "of_copy": 0.875, "gb_per_s": seconds and 1 / seconds,
         "loss_units": None, "grad_units": None, "memory": None, "machine": machine, "threads": 16, "versions": {},
         "commit": "abc", "dirty": False, "command": "a harness", "date": "2026-01-01", **more,
     }  # fmt: skip
@@ -540,6 +661,29 @@ def test_a_gpu_s_table_holds_a_peer_against_what_does_the_same(tmp_path):
     assert "Largest error" not in text, "of what nobody judged"
     assert plots == {"gpu-float32.svg"}
     assert "**GPU against CPU**, the same problem on this library's two engines: not run yet on one machine." in text
+
+
+def test_tensors_are_reported_apart(tmp_path):
+    """Each library's own time divided by ours; a memory in sizes of the logits; nothing of it in the CPU's tables."""
+    case, other, large = suite.TENSOR_CASES[0], suite.TENSOR_CASES[1], suite.TENSOR_CASES[-1]
+    seconds = {"torch": 6e-3, AUTOGRAD: 4e-3, DETACHED: 2e-3, MODULE: 5e-3, "JAX": 3e-3, EAGER: 12e-3, OURS: 1e-3}
+    rows = [_row(case, library, GRAD, taken, TENSORS) for library, taken in seconds.items()]
+    rows += [_row(other, library, GRAD, taken, TENSORS) for library, taken in seconds.items() if library != "torch"]
+    rows.append(_row(other, "torch", GRAD, None, TENSORS, failed="AssertionError: loss is off by inf"))
+    rows += [
+        _row(large, library, GRAD, 1.0, TENSORS, memory=times * large.nbytes)
+        for library, times in (("torch", 3), (AUTOGRAD, 1))
+    ]
+    text, plots = _reported(tmp_path, rows)
+    assert "**PyTorch tensors and JAX arrays on the CPU**, a CPU, 16 threads; ; commit abc;" in text
+    assert "| 32 × 10 | 6 | 4 | 2 | 1.50× | 3.00× | 3 | 12 | 0.25× | 1 |" in text
+    assert "| 4096 × 1000 |  | 4 | 2 | wrong | wrong | 3 | 12 | 0.25× | 1 |" in text
+    assert "| 4000 × 8000 | 1000 | 1000 |  | 1.00× |  |  |  |  |  |" in text
+    assert "at 4000 × 8000, beyond inputs and `out`, in sizes of the logits: PyTorch 3.0, ours by autograd 1.0." in text
+    assert text.index("**CPU**: no results yet.") < text.index("**PyTorch tensors") < text.index("**GPU**: no results")
+    assert "Largest error" not in text
+    assert plots == set()
+    assert _reported(tmp_path, [])[0].count(": no results yet.") == 3
 
 
 def test_gpu_and_cpu_are_compared_on_one_machine_only(tmp_path):

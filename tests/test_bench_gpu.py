@@ -112,7 +112,7 @@ def test_every_kernel_of_the_catalogue_is_launched_in_some_part(chip):
 @pytest.mark.full
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the emulation needs g++")
 def test_launches_under_emulation(capsys):
-    assert launches.main(["--emulated", "--part", "2/60"]) == 0
+    assert launches.main(["--emulated", "--part", "2/120"]) == 0
     said = re.search(r"(\d+) problems, (\d+) kernels, (\d+) launches, 0 wrong", capsys.readouterr().out)
     assert int(said[2]) >= 4 * int(said[1])
 

@@ -182,3 +182,134 @@ def test_bad_labels_leave_the_context_alive(cupy):
         assert np.isnan(loss[1])
         assert np.isfinite(np.delete(loss, 1)).all()
         assert np.isfinite(cross_entropy(x, y).get())
+
+
+# -- tensors of PyTorch ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def torch(cupy):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    if not torch.cuda.is_available():
+        pytest.skip("PyTorch finds no GPU")
+    return torch
+
+
+def tensors(torch, rows, classes, dtype, seed=0):
+    generator = torch.Generator(device="cuda").manual_seed(seed)
+    logits = 3 * torch.randn(rows, classes, device="cuda", generator=generator)
+    return logits.to(getattr(torch, dtype)), torch.randint(classes, (rows,), device="cuda", generator=generator)
+
+
+def bits(*results):
+    return [result.detach().view(torch_bits(result)).cpu().numpy().tobytes() for result in results]
+
+
+def torch_bits(tensor):
+    import torch
+
+    return {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(("rows", "classes", "dtype"), [*SHAPES, (64, 4096, "bfloat16")])
+def test_tensors_have_the_bits_of_cupy(cupy, torch, rows, classes, dtype, options):
+    x, y = tensors(torch, rows, classes, dtype)
+    answer = cross_entropy_value_and_grad(x, y, **options)
+    assert all(isinstance(part, torch.Tensor) and part.device == x.device for part in answer)
+    if dtype == "bfloat16":
+        reference = torch.nn.functional.cross_entropy(x.double(), y, reduction=options.get("reduction", "mean"))
+        if not set(options) - {"reduction"}:
+            torch.testing.assert_close(answer[0].double(), reference, rtol=1e-5, atol=1e-5)
+        return
+    loss, grad = cross_entropy_value_and_grad(cupy.from_dlpack(x), cupy.from_dlpack(y), **options)
+    torch.cuda.synchronize()
+    assert bits(*answer) == [loss.get().tobytes(), grad.get().tobytes()]
+
+
+@pytest.mark.parametrize(("rows", "classes", "dtype"), SHAPES)
+def test_autograd_of_tensors(torch, rows, classes, dtype):
+    x, y = tensors(torch, rows, classes, dtype)
+    _, wanted = cross_entropy_value_and_grad(x, y, grad_output=2.0)
+    leaf = x.clone().requires_grad_()
+    (2 * cross_entropy(leaf, y)).backward()
+    torch.testing.assert_close(leaf.grad, wanted)
+
+
+def spinning(torch, stream):
+    """Keeps a stream busy for some 0.3 s."""
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(500_000_000)
+
+
+@pytest.mark.parametrize("way", ["detached", "autograd"])
+@pytest.mark.parametrize(("rows", "classes", "dtype"), SHAPES)
+def test_tensors_use_the_stream_of_pytorch_and_do_not_wait(torch, rows, classes, dtype, way):
+    """The logits come late, in a stream of PyTorch's: whoever reads them elsewhere reads them too early."""
+
+    def answer(x, y):
+        if way == "detached":
+            return cross_entropy_value_and_grad(x, y, weight=weight, denominator=3.0)
+        leaf = x.detach().requires_grad_()
+        loss = cross_entropy(leaf, y, weight=weight, denominator=3.0)
+        loss.backward()
+        return loss, leaf.grad
+
+    late, y = tensors(torch, rows, classes, dtype)
+    weight = torch.rand(classes, device="cuda", dtype=torch.float64)
+    wanted = bits(*answer(late, y))
+    stream = torch.cuda.Stream()
+    for _ in range(2):
+        x = torch.zeros_like(late)
+        torch.cuda.synchronize()
+        spinning(torch, stream)
+        with torch.cuda.stream(stream):
+            x.copy_(late)
+            found = answer(x, y)
+        assert not stream.query(), "the call came back when the stream was empty: it waited"
+        stream.synchronize()
+        assert bits(*found) == wanted
+
+
+def test_gradients_come_from_the_allocator_of_pytorch(cupy, torch):
+    x, y = tensors(torch, 1000, 10_000, "float32")
+    cross_entropy_value_and_grad(x, y)
+    pool = cupy.get_default_memory_pool()
+    before, held = torch.cuda.memory_allocated(), pool.used_bytes()
+    _, grad = cross_entropy_value_and_grad(x, y)
+    assert torch.cuda.memory_allocated() - before >= grad.nbytes
+    assert pool.used_bytes() == held
+    del grad
+    assert torch.cuda.memory_allocated() - before < 1 << 20
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(("rows", "classes", "dtype"), SHAPES)
+def test_a_training_step_in_a_graph_of_pytorch(torch, rows, classes, dtype, options):
+    x, y = tensors(torch, rows, classes, dtype)
+    leaf = x.clone().requires_grad_()
+
+    def step():
+        leaf.grad = None
+        loss = cross_entropy(leaf, y, **options)
+        loss.backward(torch.ones_like(loss))
+        return loss
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step()
+    for seed in (1, 2):
+        other, labels = tensors(torch, rows, classes, dtype, seed)
+        with torch.no_grad():
+            leaf.copy_(other)
+            y.copy_(labels)
+        graph.replay()
+        wanted, wanted_grad = cross_entropy_value_and_grad(other, labels, **options)
+        torch.cuda.synchronize()
+        torch.testing.assert_close(loss.detach(), wanted)
+        torch.testing.assert_close(leaf.grad, wanted_grad)

@@ -345,17 +345,23 @@ def test_what_is_filled_at_once(monkeypatch):
     for out in (np.empty((4, 8)), memory[40:72].reshape(4, 8)):
         assert cross_entropy_value_and_grad(x, labels, out=out)[1] is out
         np.testing.assert_array_equal(out, wanted)
+    read_only = [array.copy() for array in (x, labels)]
+    for array in read_only:
+        array.flags.writeable = False
+        kept = array.copy()
+        np.testing.assert_array_equal(cross_entropy_value_and_grad(*read_only)[1], wanted)
+        np.testing.assert_array_equal(array, kept)
     assert not general.called
     for out in (np.empty((8, 4)).T, np.empty((4, 16))[:, ::2], np.empty((4, 8))[::-1]):
         assert cross_entropy_value_and_grad(x, labels, out=out)[1] is out
         np.testing.assert_array_equal(out, wanted)
     assert general.call_count == 3
-    read_only = np.empty((4, 8))
-    read_only.flags.writeable = False
+    unwritable = np.empty((4, 8))
+    unwritable.flags.writeable = False
     inside = np.zeros((4, 8))
     for target, out, error in [
         (labels, memory[:32].reshape(4, 8), ValueError), (labels, np.empty((4, 8), "f4"), TypeError),
-        (labels, np.empty((8, 4)), ValueError), (labels, read_only, ValueError), (labels, [0.0], TypeError),
+        (labels, np.empty((8, 4)), ValueError), (labels, unwritable, ValueError), (labels, [0.0], TypeError),
         (inside.ravel()[:4].view(np.intp), inside, ValueError),
     ]:  # fmt: skip
         with pytest.raises(error):

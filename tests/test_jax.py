@@ -1,6 +1,8 @@
 """JAX: the same answers under jit, grad and vmap, and without 64-bit types."""
 
+import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -14,6 +16,8 @@ from oracle import oracle
 
 from xent_array import (
     CrossEntropyLoss,
+    _api,
+    _engines,
     cross_entropy,
     cross_entropy_grad,
     cross_entropy_value_and_grad,
@@ -22,6 +26,7 @@ from xent_array import (
     row_stats,
     softmax,
 )
+from xent_array._engines import _memory
 
 jax = pytest.importorskip("jax", reason="JAX is not installed")
 jax.config.update("jax_enable_x64", True)
@@ -153,6 +158,23 @@ def test_bad_label_that_can_be_read():
         cross_entropy(jnp.asarray(LOGITS), jnp.asarray([0, 4, 1, 2, 3]))
 
 
+@pytest.mark.parametrize("axis", [1, 2])
+def test_labels_that_are_known_while_the_logits_are_traced(axis):
+    """Looking at them is no part of what is traced."""
+    x = LOGITS[None] if axis == 2 else LOGITS.T[None]
+    bad = np.where(np.arange(5) == 1, 4, LABELS)[None]
+    for labels in (LABELS[None], jnp.asarray(LABELS[None])):
+        truth = oracle(LOGITS, LABELS)
+        loss, grad = jax.jit(lambda x, t=labels: cross_entropy_value_and_grad(x, t, axis=axis, validate=True))(x)
+        assert_loss(loss, truth)
+        assert_grad(grad[0] if axis == 2 else grad[0].T, truth)
+    for labels, weight in ((bad, None), (jnp.asarray(bad), None), (jnp.asarray(bad), jnp.asarray(SAMPLE_WEIGHT[None]))):
+        options = {"axis": axis, "validate": True, "sample_weight": weight}
+        for way in (jax.jit, jax.grad):
+            with pytest.raises(IndexError, match=r"^target\[0, 1\] is 4, which is no class"):
+                way(lambda x, t=labels, options=options: cross_entropy(x, t, **options))(x)
+
+
 @pytest.mark.parametrize("function", [cross_entropy_value_and_grad, cross_entropy_grad])
 def test_out_is_refused(function):
     x = jnp.asarray(LOGITS)
@@ -160,6 +182,368 @@ def test_out_is_refused(function):
         function(x, jnp.asarray(LABELS), out=x)
     with pytest.raises(TypeError, match="out"):
         jax.jit(lambda x, labels: function(x, labels, out=x))(LOGITS, LABELS)
+
+
+# -- eager arrays: the engines of NumPy, in JAX's memory ---------------------------------------------------------
+
+
+class Spy(_engines.cpu.Cpu):
+    """The cpu engine, which notes the rows it was given and the gradients it made."""
+
+    def __init__(self):
+        super().__init__("spy", compile=True)
+        self.rows, self.made = [], []
+
+    def loss_and_grad(self, rows, out=None):
+        self.rows.append(rows)
+        loss, grad = super().loss_and_grad(rows, out)
+        self.made.append(address(grad))
+        return loss, grad
+
+
+def address(array):
+    return array.__array_interface__["data"][0] if isinstance(array, np.ndarray) else array.unsafe_buffer_pointer()
+
+
+@pytest.fixture
+def no_generic(monkeypatch):
+    monkeypatch.delitem(_engines.ENGINES, "generic")
+
+
+def bits(result):
+    return [(part.dtype, part.shape, np.asarray(part).tobytes()) for part in jax.tree.leaves(result)]
+
+
+def every_function(x, target, reduction, options, weights):
+    static = {"reduction": reduction, **options}
+    criterion = CrossEntropyLoss(**static, **weights)
+    stats = row_stats(x, target, **options, **weights)
+    return [
+        cross_entropy(x, target, **static),
+        cross_entropy_value_and_grad(x, target, **static),
+        cross_entropy(x, target, **static, **weights),
+        cross_entropy_value_and_grad(x, target, **static, **weights, return_stats=True),
+        cross_entropy_grad(x, target, **static, **weights, stats=stats),
+        [stats, criterion(x, target), criterion.backward()],
+        [softmax(x), log_softmax(x, axis=0), logsumexp(x), logsumexp(x, keepdims=True)],
+    ]
+
+
+@each_target
+@each_reduction
+@each_option
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_eager_arrays_get_the_bits_of_numpy(no_generic, dtype, target, reduction, options):
+    x = jnp.asarray(LOGITS, dtype=dtype)
+    t, arrays = jnp.asarray(target), {k: jnp.asarray(v) for k, v in ARRAYS.items()}
+    results = every_function(x, t, reduction, options, arrays)
+    assert bits(results) == bits(every_function(np.asarray(x), target, reduction, options, ARRAYS))
+    assert all(isinstance(part, jax.Array) and not part.committed for part in jax.tree.leaves(results))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_plainest_question_is_answered_at_once(monkeypatch, dtype):
+    if isinstance(_engines.cpu.compiled_body(), str):
+        pytest.skip(_engines.cpu.compiled_body())
+    x, known = jnp.asarray(LOGITS[:4], dtype=dtype), LABELS[:4]
+    wanted = bits([cross_entropy_value_and_grad(x, known), cross_entropy(x, known, reduction="none")])
+    bound = jax.device_put(x, jax.devices()[0])
+    monkeypatch.setattr(_api, "problem_of", None)
+    for labels in (known, jnp.asarray(known), jnp.asarray(known, dtype="int32")):
+        for logits in (x, bound):
+            results = [cross_entropy_value_and_grad(logits, labels), cross_entropy(logits, labels, reduction="none")]
+            assert bits(results) == wanted
+            assert all(part.committed == logits.committed for part in jax.tree.leaves(results))
+
+
+@each_target
+def test_arrays_of_numpy_go_with_those_of_jax(no_generic, target):
+    x = jnp.asarray(LOGITS)
+    given = {**ARRAYS, "denominator": np.array(3.0), "grad_output": np.array(2.0)}
+    results = cross_entropy_value_and_grad(x, target, **given), cross_entropy_value_and_grad(x, target)
+    assert bits(results) == bits(
+        (cross_entropy_value_and_grad(LOGITS, target, **given), cross_entropy_value_and_grad(LOGITS, target))
+    )
+    per_row = {"reduction": "none", "grad_output": SAMPLE_WEIGHT}
+    assert bits(cross_entropy_grad(x, target, **per_row)) == bits(cross_entropy_grad(LOGITS, target, **per_row))
+
+
+def test_arrays_of_other_libraries_do_not():
+    torch = pytest.importorskip("torch")
+    x = jnp.asarray(LOGITS)
+    for given in ({"target": torch.tensor(LABELS)}, {"target": LABELS, "weight": torch.ones(4)}):
+        with pytest.raises(TypeError, match=r"must be a list, or an array of the library of logits; got torch\.Tensor"):
+            cross_entropy(x, **given)
+    for logits in (LOGITS, torch.tensor(LOGITS)):
+        with pytest.raises(TypeError, match=r"target must be a list, or an array of the library of logits; got jaxlib"):
+            cross_entropy(logits, jnp.asarray(LABELS))
+    with pytest.raises(TypeError, match="out must be an array of the library of logits"):
+        cross_entropy_grad(x, LABELS, out=np.empty_like(LOGITS))
+
+
+@each_target
+def test_arrays_of_numpy_in_a_function_that_is_traced(target):
+    given = {**ARRAYS, "target": target}
+    loss, grad = jax.jit(lambda x: cross_entropy_value_and_grad(x, **given, grad_output=np.array(2.0)))(LOGITS)
+    truth = oracle(LOGITS, **given, grad_output=2.0)
+    assert_loss(loss, truth)
+    assert_grad(grad, truth)
+    weight = np.array([1, 1e39, 1, 1])
+    with pytest.raises(ValueError, match=r"^weight\[1\] is 1e\+39"):
+        jax.jit(lambda x: cross_entropy(x, target, weight=weight))(LOGITS.astype("float32"))
+    for bad in (np.array(["a"] * 5), np.array([None] * 5), np.ones(5, complex), np.ones(5, np.longdouble)):
+        with pytest.raises(TypeError, match=r"^target must be numbers|^class indices must be integers"):
+            jax.jit(lambda x, bad=bad: cross_entropy(x, bad))(LOGITS)
+    swapped = LABELS.astype(LABELS.dtype.newbyteorder())
+    assert_loss(jax.jit(lambda x: cross_entropy(x, swapped))(LOGITS), oracle(LOGITS, LABELS))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("axis", [-1, 1])
+def test_nothing_is_copied(dtype, axis):
+    """Neither what goes in, nor a gradient that a copy would be felt of."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((40, 20, 200)), dtype=dtype)
+    labels = jnp.asarray(rng.integers(0, x.shape[axis], np.delete(x.shape, axis)))
+    soft = jnp.asarray(rng.random(x.shape), dtype=dtype)
+    weight = jnp.ones(x.shape[axis], dtype="float64" if dtype == "float64" else "float32")
+    assert x.nbytes >= _memory.FELT
+    for target in (labels, soft):
+        spy = Spy()
+        _, grad = cross_entropy_value_and_grad(x, target, axis=axis, weight=weight, engine=spy)
+        (rows,) = spy.rows
+        assert [address(part) for part in (rows.logits, rows.target, rows.weight)] == [
+            address(part) for part in (x, target, weight)
+        ]
+        assert spy.made == [address(grad)]
+
+
+def test_memory_of_a_gradient_is_used_again_only_when_jax_is_done_with_it(monkeypatch):
+    monkeypatch.setattr(_memory, "LARGE", 1 << 16)
+    monkeypatch.setattr(_memory, "_kept", type(_memory._kept)(maxlen=1))
+    x, labels = jnp.asarray(np.random.default_rng(0).standard_normal((300, 200))), jnp.arange(300) % 200
+
+    def grad(k=0):
+        return cross_entropy_value_and_grad(x + k, labels)[1]
+
+    def slow(a):
+        for _ in range(20):
+            a = (a @ wide) @ wide.T / 1000
+        return a
+
+    wide = jnp.ones((200, 1000))
+    slow = jax.jit(slow)
+    truth, of_truth = np.array(grad()), np.asarray(slow(jnp.array(np.asarray(grad()))))
+    holders = {  # of the memory, after the gradient itself is gone
+        "view": np.asarray,
+        "donated": jax.jit(lambda a: a * 1, donate_argnums=0),
+        "passed through": jax.jit(lambda a: a),
+        "in flight": slow,
+        "dlpack": lambda a: np.from_dlpack(a),
+    }
+    for name, hold in holders.items():
+        made = grad()
+        held = hold(made)
+        del made
+        for k in range(1, 4):
+            grad(k)
+        np.testing.assert_array_equal(held, of_truth if name == "in flight" else truth, err_msg=name)
+        del held
+    used = {address(grad(k)) for k in range(10)}
+    assert len(used) <= 3
+
+
+@pytest.mark.skipif(not _memory._CAN_KEEP, reason="this system has no memory that is marked as free")
+def test_memory_that_jax_has_not_let_go_of_yet_is_used_again(monkeypatch):
+    """It lets go when it is called next, which must be before the next gradient is made room for."""
+    x, labels = jnp.zeros((_memory.LARGE // 4000 + 1, 1000), "float32"), jnp.zeros(_memory.LARGE // 4000 + 1, "int32")
+    mapped = []
+    real = _memory._mapped
+    monkeypatch.setattr(_memory, "_mapped", lambda size: mapped.append(size) or real(size))
+
+    def call():  # and drop what it gives
+        jax.block_until_ready(cross_entropy_value_and_grad(x, labels))
+
+    other = jax.jit(lambda x: x + 1)
+    for _ in range(4):
+        jax.block_until_ready(other(x))  # holds up what is let go of
+        call()
+        call()
+    assert len(mapped) <= 2
+
+
+def test_a_gradient_that_is_kept_by_the_criterion_survives_donation():
+    x, labels = jnp.asarray(LOGITS), jnp.asarray(LABELS)
+    criterion = CrossEntropyLoss()
+    criterion(x, labels)
+    jax.jit(lambda x: x * 0, donate_argnums=0)(x).block_until_ready()
+    assert_grad(criterion.backward(), oracle(LOGITS, LABELS))
+
+
+def test_what_cannot_be_lent_says_why():
+    x, labels = jnp.asarray(LOGITS), jnp.asarray(LABELS)
+    words = r"^engine 'cpu' cannot take these arrays: it takes NumPy arrays, and these are of jax.numpy \(their memory"
+    for way in (jax.jit, jax.grad, lambda f: jax.vmap(f, in_axes=(0, None))):
+        with pytest.raises(ValueError, match=f"{words} cannot be borrowed: they are traced"):
+            way(partial(cross_entropy, engine="cpu"))(x if way in (jax.jit, jax.grad) else x[None], labels)
+    with pytest.raises(ValueError, match="they are traced"):
+        jax.grad(lambda w: cross_entropy(x, labels, weight=w, engine="cpu"))(jnp.ones(4))
+    for mode in (jax.debug_nans, jax.debug_infs):
+        with (
+            mode(True),
+            pytest.raises(ValueError, match=f"{words} cannot be borrowed: a debugger is to see every step"),
+        ):
+            cross_entropy(jnp.asarray(CLEAN), labels, engine="cpu")
+
+
+@pytest.mark.parametrize("engine", [None, "cpu", "generic"])
+def test_deleted_arrays(engine):
+    for function in (cross_entropy, cross_entropy_value_and_grad):
+        for k in range(2):
+            given = [jnp.asarray(LOGITS), jnp.asarray(LABELS)]
+            given[k].delete()
+            with pytest.raises(RuntimeError, match="deleted"):
+                function(*given, engine=engine)
+
+
+def test_arrays_that_are_known_while_others_are_traced(no_generic):
+    """What is asked of them alone is answered at once, and is a constant to the trace."""
+    x, labels = jnp.asarray(LOGITS), jnp.asarray(LABELS)
+    loss, grad = cross_entropy_value_and_grad(LOGITS, LABELS)
+    for given in (x, jax.device_put(x, jax.devices()[0])):
+
+        def scaled(scale, given=given):
+            return [scale * part for part in cross_entropy_value_and_grad(given, labels)]
+
+        for way in (jax.jit, jax.checkpoint):
+            assert_array_equal(way(scaled)(2.0)[1], 2 * grad)
+        assert_array_equal(jax.vmap(scaled)(jnp.arange(3.0))[0], loss * np.arange(3))
+        assert jax.grad(lambda scale: scaled(scale)[0])(2.0) == loss
+
+
+def test_the_emulated_gpu_takes_them_too():
+    import emulated
+    from simt.build import available
+
+    if available() is not None:
+        pytest.skip(f"the emulation {available()}")
+    engine = emulated.engine()
+    x, labels = jnp.asarray(np.random.default_rng(0).standard_normal((6, 40)), dtype="float32"), jnp.arange(6)
+    truth = oracle(np.asarray(x), np.arange(6))
+    loss, grad = cross_entropy_value_and_grad(x, labels, engine=engine)
+    assert_loss(loss, truth)
+    assert_grad(grad, truth)
+    assert engine.launcher.launches
+    assert isinstance(grad, jax.Array)
+
+
+ON_A_GPU = """
+import __main__ as standin
+import sys
+from types import SimpleNamespace
+import cupy
+import jax
+import jax.numpy as jnp
+import numpy as np
+from close import assert_grad, assert_loss
+from oracle import oracle
+from xent_array import cross_entropy_grad, cross_entropy_value_and_grad, row_stats
+from xent_array._bridges import _jax
+
+jax.config.update("jax_enable_x64", True)
+there, calls = SimpleNamespace(platform="gpu"), []
+_jax._device, _jax._is_on_cuda = lambda array: there, lambda array: True
+cupy.from_dlpack = lambda array: calls.append("in") or standin.given(np.array(array))
+jax.dlpack.from_dlpack = lambda array: calls.append("out") or jnp.asarray(array.host)
+cupy.cuda.get_current_stream().synchronize = lambda: calls.append("wait")
+
+x = jnp.asarray(np.random.default_rng(0).standard_normal((6, 40)), dtype="float32")
+labels, weight = np.arange(6), jnp.arange(40, dtype="float32")
+truth = oracle(np.asarray(x), labels, weight=np.asarray(weight))
+loss, grad = cross_entropy_value_and_grad(x, labels, weight=weight, engine="cuda")
+assert calls[-4:] == ["wait", "out"] * 2 and set(calls[:-4]) == {"in"}
+assert isinstance(loss, jax.Array) and isinstance(grad, jax.Array)
+stats = row_stats(x, jnp.asarray(labels), weight=weight)
+again = cross_entropy_grad(x, jnp.asarray(labels), weight=weight, stats=stats)
+assert_loss(loss, truth)
+assert_grad(grad, truth)
+assert_grad(again, truth)
+assert cross_entropy_value_and_grad(x, labels)[0].dtype == "float32"
+
+cupy_of, _jax._cupy = _jax._cupy, lambda: None
+assert _jax.refuses([x], "loss") == "CuPy is not installed"
+_jax._cupy, _jax._is_on_cuda = cupy_of, lambda array: False
+assert _jax.refuses([x], "loss") == "they are on a device of kind 'gpu'"
+places = iter([there, SimpleNamespace(platform="cpu")])
+_jax._device = lambda array: next(places)
+assert _jax.refuses([x, x], "loss") == "they are on different devices"
+"""
+
+
+def test_the_way_to_a_gpu():
+    """On the stand-in for CuPy, and with JAX's part of DLPack left out: what goes where, and when it waits."""
+    if importlib.util.find_spec("cupy") is None or shutil.which("g++") is None:
+        pytest.skip("asks CuPy for its signatures, and g++ for the emulation")
+    standin = Path(__file__).parent / "standin.py"
+    done = subprocess.run([sys.executable, standin, "-c", ON_A_GPU], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+# -- what a backward pass keeps ----------------------------------------------------------------------------------
+
+
+def kept(function, x):
+    """What the backward pass keeps that is as large as the logits."""
+    return [part for part in jax.tree.leaves(jax.vjp(function, x)[1]) if part.size >= x.size // 2]
+
+
+@each_option
+@pytest.mark.parametrize("axis", [1, 2])
+def test_nothing_of_the_size_of_the_logits_is_kept_but_what_the_user_has(axis, options):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.standard_normal((8, 40, 30)), dtype="float32")
+    labels = jnp.asarray(rng.integers(0, 30, np.delete(x.shape, axis)))
+    soft = jnp.asarray(rng.random(x.shape), dtype="float32")
+    asked = {"axis": axis, "weight": jnp.ones(x.shape[axis], dtype="float32"), **options}
+
+    def own(x):
+        stats = row_stats(x, labels, **asked)
+        return jnp.sum(stats.loss + stats.lse)
+
+    for function, arrays in (
+        (lambda x: cross_entropy(x, labels, **asked), [x]),
+        (lambda x: jnp.sum(cross_entropy(x, labels, reduction="none", **asked)), [x]),
+        (lambda x: cross_entropy(x, soft, **asked), [x, soft]),
+        (lambda x: jnp.sum(logsumexp(x, axis=axis)), [x]),
+        (own, [x]),
+    ):
+        addresses = sorted(address(part) for part in arrays)
+        assert sorted(address(part) for part in kept(function, x)) == addresses
+        assert len(kept(jax.jit(function), x)) == len(arrays)
+
+
+def test_every_derivative_in_both_modes():
+    from jax.test_util import check_grads
+
+    rng = np.random.default_rng(0)
+    arrays = [jnp.asarray(rng.random(shape)) for shape in ((3, 4), (3, 4), (4,), (3,), ())]
+
+    @jax.jit
+    def loss(x, q, w, s, n):
+        return cross_entropy(x, q, weight=w, sample_weight=s, label_smoothing=0.2, z_loss=0.1, denominator=n)
+
+    check_grads(loss, [*arrays[:4], arrays[4] + 1], order=2)
+
+
+@pytest.mark.parametrize("way", [jax.grad, lambda f: jax.jit(jax.grad(f)), jax.jacfwd], ids=["grad", "jit", "jacfwd"])
+@pytest.mark.parametrize("row", [[17.0, 0.0], [40.0, 0.0], [30.0, 10.0, 1.0, 0.0]], ids=str)
+def test_a_confident_row_keeps_its_digits_however_it_is_differentiated(row, way):
+    logits = np.array([row], dtype=np.float32)
+    for target in (np.array([0]), np.eye(1, len(row), dtype=np.float32)):
+        grad = np.asarray(way(lambda x, t=target: cross_entropy(x, jnp.asarray(t)))(jnp.asarray(logits)))
+        truth = oracle(logits, target)
+        assert_grad(grad, truth)
+        np.testing.assert_allclose(grad[0, 0], np.float64(truth.grad[0, 0]), rtol=8 * 2.0**-23)
 
 
 # -- modes in which JAX is strict --------------------------------------------------------------------------------
@@ -283,6 +667,7 @@ from close import assert_grad, assert_loss
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from oracle import oracle
 from xent_array import cross_entropy, cross_entropy_grad, cross_entropy_value_and_grad, log_softmax, row_stats, softmax
+from xent_array import logsumexp
 
 devices = jax.devices()
 assert len(devices) == 4
@@ -334,12 +719,47 @@ for number, (of_logits, of_rows, of_weight, of_samples) in enumerate(cases):
             assert x.committed <= (grad.sharding.device_set == x.sharding.device_set)
 for function in (softmax, log_softmax):
     np.testing.assert_allclose(function(on(BOTH, X)), function(X), rtol=1e-5)
+with pytest.raises(ValueError, match="memory cannot be borrowed: they are spread over devices or processes"):
+    cross_entropy(on(BATCH, X), on(BATCH, labels), engine="cpu")
+
+# Each device its own rows, under a derivative.
+if hasattr(jax, "shard_map"):
+    from jax import shard_map
+else:
+    from jax.experimental.shard_map import shard_map
+mean = shard_map(
+    lambda x, t, w: jax.lax.psum(cross_entropy(x, t, weight=w, reduction="sum"), "batch"),
+    mesh=half, in_specs=(P("batch"), P("batch"), P()), out_specs=P(),
+)
+truth = oracle(X, labels, weight=W, reduction="sum")
+loss, grad = jax.jit(jax.value_and_grad(mean))(X, labels, W)
+assert_loss(loss, truth)
+assert_grad(grad, truth)
 
 # One device that the arrays are bound to, others that they are not, and lists, which go where the logits are.
 bound = jax.device_put(X, devices[1])
 for t in (jax.device_put(labels, devices[1]), jnp.asarray(labels), labels.tolist()):
     assert cross_entropy(bound, t).devices() == {devices[1]}
+    loss, grad = cross_entropy_value_and_grad(bound, t, engine="cpu")
+    assert (loss.devices(), grad.devices()) == ({devices[1]}, {devices[1]})
+    assert loss.committed and grad.committed
+    assert_grad(grad, oracle(X, labels))
+with jax.default_device(devices[2]):
+    there = jnp.asarray(X)
+for part in cross_entropy_value_and_grad(there, labels):
+    assert part.devices() == {devices[2]} and not part.committed
 assert not cross_entropy(jnp.asarray(X), jnp.asarray(labels)).committed
+
+# A mesh of one device: memory like any other, and results that go with what is on that mesh.
+single = Mesh(np.array(devices[3:]), ("batch",))
+x, t = on(BATCH, X, single), on(BATCH, labels, single)
+loss, grad = cross_entropy_value_and_grad(x, t, engine="cpu")
+assert grad.sharding == x.sharding
+truth = oracle(X, labels)
+assert_loss(loss, truth)
+assert_grad(grad, truth)
+np.testing.assert_allclose(jax.jit(lambda x, loss: x * loss)(x, loss), X * np.asarray(loss))
+np.testing.assert_allclose(logsumexp(x) * t, np.asarray(logsumexp(X)) * labels, rtol=1e-6)
 assert_loss(cross_entropy(on(BOTH, X), labels.tolist()), oracle(X, labels))
 with pytest.raises(TypeError, match=r"target must be on the device of logits, .*1, but is on .*0"):
     cross_entropy(bound, jax.device_put(labels, devices[0]))
@@ -365,8 +785,11 @@ def test_several_devices():
 WITHOUT_X64 = """
 import itertools
 import jax
+import jax.experimental
 import jax.numpy as jnp
 import numpy as np
+import pytest
+import warnings
 from close import assert_grad, assert_loss
 from oracle import oracle
 from xent_array import cross_entropy, cross_entropy_value_and_grad
@@ -400,6 +823,34 @@ for dtype, label, ignores in (
     assert_loss(loss, truth)
     assert_grad(grad, truth)
     assert_loss(cross_entropy(x, jnp.asarray(labels), **given), truth)
+
+# Integers of NumPy that JAX would wrap: they are looked at as they are, or not at all.
+for labels in (np.array([0, 2**32 + 1, 2]), [0, 2**32 + 1, 2]):
+    with pytest.raises(IndexError, match=r"^target\\[1\\] is 4294967297, which is no class"):
+        cross_entropy(x, labels)
+    rows = cross_entropy(x, labels, reduction="none", validate=False)
+    assert np.isnan(rows).tolist() == [False, True, False]
+    assert cross_entropy(x, labels, ignore_index=2**32 + 1) == cross_entropy(x[::2], [0, 2])
+    for way in (jax.jit, jax.grad):
+        with pytest.raises(ValueError, match="^4294967297 in an array of NumPy is beyond int32, which is what JAX has"):
+            way(lambda x: cross_entropy(x, labels))(x)
+labels, weight, narrow = np.array([0, 1, 2]), np.arange(5.0), jnp.arange(3, dtype="int32")
+results = cross_entropy_value_and_grad(x, labels, weight=weight, return_stats=True)
+assert {str(part.dtype) for part in jax.tree.leaves(results)} == {"float32", "bool"}
+assert jax.jit(lambda x: cross_entropy(x, labels, weight=weight))(x).dtype == "float32"
+for function in (cross_entropy, cross_entropy_value_and_grad):
+    for one, other in zip(*(jax.tree.leaves(function(x, labels)) for labels in (narrow, labels)), strict=True):
+        assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
+
+# What was made with 64 bits, where there are no more: 32 bits come of it, as everywhere in JAX.
+with jax.enable_x64(True) if hasattr(jax, "enable_x64") else jax.experimental.enable_x64():
+    wide = jnp.ones((3, 5))
+assert wide.dtype == "float64"
+with pytest.raises(ValueError, match="memory cannot be borrowed: jax_enable_x64 is off, and they are of 64 bits"):
+    cross_entropy(wide, narrow, engine="cpu")
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    assert cross_entropy(wide, narrow).dtype == "float32"
 
 for mode in (jax.debug_nans(True), jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise")):
     with mode:

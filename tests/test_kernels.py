@@ -171,7 +171,7 @@ DEFAULTS = {
 
 def all_three(engine, logits, target, options, out=None):
     """Loss, gradient and stats of one launch over the rows."""
-    problem = _problem.problem_of(logits, target, engine=engine, detach=True, **{**DEFAULTS, **options})
+    problem = _problem.problem_of(logits, target, engine=engine, **{**DEFAULTS, **options})
     into = _problem.Output(problem, out)
     with np.errstate(all="ignore"):
         loss, grad, stats = _engines.loss_grad_and_stats(problem.engine, problem.rows, into.view)
@@ -816,7 +816,7 @@ def test_the_mean_divides_by_the_denominator_of_the_caller(options, kind, upstre
     if options == "distributions":
         y = rng.random(x.shape, dtype=np.float32)
     d = 36.5
-    given = {**DEFAULTS, **more, "detach": True}
+    given = {**DEFAULTS, **more}
     truth = truth_of(x, y, {**more, "reduction": "sum"}, grad_output=(3.0 if upstream is not None else 1.0) / d)
     truth = dataclasses.replace(truth, loss=truth.loss / d, unit_loss=truth.unit_loss / d)
     launched = {}

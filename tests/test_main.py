@@ -68,6 +68,19 @@ def test_without_numba_the_report_says_what_would_bring_it(small, monkeypatch, v
     assert ('pip install ".[cpu]" brings Numba' in first) == (version is None)
 
 
+@pytest.mark.parametrize("absent", [(), ("cupy",), ("cupy", "ml_dtypes"), ("torch", "jax")])
+def test_the_report_says_which_engines_take_tensors(small, monkeypatch, absent):
+    found = {name: name not in absent for name in ("torch", "jax", "cupy", "ml_dtypes")}
+    monkeypatch.setattr(program, "_is_there", found.__getitem__)
+    monkeypatch.setattr(program, "_libraries", list)
+    lines = [line for line in program.text(program.gather()).splitlines() if line.startswith(("PyTorch", "JAX"))]
+    without = "engine 'generic', because CuPy is not installed" if "cupy" in absent else "engine 'cuda'"
+    told = f"arrays, host memory: engine 'cpu'; a GPU: {without}"
+    if "ml_dtypes" in absent:
+        told += "; bfloat16: engine 'generic', because ml_dtypes is not installed"
+    assert lines == ([] if "torch" in absent else [f"PyTorch {told}", f"JAX {told}"])
+
+
 def test_version(capsys):
     with pytest.raises(SystemExit, match=r"^0$"):
         program.main(["--version"])
@@ -92,6 +105,7 @@ def test_explain(capsys):
         ("-m bench.launches", "ml_dtypes"),
         ("-m bench", "tqdm"),
         ("-m bench report", "tqdm"),
+        ("-m bench tensors", "tqdm"),
         ("-m bench host", "numpy"),
         ("bench/train_digits.py", "sklearn"),
     ],

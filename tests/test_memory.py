@@ -70,6 +70,15 @@ def test_small_arrays_are_numpys():
     assert not _memory._kept
 
 
+@pytest.mark.parametrize("dtype", [np.float16, np.float64])
+def test_what_a_copy_would_be_felt_of_starts_with_a_line(monkeypatch, dtype):
+    monkeypatch.setattr(_memory, "LARGE", 1 << 25)
+    held = [_memory.empty((_memory.FELT // 64 + k, 64), dtype) for k in range(5)]
+    assert {address(each) % 64 for each in held} == {0}
+    assert all(each.flags.carray for each in held)
+    assert not _memory._kept
+
+
 @pytest.mark.parametrize(("count", "is_same"), [(100, True), (60, True), (50, True), (49, False), (101, False)])
 def test_of_about_that_size(monkeypatch, count, is_same):
     first = _memory.empty((100, 1024), np.float32)

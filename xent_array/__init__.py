@@ -1,7 +1,8 @@
 """Softmax cross-entropy, forward and backward, for arrays of any Array-API library.
 
-NumPy arrays run through fused, threaded blocks; arrays of other libraries through the same mathematics in
-their own functions. ``python -m xent_array`` shows what is installed and what it does.
+NumPy arrays, and those of PyTorch and JAX in host memory, run through fused, threaded loops; those on NVIDIA GPUs
+through CUDA kernels; arrays of other libraries through the same mathematics in their own functions.
+``python -m xent_array`` shows what is installed and what it does; `xent_array.torch` is a module for PyTorch.
 """
 
 from ._api import (

@@ -25,7 +25,8 @@ from ._engines import ENGINES, _model, cpu
 from ._problem import problem_without_target
 from ._rows import Rows
 
-PACKAGES = ("numpy", "array-api-compat", "cupy-cuda12x", "cupy-cuda13x", "cupy", "numba", "torch", "jax")
+PACKAGES = ("numpy", "array-api-compat", "numba", "ml_dtypes", "cupy-cuda12x", "cupy-cuda13x", "cupy", "torch", "jax")
+BORROWED = {"PyTorch": "torch", "JAX": "jax"}  # by the name of the module: whose arrays' memory engines may take
 LOGITS = [[2.0, 1.0, 0.1], [0.1, 2.0, 1.9]]
 TARGET = [[0, 1, 0], [1, 0, 0]]
 SIZE = (512, 32000)  # a batch of token positions and a vocabulary: 66 MB of float32
@@ -76,6 +77,7 @@ def gather() -> dict[str, Any]:
         "threads": cpu.threads(),
         "cpu engine": {"loops": "NumPy" if without else "compiled by Numba", "reason": without},
         "packages": {name: _version(name) for name in PACKAGES},
+        "borrowed": {name: _engines_of_memory() for name, module in BORROWED.items() if _is_there(module)},
         "timed": {"rows": SIZE[0], "classes": SIZE[1], "dtype": "float32"},
         "engines": results,
         "ok": all(entry["right"] for entry in results if entry["available"]),
@@ -89,9 +91,24 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _is_there(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def _engines_of_memory() -> dict[str, dict[str, str | None]]:
+    """Which engine takes the arrays of a library that lends their memory, in that of the host and of a GPU, and why."""
+    without = None if _is_there("cupy") else "CuPy is not installed"
+    halves = None if _is_there("ml_dtypes") else "ml_dtypes is not installed"
+    return {
+        "host memory": {"engine": "cpu", "reason": None},
+        "a GPU": {"engine": "generic" if without else "cuda", "reason": without},
+        "bfloat16": {"engine": "generic", "reason": halves} if halves else {"engine": None, "reason": None},
+    }
+
+
 def _libraries() -> list[tuple[str, Any, str | None]]:
     """(name, namespace, why it cannot be used here) of the libraries whose arrays are tried."""
-    if importlib.util.find_spec("cupy") is None:
+    if not _is_there("cupy"):
         return [("NumPy", np, None), ("CuPy", None, "CuPy is not installed")]
     import cupy
 
@@ -164,6 +181,7 @@ def text(report: dict[str, Any]) -> str:
         "loops of engine 'cpu': {loops}".format(**report["cpu engine"]) + (f", because {why}" if why else ""),
         *(faster if report["packages"]["numba"] is None else []),
     ]
+    lines += [_words(name, places) for name, places in report["borrowed"].items()]
     for entry in report["engines"]:
         lines += ["", f"engine {entry['engine']!r} on {entry['library']} arrays: " + _verdict(entry)]
         if entry["available"]:
@@ -177,6 +195,15 @@ def text(report: dict[str, Any]) -> str:
                 f"  loss and gradient of {size}: {speed}",
             ]
     return "\n".join(lines)
+
+
+def _words(library: str, places: dict[str, Any]) -> str:
+    told = (
+        f"{place}: engine {found['engine']!r}" + (f", because {found['reason']}" if found["reason"] else "")
+        for place, found in places.items()
+        if found["engine"]
+    )
+    return f"{library} arrays, {'; '.join(told)}"
 
 
 def _verdict(entry: dict[str, Any]) -> str:

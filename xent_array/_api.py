@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal, Unpack, overload
 
-from . import _again, _engines
+import numpy as np
+
+from . import _again, _bridges, _engines
 from ._engines import Engine
 from ._problem import (
     IGNORE_INDEX,
@@ -15,7 +18,7 @@ from ._problem import (
     problem_of,
     problem_without_target,
 )
-from ._rows import Array, RowStats, quiet
+from ._rows import Array, RowStats
 from ._typing import (
     A,
     Float,
@@ -129,8 +132,8 @@ def _softmax(x: Any, axis: int, log: bool) -> Array:
             return answer[0]
     problem = problem_without_target(x, axis)
     chosen = problem.engine if call is None else call.noted(problem.engine)
-    with quiet(problem.rows.xp):
-        found = problem.view.from_logits(problem.rows.xp, _engines.softmax(chosen, problem.rows, log))
+    with problem.home.at_work():
+        found = problem.logits(_engines.softmax(chosen, problem.rows, log))
     if call is not None:
         call.keep(found)
     return found
@@ -179,10 +182,10 @@ def logsumexp(x: Any, *, axis: int = -1, keepdims: bool = False) -> Any:
     array([2.417, 2.72 ])
     """
     problem = problem_without_target(x, axis)
-    xp = problem.rows.xp
-    with quiet(xp):
-        stats = problem.engine.stats(problem.rows)
-        lse = problem.view.from_rows(xp, stats.max + xp.log1p(stats.rest))
+    xp = problem.home.library
+    with problem.home.at_work():
+        stats = problem.user_stats(problem.home.composed(problem.engine.stats, problem))
+        lse = stats.max + xp.log1p(stats.rest)
         return xp.expand_dims(lse, axis=problem.view.axis) if keepdims else lse
 
 
@@ -287,7 +290,8 @@ def cross_entropy(
     Raises
     ------
     TypeError
-        Arrays of different libraries or devices, a dtype that is not listed above, masked arrays.
+        Arrays of different libraries (but those of NumPy go with JAX's) or devices, a dtype that is not listed above,
+        masked arrays.
     ValueError
         A shape, axis or option out of its range; or a finite weight that the arithmetic cannot hold, such as 1e39 in
         float32. (Weights in the memory of a GPU are not looked at; they become inf.)
@@ -299,8 +303,12 @@ def cross_entropy(
     A logit of -inf has probability 0, and 0·(-inf) counts 0 for any kind of target; target mass on a -inf logit
     gives +inf. A row that is all -inf or holds +inf or NaN is NaN, and no other.
 
-    Rows are summed in float64 where the library has it. On NumPy arrays a row's loss is the same to the last bit
-    alone, in any batch and under any number of threads.
+    Rows are summed in float64 where the library has it. In host memory, of NumPy, PyTorch or JAX, a row's loss is the
+    same to the last bit alone, in any batch and under any number of threads.
+
+    To PyTorch's autograd the loss is one node. Where the logits require a gradient it is made along with the loss, from
+    the same read; derivatives by other arguments, and second ones, run through the plain composition. JAX
+    differentiates that composition, and keeps of the logits' size nothing but the logits.
 
     See Also
     --------
@@ -329,6 +337,12 @@ def cross_entropy(
     >>> cross_entropy(A, np.array([[0, 1, 0], [1, 0, 0]]), reduction="none").round(3)
     array([1.417, 2.62 ])
     """
+    if logits.__class__ is not np.ndarray and (in_graph := _bridges.in_graph()) is not None:
+        return in_graph.cross_entropy(
+            logits, target, axis=axis, reduction=reduction, weight=weight, sample_weight=sample_weight,
+            ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
+            denominator=denominator, validate=validate, engine=engine,
+        )  # fmt: skip
     if _has_no_option(
         axis, weight, sample_weight, ignore_index, label_smoothing, z_loss, softcap, denominator, validate, engine
     ):
@@ -342,24 +356,25 @@ def cross_entropy(
         answer, call = _again.ask("loss", engine, options, given)
         if answer is not None:
             return answer[0]
-    problem = problem_of(
-        logits,
-        target,
-        axis=axis,
-        reduction=reduction,
-        weight=weight,
-        sample_weight=sample_weight,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        softcap=softcap,
-        denominator=denominator,
-        validate=validate,
-        engine=engine,
-    )
+    asked: dict[str, Any] = {
+        "axis": axis,
+        "reduction": reduction,
+        "weight": weight,
+        "sample_weight": sample_weight,
+        "ignore_index": ignore_index,
+        "label_smoothing": label_smoothing,
+        "z_loss": z_loss,
+        "softcap": softcap,
+        "denominator": denominator,
+        "validate": validate,
+        "engine": engine,
+    }
+    problem = problem_of(logits, target, **asked, differentiates="loss")
     chosen = problem.engine if call is None else call.noted(problem.engine)
-    with quiet(problem.rows.xp):
-        loss = problem.loss(_engines.loss(chosen, problem.rows))
+    with problem.home.at_work():
+        if problem.home.is_recorded:
+            return problem.home.recorded(problem, (logits, target, asked))
+        loss = problem.loss(problem.home.composed(partial(_engines.loss, chosen), problem))
     if call is not None:
         call.keep(loss)
     return loss
@@ -478,6 +493,14 @@ def cross_entropy_value_and_grad(
     >>> grad is A
     True
     """
+    if logits.__class__ is not np.ndarray and not return_stats and (in_graph := _bridges.in_graph()) is not None:
+        loss, grad = in_graph.cross_entropy_value_and_grad(
+            logits, target, axis=axis, reduction=reduction, weight=weight, sample_weight=sample_weight,
+            ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
+            denominator=denominator, validate=validate, engine=engine,
+            grad_output=grad_output, out=out,
+        )  # fmt: skip
+        return loss, grad
     upstream: Any = grad_output
     plain = not return_stats and (upstream is None or upstream.__class__ is float)
     if plain and _has_no_option(
@@ -508,11 +531,10 @@ def cross_entropy_value_and_grad(
         validate=validate,
         engine=engine,
         grad_output=grad_output,
-        detach=True,
     )
     into = Output(problem, out)
     chosen = problem.engine if call is None else call.noted(problem.engine)
-    with quiet(problem.rows.xp):
+    with problem.home.at_work():
         if return_stats:
             loss, grad, stats = _engines.loss_grad_and_stats(chosen, problem.rows, into.view)
             found: tuple[Any, ...] = problem.loss(loss), into.result(grad), problem.user_stats(stats)
@@ -595,6 +617,13 @@ def cross_entropy_grad(
     array([[ 0.33 , -0.379,  0.049],
            [-0.464,  0.243,  0.22 ]])
     """
+    if logits.__class__ is not np.ndarray and stats is None and (in_graph := _bridges.in_graph()) is not None:
+        return in_graph.cross_entropy_grad(
+            logits, target, axis=axis, reduction=reduction, weight=weight, sample_weight=sample_weight,
+            ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
+            denominator=denominator, validate=validate, engine=engine,
+            grad_output=grad_output, out=out,
+        )  # fmt: skip
     call = None
     if logits.__class__ in _again.KINDS and (stats is None or stats.__class__ is RowStats):
         options = (axis, reduction, ignore_index, label_smoothing, z_loss, softcap, validate)
@@ -617,12 +646,11 @@ def cross_entropy_grad(
         validate=validate,
         engine=engine,
         grad_output=grad_output,
-        detach=True,
     )
     saved = None if stats is None else problem.stats(stats)
     into = Output(problem, out)
     chosen = problem.engine if call is None else call.noted(problem.engine)
-    with quiet(problem.rows.xp):
+    with problem.home.at_work():
         if saved is None:
             grad = _engines.grad_alone(chosen, problem.rows, into.view)
         else:
@@ -704,10 +732,11 @@ def row_stats(
         softcap=softcap,
         validate=validate,
         engine=engine,
+        differentiates="everything",
     )
     chosen = problem.engine if call is None else call.noted(problem.engine)
-    with quiet(problem.rows.xp):
-        stats = problem.user_stats(_engines.row_stats(chosen, problem.rows))
+    with problem.home.at_work():
+        stats = problem.user_stats(problem.home.composed(partial(_engines.row_stats, chosen), problem))
     if call is not None:
         call.keep(*stats)
     return stats
@@ -728,8 +757,8 @@ class CrossEntropyLoss:
 
     Notes
     -----
-    The gradient comes from `backward`, not from automatic differentiation: PyTorch tensors are detached. Under
-    autograd use `cross_entropy`.
+    The gradient comes from `backward`, not from automatic differentiation: to ask PyTorch for one of this loss is a
+    RuntimeError. Under autograd use `cross_entropy`, or the module `xent_array.torch.CrossEntropyLoss`.
 
     `forward` keeps a reference to A and Y and a few numbers per row, never an N×C array of its own: do not change A
     between the two. An object is not thread-safe; use one per thread, or the functions.
@@ -805,11 +834,11 @@ class CrossEntropyLoss:
         """
         self._saved = None
         options = self._options if sample_weight is None else self._options | {"sample_weight": sample_weight}
-        problem = problem_of(A, Y, **options, detach=True)
-        with quiet(problem.rows.xp):
+        problem = problem_of(A, Y, **options)
+        with problem.home.at_work():
             stats, loss = _engines.stats_and_loss(problem.engine, problem.rows)
             self._saved = problem, stats
-            return problem.loss(loss)
+            return _bridges.detached_loss(problem.loss(loss), A, problem.home.library)
 
     __call__ = forward
 
@@ -829,10 +858,10 @@ class CrossEntropyLoss:
         if self._saved is None:
             raise RuntimeError("backward() needs the logits of a forward(): call forward(A, Y) first")
         problem, stats = self._saved
-        if grad_output is not None:
-            problem = problem.with_upstream(grad_output)
-        into = Output(problem, out)
-        with quiet(problem.rows.xp):
+        with problem.home.at_work():
+            if grad_output is not None:
+                problem = problem.with_upstream(grad_output)
+            into = Output(problem, out)
             grad = into.result(problem.engine.grad(problem.rows, stats, into.view))
         if into.in_place:
             self._saved = None

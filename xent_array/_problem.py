@@ -6,14 +6,15 @@ import math
 import numbers
 import operator
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 from array_api_compat import is_array_api_obj, is_writeable_array
 
-from . import _engines
+from . import _bridges, _engines
+from ._bridges import Home
 from ._engines import Engine
 from ._rows import (
     Array,
@@ -97,10 +98,10 @@ def _unpermuted(xp: Any, array: Array, shape: tuple[int, ...], order: tuple[int,
     return xp.permute_dims(array, tuple(order.index(k) for k in range(len(order))))
 
 
-def _conversion(given: Any, role: str, dtype: str) -> str:
-    """How its owner writes the conversion of an array, or of a list."""
+def _conversion(given: Any, role: str, dtype: str, library: Any = np) -> str:
+    """How its owner writes the conversion of an array, or of a list that goes with arrays of `library`."""
     if not hasattr(given, "dtype"):
-        return f"numpy.array({role}, dtype={dtype!r})"
+        return f"numpy.array({role}, dtype={dtype!r})" if library is np else f"xp.asarray({role}, dtype=xp.{dtype})"
     if hasattr(given, "astype"):
         return f"{role}.astype({dtype!r})"
     return f"{role}.{dtype.rstrip('0123456789')}()" if hasattr(given, "float") else f"xp.astype({role}, xp.{dtype})"
@@ -114,6 +115,7 @@ def _view(logits: Array, axis: int, role: str) -> View:
     try:
         axis = operator.index(axis)
     except TypeError:
+        _without_dimension(axis, "axis")
         raise TypeError(f"axis must be an integer, got {axis!r}") from None
     try:
         view = _ordered_view(tuple(logits.shape), axis, role)
@@ -154,24 +156,32 @@ class Problem(NamedTuple):
     view: View
     engine: Engine
     inputs: dict[str, Any]  # the arrays that the user passed, by name
+    home: Home
 
     def loss(self, loss: Array) -> Array:
-        """What an engine returned as the loss, in the user's shape."""
-        return self.view.from_rows(self.rows.xp, loss) if self.rows.reduction == "none" else loss
+        """What an engine returned as the loss, as the user gets it."""
+        return self.home.give(self.view.from_rows(self.rows.xp, loss) if self.rows.reduction == "none" else loss)
+
+    def logits(self, made: Array) -> Array:
+        """What an engine returned in the shape of the logits, as the user gets it."""
+        return self.home.give(self.view.from_logits(self.rows.xp, made))
+
+    def per_row(self, made: Array) -> Array:
+        """What an engine returned with one number per row, as the user gets it."""
+        return self.home.give(self.view.from_rows(self.rows.xp, made))
 
     def user_stats(self, stats: RowStats) -> RowStats:
-        """What an engine returned as the stats, in the user's shape."""
-        xp = self.rows.xp
-        return RowStats(*(None if part is None else self.view.from_rows(xp, part) for part in stats))
+        """What an engine returned as the stats, as the user gets them."""
+        return RowStats(*(None if part is None else self.per_row(part) for part in stats))
 
     def stats(self, stats: RowStats) -> RowStats:
         """Stats that the user kept, checked and as the engine takes them."""
         if not isinstance(stats, RowStats):
             raise TypeError(f"stats must be what row_stats returned, got {_described(stats)}")
-        logits, acc, view = self.rows.logits, self.rows.acc, self.view
+        acc, view = self.rows.acc, self.view
         return RowStats(
             *(
-                view.rows(self.rows.xp, _real_rows(_detached(part), f"stats.{name}", logits, acc, view))
+                view.rows(self.rows.xp, _real_rows(_detached(part), f"stats.{name}", self.home, acc, view))
                 for name, part in zip(stats._fields[:4], stats[:4], strict=True)
             )
         )
@@ -183,17 +193,18 @@ class Problem(NamedTuple):
         if isinstance(value, numbers.Real):
             upstream = _float(value, "grad_output")
             _check_held(rows.xp, upstream, "grad_output", rows.acc)
-        elif rows.reduction == "none":
-            upstream = _real_rows(value, "grad_output", rows.logits, rows.acc, view)
+        elif rows.reduction == "none" and getattr(value, "shape", None) != ():
+            upstream = _real_rows(value, "grad_output", self.home, rows.acc, view)
             self.check_held(value, upstream, "grad_output")
             upstream = view.rows(rows.xp, upstream)
         else:
             words = f"no dimension for reduction={rows.reduction!r}, shape"
             _check_number(value, "grad_output")
-            upstream = _real(value, "grad_output", rows.logits, rows.acc, (), words)
+            upstream = _real(value, "grad_output", self.home, rows.acc, (), words)
             self.check_held(value, upstream, "grad_output")
             upstream = float(upstream) if rows.xp is np else upstream
-        return self._replace(rows=rows._replace(upstream=upstream), inputs=self.inputs | {"grad_output": value})
+        inputs = self.inputs | {"grad_output": self.home.lend(value)}
+        return self._replace(rows=rows._replace(upstream=upstream), inputs=inputs)
 
     def check_held(self, given: Any, taken: Array, role: str) -> None:
         """Raises ValueError where a finite number is infinite in the dtype of the arithmetic, if looking is free.
@@ -203,7 +214,7 @@ class Problem(NamedTuple):
         name = _dtype_name(taken.dtype)
         may_be_lost = not isinstance(given, (list, tuple)) and _dtype_name(getattr(given, "dtype", "")) != name
         if may_be_lost and self.engine.reads_labels_free(self.rows):
-            _check_all_held(self.rows.xp, _array(given, role, self.rows.logits), taken, role)
+            _check_all_held(self.rows.xp, _lent(given, role, self.home), taken, role)
 
 
 def _check_all_held(xp: Any, given: Array, taken: Array, role: str) -> None:
@@ -256,11 +267,23 @@ def _check_held(xp: Any, value: float, role: str, acc: DType, divides: bool = Fa
 def problem_without_target(x: Array, axis: int) -> Problem:
     """The problem that the softmax, its logarithm and logsumexp ask about."""
     given, x = x, _array(x, "x")
+    home = _home(x, [], None, "everything")
+    x = home.lend(x)
     xp = namespace(x)
     acc = _arithmetic(xp, x, "x", given)
     view = _view(x, axis, "x")
     rows = Rows(xp, view.logits(xp, x), acc)
-    return Problem(rows, view, _engines.pick(rows, None), {})
+    return Problem(rows, view, home.engine(_engines.pick(rows, None)), {}, home)
+
+
+def _home(logits: Array, others: list[Any], engine: str | Engine | None, differentiates: str) -> Home:
+    """Where the engine is to work: on the arrays themselves, or on their memory as another library's arrays."""
+    xp = namespace(logits)
+    bridge = None if xp is np else _bridges.named(xp.__name__)
+    if bridge is None or not _engines.may_borrow(engine):
+        return Home(logits, xp, None, differentiates)
+    why_not = bridge.refuses([logits, *others], differentiates)
+    return Home(logits, xp, bridge if why_not is None else None, differentiates, why_not or "")
 
 
 def problem_of(
@@ -279,74 +302,79 @@ def problem_of(
     reduction: str = "none",
     denominator: Any = None,
     grad_output: Any = None,
-    detach: bool = False,
+    differentiates: str = "nothing",
 ) -> Problem:
-    """Every check there is, once; `detach` where the gradient is ours and no library needs to record anything."""
+    """Every check there is, once; what a library must be able to differentiate of the answer, `_bridges` says."""
     options = check_options(reduction, ignore_index, label_smoothing, z_loss, softcap, validate)
     given, logits = logits, _array(logits, "logits")
-    xp = namespace(logits)
-    if detach and xp is not np:
-        logits, target = _detached(logits), _detached(target)
+    detach = differentiates == "nothing"
+    if detach and not isinstance(logits, np.ndarray):
+        logits, target, denominator = _detached(logits), _detached(target), _detached(denominator)
         weight, sample_weight = _detached(weight), _detached(sample_weight)
-    acc = _arithmetic(xp, logits, "logits", given)
-    _check_held(xp, options[1], "z_loss", acc)
-    if options[2] is not None:
-        _check_held(xp, options[2], "softcap", acc, divides=True)
-    view = _view(logits, axis, "logits")
-    target = _array(target, "target", logits)
-    target_dtype = _dtype_name(target.dtype)
-    is_labels = _check_target(target, target_dtype, view)
-    if not is_labels:
-        if ignore_index not in (None, IGNORE_INDEX):
-            raise ValueError(
-                f"ignore_index={ignore_index} is for class indices, but target is a distribution per row;"
-                " give the rows that must not count sample_weight 0 instead"
-            )
-        ignore_index = None
-    elif ignore_index is not None:
-        ignore_index = operator.index(ignore_index)  # an integer of any size, not of NumPy
-        low, high = _integer_range(target_dtype)
-        if not low <= ignore_index <= high:
-            ignore_index = None  # no label can be that; PyTorch wraps it to one that can
-    inputs = {"logits": logits, "target": target, "weight": weight, "sample_weight": sample_weight}
-    row_weight = sample_weight
-    if weight is not None:
-        weight = _real(weight, "weight", logits, acc, (view.flat[1],), "one number per class,")
-    if sample_weight is not None:
-        row_weight = _real_rows(sample_weight, "sample_weight", logits, acc, view, may_be_mask=True)
-    rows = Rows(
-        xp,
-        view.logits(xp, logits),
-        acc,
-        view.rows(xp, target) if is_labels else view.logits(xp, target),
-        weight,
-        None if row_weight is None else view.rows(xp, row_weight),
-        ignore_index,
-        *options,
-        reduction,
-        row_order=view.row_order,
-    )
-    if denominator is not None:
-        rows = rows._replace(denominator=_denominator(_detached(denominator) if detach else denominator, rows))
-    chosen = _engines.pick(rows, engine)
-    if is_labels and validate is not False and (validate or chosen.reads_labels_free(rows)):
-        with quiet(xp):
-            rows = Rows(*rows[:-1], _all_labels_count(target, view.flat[1], ignore_index, row_weight))
-    problem = Problem(rows, view, chosen, inputs)
-    if weight is not None:
-        problem.check_held(inputs["weight"], weight, "weight")
-    if row_weight is not None:
-        problem.check_held(inputs["sample_weight"], row_weight, "sample_weight")
-    return problem if grad_output is None else problem.with_upstream(grad_output)
+    home = _home(logits, [target, weight, sample_weight, denominator, grad_output], engine, differentiates)
+    with home.at_work() if home.bridge is not None else nullcontext():
+        logits = home.lend(logits)
+        xp = namespace(logits)
+        acc = _arithmetic(xp, logits, "logits", given)
+        _check_held(xp, options[1], "z_loss", acc)
+        if options[2] is not None:
+            _check_held(xp, options[2], "softcap", acc, divides=True)
+        view = _view(logits, axis, "logits")
+        given, target = target, _lent(target, "target", home)
+        target_dtype = _dtype_name(target.dtype)
+        is_labels = _check_target(target, target_dtype, view, given, home.library)
+        if not is_labels:
+            if ignore_index not in (None, IGNORE_INDEX):
+                raise ValueError(
+                    f"ignore_index={ignore_index} is for class indices, but target is a distribution per row;"
+                    " give the rows that must not count sample_weight 0 instead"
+                )
+            ignore_index = None
+        elif ignore_index is not None:
+            ignore_index = operator.index(ignore_index)  # an integer of any size, not of NumPy
+            low, high = _integer_range(target_dtype)
+            if not low <= ignore_index <= high:
+                ignore_index = None  # no label can be that; PyTorch wraps it to one that can
+        class_weight, row_weight = weight, sample_weight
+        if weight is not None:
+            class_weight = _real(weight, "weight", home, acc, (view.flat[1],), "one number per class,")
+        if sample_weight is not None:
+            row_weight = _real_rows(sample_weight, "sample_weight", home, acc, view, may_be_mask=True)
+        rows = Rows(
+            xp,
+            view.logits(xp, logits),
+            acc,
+            view.rows(xp, target) if is_labels else view.logits(xp, target),
+            class_weight,
+            None if row_weight is None else view.rows(xp, row_weight),
+            ignore_index,
+            *options,
+            reduction,
+            row_order=view.row_order,
+        )
+        if denominator is not None:
+            rows = rows._replace(denominator=_denominator(denominator, rows, home))
+        chosen = home.engine(_engines.pick(rows, engine, home.about))
+        if is_labels and validate is not False and (validate or chosen.reads_labels_free(rows)):
+            with quiet(xp):
+                rows = Rows(*rows[:-1], _all_labels_count(target, view.flat[1], ignore_index, row_weight))
+        inputs = {"logits": logits, "target": target}
+        inputs |= {"weight": home.lend(weight), "sample_weight": home.lend(sample_weight)}
+        problem = Problem(rows, view, chosen, inputs, home)
+        if weight is not None:
+            problem.check_held(weight, class_weight, "weight")
+        if row_weight is not None:
+            problem.check_held(sample_weight, row_weight, "sample_weight")
+        return problem if grad_output is None else problem.with_upstream(grad_output)
 
 
-def _denominator(value: Any, rows: Rows) -> Array | float:
+def _denominator(value: Any, rows: Rows, home: Home) -> Array | float:
     """What the mean is to be divided by, checked: a number, or an array () where the logits live."""
     check_denominator(value, rows.reduction)
     value = _host_number(value)
     if not isinstance(value, numbers.Real):
         _check_number(value, "denominator")
-        value = _real(value, "denominator", rows.logits, widest(rows), (), "no dimension, shape")
+        value = _real(value, "denominator", home, widest(rows), (), "no dimension, shape")
         if rows.xp is not np:
             return value
     value = _float(value, "denominator")
@@ -378,6 +406,8 @@ def _without_dimension(value: Any, role: str) -> Any:
     """The number in an array (), which is read here and now; anything else as it is."""
     if isinstance(value, (float, int, str, np.generic)) or value is None or getattr(value, "shape", None) != ():
         return value
+    if getattr(value, "requires_grad", False):
+        raise TypeError(f"{role} is a number by which nothing is differentiated: pass {role}.item()")
     if is_traced(value):
         raise TypeError(f"{role} must be known while tracing: make it static, as with static_argnames of jax.jit")
     return value.item() if hasattr(value, "item") else value.__index__() if "int" in str(value.dtype) else float(value)
@@ -436,9 +466,12 @@ def _array(value: Any, role: str, like: Array | None = None) -> Array:
         if value.dtype.kind in "US":
             raise TypeError(f"{role} must be numbers, got an array of text, of dtype {value.dtype}")
     elif isinstance(value, (list, tuple, int, float, complex, np.generic)):
-        return _from_list(value, role, like)
+        return _from_list(value, role, None if like is None or _bridges.takes_numpy(namespace(like)) else like)
     elif not is_array_api_obj(value):
         value = _from_protocol(value, role)
+    elif hasattr(value, "data_ptr") and (str(value.layout) != "torch.strided" or value.is_nested):
+        kind = "that is nested" if value.is_nested else f"of layout {value.layout}: pass .to_dense() of it"
+        raise TypeError(f"{role} must be a dense array, got a {_described(value)} {kind}")
     elif lacking := lacks(namespace(value)):
         ways = [f".{way}()" for way in ("todense", "compute") if hasattr(value, way)]
         raise TypeError(
@@ -447,7 +480,8 @@ def _array(value: Any, role: str, like: Array | None = None) -> Array:
             f" ({' or '.join(ways) or 'numpy.asarray'} may convert it)"
         )
     if like is not None and value is not like:
-        if namespace(value) is not namespace(like):
+        library = namespace(like)
+        if namespace(value) is not library and not (isinstance(value, np.ndarray) and _bridges.takes_numpy(library)):
             words = f"{_described(given)} with {_described(like)}"
             raise TypeError(f"{role} must be a list, or an array of the library of logits; got {words}")
         if not isinstance(value, np.ndarray):
@@ -456,6 +490,11 @@ def _array(value: Any, role: str, like: Array | None = None) -> Array:
                 here, there = (sorted(p, key=str) if isinstance(p, frozenset) else p for p in (here, there))
                 raise TypeError(f"{role} must be on the device of logits, {there}, but is on {here}")
     return value
+
+
+def _lent(value: Any, role: str, home: Home) -> Array:
+    """`value` as an array for the engine, of what goes with the user's logits."""
+    return home.lend(_array(value, role, home.logits))
 
 
 def _from_list(value: Any, role: str, like: Array | None) -> Array:
@@ -473,6 +512,8 @@ def _from_list(value: Any, role: str, like: Array | None) -> Array:
     dtype = index_dtype(xp) if as_numpy.size == 0 and role == "target" else None  # NumPy takes [] for floats
     if xp is np:
         return as_numpy if dtype is None else as_numpy.astype(dtype)
+    if dtype is None and as_numpy.dtype.kind == "f":  # not what the library takes floats for by default
+        dtype = getattr(xp, _ARITHMETIC[_dtype_name(like.dtype)])  # type: ignore[union-attr]
     return xp.asarray(as_numpy.tolist(), dtype=dtype, device=device(like))
 
 
@@ -542,12 +583,15 @@ def _integer_range(name: str) -> tuple[int, int]:
     return (0, (1 << bits) - 1) if name[0] == "u" else (-(1 << (bits - 1)), (1 << (bits - 1)) - 1)
 
 
-def _check_target(target: Array, name: str, view: View) -> bool:
-    """Whether `target`, of the dtype `name`, holds class indices; else it is a distribution per row."""
+def _check_target(target: Array, name: str, view: View, given: Any, library: Any) -> bool:
+    """Whether `target`, of the dtype `name`, holds class indices; else it is a distribution per row.
+
+    It was `given` as an array of `library`, or as something that became one.
+    """
     shape = tuple(target.shape)
     if shape == view.row_shape:
         if name not in _INTEGERS:
-            advice = f" (write {_conversion(target, 'target', 'int64')})" if name in _ARITHMETIC else ""
+            advice = f" (write {_conversion(given, 'target', 'int64', library)})" if name in _ARITHMETIC else ""
             raise TypeError(
                 f"class indices must be integers, got a target of dtype {name} in the shape of the rows, {shape}"
                 f"{advice}; a distribution per row would have the shape of the logits, {view.shape}"
@@ -569,34 +613,38 @@ def _check_target(target: Array, name: str, view: View) -> bool:
 
 
 def _real(
-    value: Any, role: str, logits: Array, acc: DType, shape: tuple[int, ...], words: str, may_be_mask: bool = False
+    value: Any, role: str, home: Home, acc: DType, shape: tuple[int, ...], words: str, may_be_mask: bool = False
 ) -> Array:
     """An array of real numbers, checked, in the dtype of the arithmetic; of a mask, 0 and 1."""
-    if isinstance(value, (list, tuple)):  # which other libraries would make in their own dtype at once
-        listed = _from_list(value, role, None)
-        if listed.dtype == np.float64 and namespace(logits).finfo(acc).bits == 32:
-            with np.errstate(all="ignore"):
-                _check_all_held(np, listed, listed.astype(np.float32), role)
-    value = _array(value, role, logits)
+    is_list = isinstance(value, (list, tuple))
+    listed = _from_list(value, role, None) if is_list else value
+    value = _array(value, role, home.logits)
+    is_numpy = is_list or (isinstance(value, np.ndarray) and home.library is not np)
+    if is_numpy and listed.dtype == np.float64 and "32" in _dtype_name(acc):
+        with np.errstate(all="ignore"):  # which other libraries would make in their own dtype at once
+            _check_all_held(np, listed, listed.astype(np.float32), role)
     name = _dtype_name(value.dtype)
     if name not in _INTEGERS and name not in _ARITHMETIC and not (may_be_mask and name in _BOOLEANS):
         raise TypeError(f"{role} must be real numbers, of an integer dtype or {', '.join(_ARITHMETIC)}; got {name}")
     if tuple(value.shape) != shape:
         raise ValueError(f"{role} must have {words} {shape}; got shape {tuple(value.shape)}")
-    with quiet(namespace(logits)):
-        return namespace(logits).astype(value, acc, copy=False)
+    value = home.lend(value, _dtype_name(acc))
+    xp = namespace(value)
+    with quiet(xp):
+        return xp.astype(value, acc, copy=False)
 
 
-def _real_rows(value: Any, role: str, logits: Array, acc: DType, view: View, may_be_mask: bool = False) -> Array:
+def _real_rows(value: Any, role: str, home: Home, acc: DType, view: View, may_be_mask: bool = False) -> Array:
     """An array of one real number per row, checked, in the user's shape."""
-    return _real(value, role, logits, acc, view.row_shape, "the shape of the rows,", may_be_mask)
+    return _real(value, role, home, acc, view.row_shape, "the shape of the rows,", may_be_mask)
 
 
 def _all_labels_count(target: Array, classes: int, ignore_index: int | None, row_weight: Array | None) -> bool:
     """Raises IndexError at the first label that is no class, of the rows that count; else, whether every row does."""
     if is_traced(target) or 0 in target.shape:
         return False  # there is nothing to read
-    xp, dtype = namespace(target), target.dtype
+    name, target = _dtype_name(target.dtype), _on_host(target)
+    xp = namespace(target)
     if xp is np:  # a third of the time of min and max where there are few labels
         low, high = target.item(target.argmin()), target.item(target.argmax())
     else:  # few libraries compare every integer dtype
@@ -609,12 +657,14 @@ def _all_labels_count(target: Array, classes: int, ignore_index: int | None, row
     if ignore_index is not None:
         bad = bad & ~is_ignored(xp, target, ignore_index)
     if row_weight is not None:
-        bad = bad & (row_weight != 0)
+        if is_traced(row_weight):
+            return False
+        bad = bad & (_on_host(row_weight) != 0)
     if bool(xp.any(bad)):
         first = int(xp.argmax(xp.astype(xp.reshape(bad, (-1,)), xp.int8)))
         where = ", ".join(str(int(k)) for k in np.unravel_index(first, target.shape))
         label = int(xp.reshape(target, (-1,))[first])
-        smallest, largest = _integer_range(_dtype_name(dtype))
+        smallest, largest = _integer_range(name)
         label += 0 if label >= smallest else largest + 1  # wrapped above
         allowed = "" if ignore_index is None else f", or ignore_index={ignore_index}"
         only = " (the logits have one class)" if classes == 1 else ""
@@ -623,6 +673,14 @@ def _all_labels_count(target: Array, classes: int, ignore_index: int | None, row
             f" labels must be from 0 to {classes - 1}{only}{allowed}"
         )
     return False
+
+
+def _on_host(array: Array) -> Array:
+    """What is in host memory as an array of NumPy, so that no library traces how it is looked at."""
+    if not isinstance(array, np.ndarray):
+        with suppress(AttributeError, BufferError, RuntimeError, TypeError, ValueError):
+            return np.from_dlpack(array)
+    return array
 
 
 def _detached(value: Any) -> Any:
@@ -714,15 +772,16 @@ class Output:
             self._check(out)
 
     def _check(self, out: Any) -> None:
-        rows, view, xp = self.problem.rows, self.problem.view, self.problem.rows.xp
-        of_library = is_array_api_obj(out) and namespace(out) is xp
-        if not of_library:
-            raise TypeError(f"out must be an array of the library of logits, {xp.__name__}; got {_described(out)}")
+        rows, view, home = self.problem.rows, self.problem.view, self.problem.home
+        xp, library = rows.xp, home.library
+        if not (is_array_api_obj(out) and namespace(out) is library):
+            raise TypeError(f"out must be an array of the library of logits, {library.__name__}; got {_described(out)}")
         if not getattr(getattr(out, "flags", None), "writeable", True):
             raise ValueError("out is read-only: the gradient cannot be written to it")
         if not is_writeable_array(out):
             raise TypeError(
-                f"out cannot be used with {xp.__name__}, whose arrays cannot be changed; take the returned gradient"
+                f"out cannot be used with {library.__name__}, whose arrays cannot be changed;"
+                " take the returned gradient"
             )
         if tuple(out.shape) != view.shape:
             raise ValueError(f"out must have the shape of logits, {view.shape}; got {tuple(out.shape)}")
@@ -730,7 +789,10 @@ class Output:
             raise TypeError(
                 f"out must have the dtype of logits, {_dtype_name(rows.logits.dtype)}; got {_dtype_name(out.dtype)}"
             )
-        self.target = _array(_detached(out), "out", rows.logits)
+        target = _array(_detached(out), "out", home.logits)
+        if (reason := home.refuses_out(target)) is not None:
+            raise TypeError(f"out has no memory that the engine {self.problem.engine.name!r} can write to: {reason}")
+        self.target = home.lend(target)
         if _overlaps_itself(self.target):
             raise ValueError("out has elements that share memory with each other; it must have one place for each")
         for role, array in self.problem.inputs.items():
@@ -746,9 +808,9 @@ class Output:
 
     def result(self, grad: Array) -> Array:
         """The gradient where the caller wants it."""
-        xp = self.problem.rows.xp
         if self.out is None:
-            return self.problem.view.from_logits(xp, grad)
+            return self.problem.logits(grad)
         if self.view is None:
-            self.target[...] = self.problem.view.from_logits(xp, grad)
+            self.target[...] = self.problem.view.from_logits(self.problem.rows.xp, grad)
+        self.problem.home.written(self.out)
         return self.out

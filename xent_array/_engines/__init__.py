@@ -10,6 +10,7 @@ An engine is a module, or any object, that answers `Rows` for one kind of array:
 
 It may also have these of its own; where it does not, the functions below compose them:
 
+    borrows                        True: it may be given the memory of other libraries' arrays as its own (`_bridges`)
     loss(rows)                     the reduced loss, or one per row
     loss_and_grad(rows, out)       both, for the price of one read and one write
     grad_alone(rows, out)          the gradient, where nobody wants the loss and no stats are there
@@ -29,7 +30,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from .. import _rows
+from .. import _bridges, _rows
 from .._rows import Array, Rows, RowStats
 from . import cpu, cuda, generic
 
@@ -53,8 +54,13 @@ ENGINES: dict[str, Engine] = {  # in the order they are tried
 }
 
 
-def pick(rows: Rows, engine: str | Engine | None) -> Engine:
-    """The engine that was asked for, or the first of ENGINES that takes these rows."""
+def may_borrow(engine: str | Engine | None) -> bool:
+    """Whether the engine that is asked for may be one that takes the memory of other libraries' arrays."""
+    return engine is None or getattr(named(engine), "borrows", False)
+
+
+def pick(rows: Rows, engine: str | Engine | None, about: str = "") -> Engine:
+    """The engine that was asked for, or the first of ENGINES that takes these rows; `about` them, else, is said too."""
     if engine is None:
         reasons = []
         for found in ENGINES.values():
@@ -66,7 +72,7 @@ def pick(rows: Rows, engine: str | Engine | None) -> Engine:
     engine = named(engine)
     reason = engine.declines(rows)
     if reason is not None:
-        raise ValueError(f"engine {engine.name!r} cannot take these arrays: it {reason}")
+        raise ValueError(f"engine {engine.name!r} cannot take these arrays: it {reason}{about}")
     return engine
 
 
@@ -91,8 +97,13 @@ def at_once(
     and nothing written, where it does not know at once that all is well: then the way through every check is gone.
     """
     own = getattr(next(iter(ENGINES.values())), "at_once", None)
+    if own is None:
+        return None
+    bridge = _bridges.KINDS.get(logits.__class__)
     answer: tuple[Array, Array | None] | None = (
-        None if own is None else own(logits, target, reduction, upstream, wants_grad, out)
+        own(logits, target, reduction, upstream, wants_grad, out)
+        if bridge is None
+        else bridge.at_once(own, logits, target, reduction, upstream, wants_grad, out)
     )
     return answer
 

@@ -18,6 +18,7 @@ from numba import typeof
 from .. import _rows
 from .._rows import Array, Rows
 from . import _loops, _memory, _threads, cpu
+from ._memory import in_lines as _in_lines
 from ._tiles import EACH, LANES
 from ._vectors import LINE, PARTIAL
 from .cpu import QUICK, ROW, Part, _dense, _distribution, _Scratch, _store, _Want
@@ -58,8 +59,12 @@ def at_once(
     if acc not in _ONE or target.dtype is not _INDEX or count == 0 or not shape or target.shape != shape[:-1]:
         return None
     classes = shape[-1]
-    if not 0 < classes <= cpu.TILE or not (logits.flags.carray and target.flags.carray):
+    if not 0 < classes <= cpu.TILE:
         return None
+    if not (logits.flags.carray and target.flags.carray):  # then they are not dense, or only not to be written
+        if any(not (array.flags.c_contiguous and array.flags.aligned) for array in (logits, target)):
+            return None
+        logits, target = _open(logits), _open(target)
     if out is not None and not _may_be_filled(out, logits, target):
         return None
     scale, grad = _ONE[acc], None
@@ -177,14 +182,6 @@ def _lanes_room(classes: int, width: int, acc: Any) -> tuple[Array, ...]:
 def _beside_room(classes: int, width: int, acc: Any) -> tuple[Array, ...]:
     numbers = _in_lines((2 * classes + 3 * EACH + PARTIAL + 1) * width, acc)
     return numbers, _in_lines(width, np.float64), _in_lines(6 * width, _PLACES[acc])
-
-
-def _in_lines(count: int, dtype: Any) -> Array:
-    """`np.empty` that begins with a line of cache, so that no vector lies in two."""
-    size = count * np.dtype(dtype).itemsize
-    memory = np.empty(size + LINE, np.uint8)
-    start = -memory.__array_interface__["data"][0] % LINE
-    return memory[start : start + size].view(dtype)
 
 
 class _Own(threading.local):

@@ -19,7 +19,7 @@ from numba.core.caching import FunctionCache
 
 from . import _threads
 
-SOURCES = ("_loops.py", "_dense.py", "_tiles.py", "_vectors.py")  # what the machine code is made of
+SOURCES = ("_loops.py", "_memory.py", "_dense.py", "_tiles.py", "_vectors.py")  # what the machine code is made of
 
 
 def kept(function: Any) -> Any:

@@ -19,8 +19,9 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numba.np.arrayobj import populate_array
 
+from ._memory import LINE as LINE
+
 PARTIAL = 32  # partial sums of a chunk
-LINE = 64  # bytes of a line of cache
 
 _INDEX, _WORD = ir.IntType(64), ir.IntType(32)
 

@@ -43,6 +43,8 @@ _WHOLE: Part = (slice(None), slice(None))
 class Cpu:
     """The engine, with the loops that Numba compiles where it is installed, or without."""
 
+    borrows = True
+
     def __init__(self, name: str, *, compile: bool) -> None:
         self.name, self.compile = name, compile
 

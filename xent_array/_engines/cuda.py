@@ -33,6 +33,7 @@ OF_LOGITS, OF_FLOAT32 = 9, 10  # these and LABELS: enum Target in problem.cuh
 JOBS = ("LOSS_AND_GRAD", "LOSS", "STATS", "GRAD", "STATS_AND_GRAD", "LOG_SOFTMAX")  # enum Job
 VARIANTS = ("PLAIN", "SMOOTH", "SOFT", "GENERAL", "CAPPED", "CAPPED_GENERAL")  # enum Variant
 OLDEST = 75  # compute capability 7.5
+MOST_CLASSES = 1 << 31  # and above, which 32-bit indices do not reach
 
 TINY = 128  # bytes of a row: up to here a row is one thread's
 TINY_EACH = ((12, 2), (TINY, 1))  # bytes of a row without options, and how many of them a thread has
@@ -635,6 +636,7 @@ class Cuda:
     """The engine, over one launcher."""
 
     name = "cuda"
+    borrows = True
 
     def __init__(self, launcher: Launcher) -> None:
         self.launcher = launcher
@@ -645,7 +647,7 @@ class Cuda:
             return reason
         if self.launcher.chip(rows.logits) < OLDEST:
             return f"takes GPUs of compute capability {OLDEST / 10} and above"
-        if rows.classes >= 1 << 31:
+        if rows.classes >= MOST_CLASSES:
             return f"takes fewer than 2^31 classes, and these are {rows.classes}"
         KINDS.setdefault(type(rows.logits), self.launcher.look)
         return None

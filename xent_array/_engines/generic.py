@@ -33,8 +33,9 @@ def stats(rows: Rows) -> RowStats:
     zero = xp.zeros_like(x)
     top = xp.sum(xp.where(first, x, zero), axis=1, keepdims=True)  # ties: what differentiates must see one of them
     below, half = _below(rows, x, top), _below(rows, x / 2, top / 2)  # of which only the half has room for every x
-    # 0·∞ counts 0, and is not even made. Where logits are equal half is 0, and has a derivative.
-    nothing = (a == 0) | ((half == 0) & ~xp.isfinite(a))
+    # 0·∞ counts 0, and is not even made; any other product has a derivative, also where it is 0. But the first of the
+    # largest logits, whose own two derivatives cancel, would take the digits of the tail's with them.
+    nothing = first | ((a == 0) & ~xp.isfinite(half)) | ((half == 0) & ~xp.isfinite(a))
     product = xp.where(nothing, zero, a) * xp.where(nothing, zero, half)
     return RowStats(
         max=top[:, 0, :],
@@ -112,7 +113,11 @@ def _target(rows: Rows) -> Array:
     if rows.label_smoothing:
         q = (1 - rows.label_smoothing) * q + rows.label_smoothing / rows.classes
     # A weight of infinity or NaN counts only where something meets its class.
-    a = q if rows.weight is None else q * xp.where(q == 0, xp.zeros_like(q), rows.weight[None, :, None])
+    if rows.weight is None:
+        a = q
+    else:
+        weight = rows.weight[None, :, None]
+        a = q * xp.where((q == 0) & ~xp.isfinite(weight), xp.zeros_like(q), weight)
     return a if valid is None else xp.where(valid[:, None, :], a, xp.zeros_like(a))
 
 
