@@ -1008,6 +1008,17 @@ def test_an_option_by_which_nothing_is_differentiated(option):
     assert cross_entropy(BATCH, CLASSES, **{option: value.detach()}) == cross_entropy(BATCH, CLASSES, **{option: 0.5})
 
 
+def test_a_bad_label_beside_weights_that_are_recorded():
+    labels = torch.tensor([0, 9, 1])
+    for weight, says in (([1.0, 1.0, 2.0], r"target\[1\] is 9"), ([1.0, 0.0, 2.0], None)):
+        s = torch.tensor(weight, requires_grad=True)
+        if says is None:
+            assert cross_entropy(BATCH[:3], labels, sample_weight=s).isfinite()
+        else:
+            with pytest.raises(IndexError, match=says):
+                cross_entropy(BATCH[:3], labels, sample_weight=s)
+
+
 @pytest.mark.filterwarnings("ignore:Sparse", "ignore:The PyTorch API of nested tensors")
 def test_tensors_that_are_not_dense_are_named():
     cross_entropy(BATCH, CLASSES)  # their kind is known now

@@ -98,12 +98,13 @@ def _is_there(module: str) -> bool:
 def _engines_of_memory() -> dict[str, dict[str, str | None]]:
     """Which engine takes the arrays of a library that lends their memory, in that of the host and of a GPU, and why."""
     without = None if _is_there("cupy") else "CuPy is not installed"
-    halves = None if _is_there("ml_dtypes") else "ml_dtypes is not installed"
-    return {
+    found: dict[str, dict[str, str | None]] = {
         "host memory": {"engine": "cpu", "reason": None},
         "a GPU": {"engine": "generic" if without else "cuda", "reason": without},
-        "bfloat16": {"engine": "generic", "reason": halves} if halves else {"engine": None, "reason": None},
     }
+    if not _is_there("ml_dtypes"):
+        found["bfloat16"] = {"engine": "generic", "reason": "ml_dtypes is not installed"}
+    return found
 
 
 def _libraries() -> list[tuple[str, Any, str | None]]:
@@ -201,7 +202,6 @@ def _words(library: str, places: dict[str, Any]) -> str:
     told = (
         f"{place}: engine {found['engine']!r}" + (f", because {found['reason']}" if found["reason"] else "")
         for place, found in places.items()
-        if found["engine"]
     )
     return f"{library} arrays, {'; '.join(told)}"
 

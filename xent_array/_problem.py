@@ -659,7 +659,7 @@ def _all_labels_count(target: Array, classes: int, ignore_index: int | None, row
     if row_weight is not None:
         if is_traced(row_weight):
             return False
-        bad = bad & (_on_host(row_weight) != 0)
+        bad = bad & (_on_host(_detached(row_weight)) != 0)
     if bool(xp.any(bad)):
         first = int(xp.argmax(xp.astype(xp.reshape(bad, (-1,)), xp.int8)))
         where = ", ".join(str(int(k)) for k in np.unravel_index(first, target.shape))

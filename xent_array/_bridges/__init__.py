@@ -57,6 +57,15 @@ def named(namespace: str) -> ModuleType | None:
         return None
 
 
+@cache
+def optional(module: str) -> Any:
+    """A module that a bridge makes use of where it is installed; None where it is not."""
+    try:
+        return import_module(module)
+    except ImportError:
+        return None
+
+
 def in_graph() -> Any:
     """The public functions as a compiler that is at work is to see them; None where there is none."""
     torch = sys.modules.get("torch")
@@ -89,8 +98,8 @@ class Home:
 
     def lend(self, array: Array, dtype: str | None = None) -> Array:
         """An array of the user, checked, for the engine; of few numbers, in the dtype of that name, if there is one."""
-        if isinstance(array, np.ndarray) and self.of_library is not None and takes_numpy(self.library):
-            array = self.of_library.beside(array, self.logits, self.bridge is not None)
+        if isinstance(array, np.ndarray) and (beside := getattr(self.of_library, "beside", None)) is not None:
+            array = beside(array, self.logits, self.bridge is not None)
         return array if self.bridge is None else self.bridge.lend(array, dtype)
 
     def refuses_out(self, out: Array) -> str | None:

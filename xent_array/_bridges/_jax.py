@@ -19,7 +19,7 @@ from jax import numpy as jnp
 from .._engines import Engine
 from .._engines._memory import LARGE
 from .._rows import Array, device, is_traced, place
-from . import KINDS
+from . import KINDS, optional
 
 if TYPE_CHECKING:
     from .._problem import Problem
@@ -169,8 +169,4 @@ def _is_on_cuda(array: Any) -> bool:
 
 
 def _cupy() -> Any:
-    try:
-        import cupy
-    except ImportError:
-        return None
-    return cupy
+    return optional("cupy")

@@ -24,7 +24,7 @@ from .. import _api, _engines
 from .._engines import Engine
 from .._engines.cuda import MOST_CLASSES, OLDEST, Cuda, Cupy, Launcher
 from .._rows import Array, RowStats, is_traced
-from . import KINDS
+from . import KINDS, optional
 
 if TYPE_CHECKING:
     from .._problem import Problem
@@ -67,7 +67,7 @@ def refuses(arrays: list[Any], role: str) -> str | None:
         if _cupy() is None:
             return "CuPy is not installed"
         if max(logits.shape, default=0) >= MOST_CLASSES or Cupy().chip(_as_cupy(logits, gpu)) < OLDEST:
-            return "the kernels take fewer than 2^31 classes, and GPUs that are not too old"
+            return f"the kernels take fewer than 2^31 classes, and GPUs of compute capability {OLDEST / 10} and above"
     if role != "nothing" and torch.is_grad_enabled():
         recorded = [tensor.requires_grad for tensor in tensors]
         if any(recorded[1:] if role == "loss" else recorded):
@@ -290,22 +290,12 @@ def _gpu(tensor: Any) -> int | None:
     return tensor.get_device() if tensor.is_cuda and torch.version.hip is None else None
 
 
-@cache
 def _cupy() -> Any:
-    try:
-        import cupy
-    except ImportError:
-        return None
-    return cupy
+    return optional("cupy")
 
 
-@cache
 def _bfloat16() -> Any:
-    try:
-        import ml_dtypes
-    except ImportError:
-        return None
-    return ml_dtypes.bfloat16
+    return getattr(optional("ml_dtypes"), "bfloat16", None)
 
 
 @cache
