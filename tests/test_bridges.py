@@ -14,6 +14,7 @@ from oracle import oracle
 from xent_array import (
     CrossEntropyLoss,
     _engines,
+    _problem,
     cross_entropy,
     cross_entropy_grad,
     cross_entropy_value_and_grad,
@@ -171,6 +172,19 @@ def test_room_comes_from_pytorch(gpu):
     rooms = {tensor.untyped_storage().data_ptr() for tensor in made}
     for result in (loss, grad, losses):
         assert result.untyped_storage().data_ptr() in rooms
+
+
+def test_what_comes_back_may_lie_anywhere_in_its_room(gpu):
+    x = torch.arange(24.0).reshape(4, 6)[:, 1:]
+    assert torch.equal(_torch.give(_torch.lend(x)[1:, ::2], x), x[1:, ::2])
+
+
+def test_what_is_checked_is_checked_on_the_stream(gpu, monkeypatch):
+    """Where strides ask for a copy it is made there."""
+    seen, real = [], _problem.View.logits
+    monkeypatch.setattr(_problem.View, "logits", lambda *given: seen.append(gpu.stream) or real(*given))
+    cross_entropy(torch.tensor(LOGITS), torch.tensor(LABELS), axis=1)
+    assert seen == [STREAM]
 
 
 def test_without_cupy_they_are_plain_code(gpu, monkeypatch):

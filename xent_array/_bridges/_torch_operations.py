@@ -19,7 +19,7 @@ _ARGUMENTS = (
     " bool? validate, str? engine"
 )
 _NAMES = tuple(argument.rpartition(" ")[2] for argument in _ARGUMENTS.split(","))
-_TENSORS = 5  # are the first of them
+_TENSORS = _ARGUMENTS.count("Tensor")  # are the first of them
 
 
 def _operation(name: str, before: str, returns: str) -> Callable[[Callable[..., Any]], Any]:
