@@ -1,13 +1,13 @@
-"""Everything there is to do on a machine with an NVIDIA GPU that is there for minutes: one command, one file.
+"""Everything worth doing on a machine with an NVIDIA GPU that is available for minutes: one command, one file.
 
-    python -m bench gpu --minutes 5              what is worth most and fits, one JSON line each, as soon as it ends
-    python -m bench gpu --minutes 5 --dry-run    what that is, in seconds; needs no GPU and no CuPy
-    python -m bench gpu --only sanitizer         the pieces whose name this finds
+    python -m bench gpu --minutes 5              the most valuable pieces that fit; a JSON line for each when it ends
+    python -m bench gpu --minutes 5 --dry-run    which pieces these are, and their seconds; needs no GPU and no CuPy
+    python -m bench gpu --only sanitizer         the pieces whose names this finds
 
-Pieces that only check run side by side. Those that are timed run alone, one after another; while the others check,
-each already runs all that it will time once, so that nothing is compiled while it is timed. A piece is a process of
-its own that is ended when its time is over; whatever happens to it, the others go on. Install first:
-pip install -e ".[cuda13,full,bench]" liger-kernel quack-kernels, and for the sanitizers compute-sanitizer of CUDA.
+Pieces that only check run in parallel. Those that are timed run alone, one after another; while others check, each runs
+everything once that it will time, so that nothing is compiled while it is timed. A piece is a process of its own, which
+is ended when its time is up; whatever happens to it, the others continue. Install first:
+pip install -e ".[cuda13,full,bench]" liger-kernel quack-kernels, and for the sanitizers CUDA's compute-sanitizer.
 """
 
 from __future__ import annotations
@@ -31,30 +31,30 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-LAUNCHERS = 4  # processes that take a part of the launches each, beside the tests
+LAUNCHERS = 4  # processes that each run a part of the launches, beside the tests
 TESTERS = 10
-PARTS = 30  # of the launches, of which a sanitizer takes one at a time
-BEGIN = 5  # seconds before the first piece and between them
-LINES = 200  # of output that are kept
-LAST = 1 / 20  # of its seconds, in which a piece that was interrupted may still say what it has
+PARTS = 30  # of the launches; a sanitizer runs one part at a time
+BEGIN = 5  # seconds before the first piece and between pieces
+LINES = 200  # lines of output to keep
+LAST = 1 / 20  # of its seconds, for an interrupted piece to report what it has
 RESULTS = Path("bench", "results")
 
 
 class Piece(NamedTuple):
-    """One process: what it does, how it is started from the top of the checkout, and the seconds that it needs."""
+    """One process: what it does, the command that starts it in the checkout, and the seconds it needs."""
 
     name: str
     command: tuple[str, ...]
     about: str
     seconds: float
-    ahead: bool = False  # whether it says that it is ready, and waits to be told
+    ahead: bool = False  # whether it reports that it is ready, and waits for a go
 
 
-Stage = list[Piece]  # which run side by side
+Stage = list[Piece]  # they run in parallel
 
 
 def stages() -> list[Stage]:
-    """All of them, what is worth most first."""
+    """All pieces, the most valuable first."""
     return [
         [*_launches(), _tests()],
         *(
@@ -105,12 +105,12 @@ def _sanitizer(tool: str, part: int) -> Piece:
 
 
 def needs(stage: Stage) -> float:
-    """Seconds of a stage: its pieces run side by side."""
+    """Seconds of a stage, whose pieces run in parallel."""
     return max(piece.seconds for piece in stage)
 
 
 def that_fit(all_: list[Stage], minutes: float) -> list[Stage]:
-    """In their order, each that still fits."""
+    """In order, each piece that still fits."""
     chosen, left = [], minutes * 60 - BEGIN
     for stage in all_:
         if needs(stage) <= left:
@@ -120,7 +120,7 @@ def that_fit(all_: list[Stage], minutes: float) -> list[Stage]:
 
 
 def missing() -> str | None:
-    """Why nothing can be run here; None on a machine with a GPU."""
+    """Why nothing can run here; None on a machine with a GPU."""
     try:
         import cupy
     except ImportError as error:
@@ -129,7 +129,7 @@ def missing() -> str | None:
 
 
 def machine() -> dict[str, Any]:
-    """What the pieces ran on; None for what is not there."""
+    """The hardware and software of the run; None for what is missing."""
     about: dict[str, Any] = {"python": platform.python_version(), "system": platform.platform()}
     for name in ("numpy", "cupy"):
         try:
@@ -150,7 +150,7 @@ def machine() -> dict[str, Any]:
 
 
 def _said(*command: str) -> str | None:
-    """The last line that a command prints, if it is there and succeeds."""
+    """The last line that a command prints; None if it is missing or fails."""
     if shutil.which(command[0]) is None:
         return None
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
@@ -177,11 +177,11 @@ class Process:
             self.output.write(str(error))
 
     def pause(self) -> None:
-        """Whatever it still does, until it is told to go on: somebody else is timed."""
+        """Stop it until it gets its go: another piece is being timed."""
         self._signal(signal.SIGSTOP)
 
     def tell(self) -> None:
-        """It may begin to time, now that nothing else runs; its seconds count from here."""
+        """Its go: it may begin timing, as nothing else runs; its seconds count from here."""
         self._signal(signal.SIGCONT)
         self.start = time.monotonic()
         if self.process is not None and self.process.stdin is not None:
@@ -190,20 +190,20 @@ class Process:
                 self.process.stdin.flush()
 
     def _signal(self, number: int) -> None:
-        """To it, and all that it started."""
+        """Signal it, and everything it started."""
         if self.process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, number)
 
     def end(self) -> dict[str, Any]:
-        """Wait for its end, or for the end of its time; what it said and how it ended."""
+        """Wait for its end, or until its time is up; returns its output and how it ended."""
         rc: int | None = None
         last = self.piece.seconds * LAST
         if self.process is not None:
             try:
                 rc = self.process.wait(max(0.0, self.start + self.piece.seconds - last - time.monotonic()))
             except subprocess.TimeoutExpired:
-                self.process.send_signal(signal.SIGINT)  # pytest then says what failed so far
+                self.process.send_signal(signal.SIGINT)  # pytest then reports the failures so far
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self.process.wait(last)
                 self.output.seek(0, os.SEEK_END)
@@ -238,10 +238,10 @@ def run(chosen: list[Stage]) -> Iterator[dict[str, Any]]:
 
 
 def main(arguments: list[str]) -> int:
-    """Exits 0 where every piece passed."""
+    """Exits 0 if every piece passed."""
     parser = argparse.ArgumentParser(
         prog="python -m bench gpu",
-        description=__doc__ or "",  # which -OO strips
+        description=__doc__ or "",  # stripped by -OO
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--minutes", type=float, default=60, metavar="M", help="that the GPU is there (default 60)")

@@ -1,9 +1,9 @@
-"""What a call on CuPy arrays costs the host beside its launches, which do nothing here: no GPU is needed.
+"""The host time of a call on CuPy arrays, with kernel launches that do nothing: no GPU is needed.
 
     python -m bench host
 
-The arrays are CuPy's, in memory that nobody reads; an argument is handed over as CuPy does it. `first` is a call that
-goes through every check, `again` one that is like an earlier one. To compare two commits, run it for both by turns.
+The arrays are CuPy's own, in memory that is never read, and arguments are passed the way CuPy passes them. `first` is a
+call that goes through every check, `again` a repeated one. To compare two commits, alternate between them.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import Any
 from unittest import mock
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # the checkout, whatever is installed; its stand-ins
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # this checkout, whatever is installed; its tests' stand-ins
 
 ROWS, CLASSES = 128, 10
 TURNS, CALLS = 15, 100
 
 
 class Silent:
-    """What stands for `cupy.RawKernel`."""
+    """A stand-in for `cupy.RawKernel`."""
 
     launches = 0
 
@@ -41,9 +41,9 @@ class Silent:
 
 
 def measure() -> dict[str, dict[str, float]]:
-    """Microseconds of a call, and its launches."""
+    """Microseconds per call, and the number of its launches."""
     import cupy
-    import hosted
+    from support import hosted
 
     from xent_array import _again, cross_entropy, cross_entropy_value_and_grad
     from xent_array._engines import ENGINES, cuda
@@ -76,7 +76,7 @@ def measure() -> dict[str, dict[str, float]]:
 
 
 def timed(call: Callable[[], Any]) -> float:
-    """Microseconds of a call, the median of many turns."""
+    """Microseconds per call, the median of many turns."""
     turns = []
     for _ in range(TURNS):
         start = time.perf_counter()

@@ -2,13 +2,13 @@
 
     python -m bench.launches                              on this machine's GPU
     compute-sanitizer --tool memcheck --error-exitcode 1 python -m bench.launches --no-pool --part 1/6
-    python -m bench.launches --emulated --chip 90 --part 1/40      on the CPU, under the emulation of tests/simt
+    python -m bench.launches --emulated --chip 90 --part 1/40      on the CPU, under the emulation of tests/support/simt
 
-A problem is one way of spreading rows over the device (a kernel for each job) on one kind of memory: rows that start
-off 16 bytes, rows with room between them, classes along axis 1, labels of every integer dtype, distributions, weights,
-a gradient in a new array, in the logits' place, or in a buffer that is aligned otherwise. All jobs are done on each.
-Exits 1 where a result is wrong, or a kernel that a problem is there for was not launched. Problems without options come
-first, for a GPU that is there for minutes (`--most`).
+A problem is one way to map rows to the device (a kernel for each job) on one kind of memory: rows that start off 16
+bytes, rows with gaps between them, classes along axis 1, labels of every integer dtype, distributions, weights, a
+gradient in a new array, in place, or in a buffer of another alignment. Every job runs on each. Exits 1 if a result is
+wrong, or if a problem does not launch the kernel it is meant for. Problems without options come first, for a GPU that
+is available for minutes (`--most`).
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ import numpy as np
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # the checkout, whatever is installed; its oracle
 
-from close import assert_grad, assert_loss  # noqa: E402
-from oracle import oracle  # noqa: E402
+from support.close import assert_grad, assert_loss  # noqa: E402
+from support.oracle import oracle  # noqa: E402
 
 from xent_array import _engines, _problem, cross_entropy, cross_entropy_grad, cross_entropy_value_and_grad, row_stats  # noqa: E402
 from xent_array._engines import cuda  # noqa: E402
+from xent_array._rows import Asked  # noqa: E402
 
 OUTS = ("in place", "new", "aligned otherwise")
 TARGETS = (None, "float32", "float64", "of logits", "bool")  # None: labels
@@ -40,7 +41,7 @@ MANY_ROWS = cuda.SUM_ALONE + 300  # more than one block sums
 
 
 class Launches(NamedTuple):
-    """One problem, and what it varies by its number."""
+    """One problem, and what its number varies."""
 
     number: int
     rows: int
@@ -48,7 +49,7 @@ class Launches(NamedTuple):
     dtype: str
     variant: str
     layout: str
-    even: bool  # whether what is read and written beside the logits is aligned as they are
+    even: bool  # whether the other arrays are aligned like the logits
     chip: int
 
     @property
@@ -61,7 +62,7 @@ class Launches(NamedTuple):
 
     @property
     def target(self) -> str | None:
-        """None: labels."""
+        """None for labels."""
         if self.variant in ("GENERAL", "CAPPED_GENERAL"):
             return TARGETS[self.number % 5]
         return "of logits" if self.variant == "SOFT" else None
@@ -79,11 +80,12 @@ class Launches(NamedTuple):
 
     def plan(self, job: str) -> cuda.Plan:
         how: dict[str, Any] = {"layout": self.layout, "variant": self.variant, "job": job}
-        how |= {"even": self.even or cuda.is_even_anyhow(job, self.variant), "width": 4 if self.even else 1}
+        is_always_even = self.layout != "columns" and cuda.is_always_even(job, self.variant)
+        how["access"] = 4 if self.even or is_always_even else 1
         return cuda.plan(self.rows, self.classes, self.dtype, self.chip, **how)
 
     def kernels(self) -> set[str]:
-        """What it is there for."""
+        """The kernels it is meant for."""
         jobs = [job for job in cuda.JOBS if job != "LOG_SOFTMAX" or self.variant == "PLAIN"]
         cluster = cuda.SUM_CLUSTER if self.rows > cuda.SUM_ALONE and self.chip >= 90 else 1
         sums = {cuda.sums_kernel(self.dtype, cluster).name} if self.reduction != "none" else set()
@@ -91,29 +93,29 @@ class Launches(NamedTuple):
 
 
 def problems(chip: int) -> list[Launches]:
-    """One for each way of spreading rows, and some whose rows are many."""
+    """One for each way to map rows, and some with many rows."""
     found: dict[Any, tuple[Any, ...]] = {}
     for variant in cuda.VARIANTS:
         for dtype, (_, itemsize) in cuda.DTYPES.items():
-            several = cuda.meeting_every_plan(itemsize)
+            several = cuda.classes_for_every_plan(itemsize)
             for classes, layout, even in itertools.product(several, cuda.LAYOUTS, (True, False)):
                 case = _smaller(Launches(0, 1, classes, dtype, variant, layout, even, chip))
-                if not cuda.is_named(case.plan("LOSS")) or (layout == "columns" and case.classes == 1):
+                if not cuda.is_in_catalogue(case.plan("LOSS")) or (layout == "columns" and case.classes == 1):
                     continue
                 ways = tuple(case.plan(job).kernel(job).name for job in ("LOSS", "LOSS_AND_GRAD", "STATS_AND_GRAD"))
-                found.setdefault((ways, layout, even if "xent_t_" in ways[0] else None), case)
+                found.setdefault((ways, layout, even if "xent_tiny_" in ways[0] else None), case)
             if variant in ("PLAIN", "GENERAL"):
                 found["many", dtype, variant] = Launches(0, MANY_ROWS, 3, dtype, variant, "flat", True, chip)
     return [case._replace(number=number) for number, case in enumerate(found.values())]
 
 
 def _smaller(case: Launches) -> Launches:
-    """Few rows, that do not fill the last block; and where it changes nothing, heads and tails."""
+    """Few rows, which do not fill the last block; and, if it makes no difference, heads and tails."""
     plan = case.plan("LOSS_AND_GRAD")
     case = case._replace(rows=2 if plan.rows_per_block == 1 else plan.rows_per_block + 2 * plan.width)
     fewer = case._replace(classes=max(2 if case.layout == "columns" else 1, case.classes - 1))
     alike = all(fewer.plan(job).kernel(job) == case.plan(job).kernel(job) for job in ("LOSS", "LOSS_AND_GRAD"))
-    # The weights of classes are even with rows only that start on 16 bytes.
+    # Class weights are even only with rows that start on 16 bytes.
     return fewer if alike and not (case.even and case.variant in ("GENERAL", "CAPPED_GENERAL")) else case
 
 
@@ -156,7 +158,7 @@ def on_gpu(pool: bool) -> tuple[Where, int]:
 
 
 def emulation(chip: int, mode: str) -> Where:
-    import emulated
+    from support import emulated
 
     engine = emulated.engine(chip=chip, mode=mode)
     return Where(np, engine, engine.launcher.launches, np.asarray)
@@ -173,7 +175,7 @@ def arrays(case: Launches) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     if case.target is None:
         target = rng.integers(min(case.classes, 127), size=row_shape).astype(case.labels)
         options["ignore_index"] = int(target.flat[-1])
-        right = np.expand_dims(target, 1)[::2].astype(np.intp)  # every other label is the largest
+        right = np.expand_dims(target, 1)[::2].astype(np.intp)  # every other label is the argmax
         np.put_along_axis(logits[::2], right, np.asarray(20, dtype), 1)
     else:
         target = rng.random(shape)
@@ -192,7 +194,7 @@ def arrays(case: Launches) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
 
 
 def placed(xp: Any, values: np.ndarray, layout: str, start: int, even: bool = False) -> Any:
-    """The values in memory of their own: `start` elements into it, and with room between rows where these lie apart."""
+    """A copy of the values: `start` elements into its memory, and with gaps between rows if these lie apart."""
     apart = 0 if layout != "rows" else 16 // values.dtype.itemsize if even else 3
     shape = (*values.shape[:-1], values.shape[-1] + apart)
     room = np.full(start + int(np.prod(shape)), 77, values.dtype)
@@ -204,7 +206,7 @@ def check(case: Launches, where: Where) -> None:
     """All jobs of one problem."""
     xp, get = where.xp, where.get
     logits, target, options = arrays(case)
-    start = 0 if case.even else 1  # off 16 bytes, where new arrays begin
+    start = 0 if case.even else 1  # off the 16-byte alignment of new arrays
     with np.errstate(all="ignore"):
         truth = oracle(logits, target, axis=1, grad_output=0.5, **options)
     x = placed(xp, logits, case.layout, start, case.even)
@@ -256,15 +258,14 @@ def check(case: Launches, where: Where) -> None:
 
 
 def three(where: Where, x: Any, y: Any, options: dict[str, Any]) -> tuple[Any, Any, Any]:
-    """Loss, gradient and stats by one launch, in arrays of their own."""
-    given = {"weight": None, "sample_weight": None, "ignore_index": -100, "label_smoothing": 0.0, "z_loss": 0.0}
-    problem = _problem.problem_of(x, y, **{**given, "softcap": None, **options})
+    """Loss, gradient and stats from one launch, in arrays of their own."""
+    problem = _problem.problem_of(x, y, Asked(**options))
     loss, grad, stats = _engines.loss_grad_and_stats(where.engine, problem.rows, None)
     return problem.loss(loss), problem.view.from_logits(where.xp, grad), problem.user_stats(stats)
 
 
 def run(cases: list[Launches], where: Where, most: float = math.inf) -> tuple[int, int]:
-    """How many were run within so many seconds, and how many went wrong; each of these is said as it is met."""
+    """How many ran within so many seconds, and how many went wrong; each of these is reported at once."""
     wrong, end = 0, time.monotonic() + most
     for number, case in enumerate(cases):
         if time.monotonic() > end:

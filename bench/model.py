@@ -1,9 +1,9 @@
-"""python -m bench model: the goals on an H200, as the model predicts them with today's plan and kernels; without a GPU.
+"""python -m bench model: the goals on an H200, and what the model predicts for today's plan and kernels; without a GPU.
 
-Each line is a problem in the words of `python -m xent_array --explain`, its predicted share of a copy (of a read, where
-only the loss is wanted), which of memory, instructions and special functions decides, and the goal. What the model
-takes of a kernel is in kernels/counts.json, where that is of this code; else it is compiled and counted here, and kept
-in the user's cache.
+Each line is a problem in the syntax of `python -m xent_array --explain`, its predicted share of a copy (of a read, if
+only the loss is computed), whether memory, instructions or special functions are the bottleneck, and the goal. The
+kernels' counts come from kernels/counts.json, if it belongs to this code; else they are compiled and counted here, and
+cached for the user.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "cuda")]
 
 import kernel_resources  # noqa: E402
-from simt import nvrtc  # noqa: E402
+from support.simt import nvrtc  # noqa: E402
 
 from xent_array import cross_entropy_value_and_grad  # noqa: E402
 from xent_array._engines import _model, cuda  # noqa: E402
@@ -38,17 +38,17 @@ GIB = 1 << 30
 CLASSES = (256, 512, 1000, 1024, 2048, 4096, 8192, 16384, 32000, 32768, 50257, 65536, 131072, 262144)
 FEW = (2, 3, 8, 10, 16, 21, 32)
 NARROW = ("float32", "bfloat16")
-PLAIN_MINUS = 0.03  # what an option that changes numbers per row may cost
+PLAIN_MINUS = 0.03  # what an option that only changes numbers per row may cost
 
 
 class Goal(NamedTuple):
-    """What a problem shall reach."""
+    """What a problem should reach."""
 
     part: str
     problem: Problem
     job: str
-    bound: float  # 0: what the same problem without options reaches, less PLAIN_MINUS
-    of: str = "copy"  # "bytes": all that must move, at the speed of a copy; "mean": time of a mean over that of none
+    bound: float  # 0: what the same problem without options reaches, minus PLAIN_MINUS
+    of: str = "copy"  # "bytes": all bytes at the speed of a copy; "mean": time of a mean over that of reduction="none"
 
     @property
     def words(self) -> str:
@@ -94,7 +94,7 @@ def goals() -> Iterator[Goal]:
                 yield Goal("few classes, of all bytes", _whole(classes, dtype), job, bound, "bytes")
     for classes in (1000, 32000):
         yield Goal("float64", _whole(classes, "float64"), BOTH, 0.65)
-    for shape in ((1, 1 << 27), (64, 262144)):  # the first of which no chip holds: for a gradient it is read twice
+    for shape in ((1, 1 << 27), (64, 262144)):  # no chip holds the first: a gradient reads it twice
         for job in (LOSS, BOTH):
             yield Goal("few rows, of all bytes", Problem(shape, "float32", 1), job, 0.85, "bytes")
     yield Goal("a mean, times none", Problem((32768, 256), "bfloat16", 1), BOTH, 1.25, "mean")
@@ -108,7 +108,7 @@ def cache_folder() -> Path:
 
 
 def codes(kernels: Iterable[Kernel], chip: int = 90) -> dict[str, Code]:
-    """What is known of kernels by their names: shipped, from the cache, or compiled now."""
+    """Counts of kernels by their names: as shipped, from the cache, or compiled now."""
     wanted = {kernel.name: kernel for kernel in kernels}
     file = kernel_resources.counts_file()
     about = json.loads(file.read_text()) if file.exists() else {}
@@ -121,7 +121,7 @@ def codes(kernels: Iterable[Kernel], chip: int = 90) -> dict[str, Code]:
 
 
 def _kept(kernel: Kernel, chip: int) -> Code:
-    """From the cache; compiled and put there where it is not, if anything can be put there."""
+    """From the cache; else compiled, and cached if possible."""
     said = f"{nvrtc.version()} sm_{chip} {Code._fields} {kernel.text}"
     file = cache_folder() / f"{hashlib.sha256(said.encode()).hexdigest()[:32]}.json"
     if file.exists():
@@ -138,11 +138,11 @@ def _kept(kernel: Kernel, chip: int) -> Code:
     return code
 
 
-# What is predicted
+# The predictions
 
 
 class Line(NamedTuple):
-    """One goal, and what the model makes of it."""
+    """One goal, and the model's prediction."""
 
     goal: Goal
     value: float
@@ -197,7 +197,7 @@ class Silent:
     def chip(self, array: Any) -> int:
         return 90
 
-    def processors(self, array: Any) -> int:
+    def multiprocessors(self, array: Any) -> int:
         return 132
 
     def on(self, array: Any) -> AbstractContextManager[Any]:
@@ -221,7 +221,7 @@ class Silent:
 
 
 def launches(reduction: str, rows: int = 32768) -> int:
-    """How many the engine makes for loss and gradient of labels."""
+    """Launches that the engine makes for loss and gradient with labels."""
     silent = Silent()
     logits, labels = np.zeros((rows, 40), np.float32), np.zeros(rows, np.int64)
     given: dict[str, Any] = {"reduction": reduction, "engine": cuda.Cuda(silent), "validate": False}
@@ -230,7 +230,7 @@ def launches(reduction: str, rows: int = 32768) -> int:
 
 
 def table(lines: list[Line]) -> list[str]:
-    """In words, part by part."""
+    """As text, part by part."""
     said = []
     for part in dict.fromkeys(line.goal.part for line in lines):
         said += ["", part]

@@ -1,16 +1,16 @@
-"""This library and its peers behind one interface, each imported only where it is installed.
+"""This library and its peers behind one interface; a peer is imported only if it is installed.
 
-A maker takes a `Problem` and gives what the library can do on it, by the name of the operation, as a `Call` that
-returns the loss, or (loss, gradient). Where the library has no way, the maker raises `Unsupported` with the reason.
-To add a peer, write its maker and name it in `PEERS`.
+A maker takes a `Problem` and returns what the library can do on it: for the name of each operation, a `Call` that gives
+the loss, or (loss, gradient). If the library cannot do the problem, the maker raises `Unsupported` with the reason. To
+add a peer, write its maker and list it in `PEERS`.
 """
 
 from __future__ import annotations
 
 import importlib
 import itertools
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -39,21 +39,22 @@ from .suite import (
     OUT,
     READ,
     TENSORS,
+    THREADS,
     Case,
 )  # fmt: skip
-from .timing import Call, reader
+from .timing import Call, reader, spread
 
 Array = Any
 Calls = dict[str, Call]
 
 
 class Unsupported(Exception):
-    """The library has no way to do this problem."""
+    """The library cannot do this problem."""
 
 
 @dataclass
 class Problem:
-    """A case with its arrays, of NumPy or CuPy (`xp`); nobody may write to the logits."""
+    """A case with its arrays, which are NumPy or CuPy arrays (`xp`). The logits must not be written to."""
 
     case: Case
     xp: Any
@@ -64,7 +65,7 @@ class Problem:
 
     @cached_property
     def spare(self) -> Array:
-        """As large as the logits, free for anyone to write from one run to the next."""
+        """An array of the size of the logits, which every run may overwrite."""
         return self.logits.copy()
 
     @property
@@ -79,14 +80,14 @@ class Problem:
         self.xp.copyto(self.spare, self.logits)
 
     def mean(self, losses: Array) -> Any:
-        """Of the losses of all rows, of CuPy or PyTorch, as an accurate library would give it."""
+        """The mean of the losses of all rows, from CuPy or PyTorch, as an accurate library would return it."""
         wide = losses.double() if hasattr(losses, "double") else losses.astype(np.float64)
         mean = wide.sum() / self.divisor
         return mean if losses.dtype == wide.dtype else host(mean).astype(np.float32)
 
     @cached_property
     def divisor(self) -> float:
-        """Of the mean: what the rows weigh."""
+        """What the mean divides by: the total weight of the rows."""
         if "sample_weight" in self.options:
             return float(host(self.options["sample_weight"]).astype(np.float64).sum())
         if "weight" in self.options and self.has_labels:
@@ -95,7 +96,7 @@ class Problem:
 
 
 def ours(problem: Problem, engine: str | None = None) -> Calls:
-    """The default engine, in all forms, or another by its name."""
+    """The default engine in all its forms, or another engine by name."""
     x, y = problem.logits, problem.target
     keywords = {"axis": problem.case.axis, "engine": engine, **problem.options}
     if engine == "generic" and problem.case.nbytes > 32 << 20:
@@ -117,7 +118,10 @@ def ours(problem: Problem, engine: str | None = None) -> Calls:
 
 
 def copy(problem: Problem) -> Calls:
-    """The yardstick: the logits into an array that is there, by one and by all threads; on a GPU also a read."""
+    """The yardsticks: copying the logits into an existing array, by one thread and by all, and reading them.
+
+    The read is NumPy's maximum, its fastest reduction: a sum of float32 takes twice as long.
+    """
     x, out = problem.logits, problem.spare
     if problem.xp is not np:
         calls = {COPY: Call(lambda: out.data.copy_from_device_async(x.data, x.nbytes)), READ: Call(reader(x))}
@@ -126,26 +130,30 @@ def copy(problem: Problem) -> Calls:
             here = there.get()
             calls[ACROSS] = Call(lambda: (there.set(here), there.get(out=here)))
         return calls
-    source, sink = x.reshape(-1).view(np.uint8), out.reshape(-1).view(np.uint8)
-    by_one = Call(lambda: np.copyto(sink, source))
-    if problem.threads == 1:
-        return {COPY: by_one}
-    cuts = np.linspace(0, x.nbytes, problem.threads + 1).astype(int) // 64 * 64
-    cuts[-1] = x.nbytes
-    slices = [(sink[a:b], source[a:b]) for a, b in itertools.pairwise(cuts)]
-    pool = ThreadPoolExecutor(problem.threads - 1)
+    source, sink = x.reshape(-1), out.reshape(-1)
+    line = 64 // x.itemsize  # elements of a cache line
+    cuts = np.linspace(0, x.size, problem.threads + 1).astype(int) // line * line
+    cuts[-1] = x.size
+    slices = [slice(a, b) for a, b in itertools.pairwise(cuts) if a < b]
 
-    def by_all() -> None:
-        helpers = [pool.submit(np.copyto, *part) for part in slices[1:]]  # which releases the GIL
-        np.copyto(*slices[0])
-        for helper in helpers:
-            helper.result()
+    def copy_each(parts: Iterator[slice]) -> None:
+        for part in parts:
+            np.copyto(sink[part], source[part])  # releases the GIL, as the maximum does
 
-    return {COPY: Call(by_all), COPY_BY_ONE: by_one}
+    def read_each(parts: Iterator[slice]) -> None:
+        for part in parts:
+            source[part].max()
+
+    calls = {COPY: Call(lambda: np.copyto(sink, source))}
+    if problem.threads > 1:
+        calls = {COPY: Call(lambda: spread(copy_each, slices, problem.threads)), COPY_BY_ONE: calls[COPY]}
+    if READ in problem.case.operations:
+        calls[READ] = Call(lambda: spread(read_each, slices, problem.threads))
+    return calls
 
 
 def torch(problem: Problem, compiled: bool = False) -> Calls:
-    """cross_entropy and backward, with a new leaf for each call so that its gradient is allocated anew."""
+    """cross_entropy and backward; each call has a new leaf, so that its gradient is allocated anew."""
     import torch
     from torch.nn.functional import cross_entropy
 
@@ -178,7 +186,7 @@ def torch(problem: Problem, compiled: bool = False) -> Calls:
 
 
 def liger(problem: Problem) -> Calls:
-    """The Triton kernel of Liger, which writes the gradient over the logits in its forward pass."""
+    """Liger's Triton kernel, which overwrites the logits with the gradient in its forward pass."""
     from liger_kernel.transformers.functional import liger_cross_entropy
 
     _without_options(problem)
@@ -191,13 +199,13 @@ def liger(problem: Problem) -> Calls:
     def both() -> tuple[Array, Array]:
         leaf = x.detach().requires_grad_()
         loss = liger_cross_entropy(leaf, y)
-        return loss, torch.autograd.grad(loss, leaf)[0]  # .backward() would copy a gradient that others hold too
+        return loss, torch.autograd.grad(loss, leaf)[0]  # .backward() would copy a gradient that has other references
 
     return {GRAD: Call(both, prepare=problem.refresh)}
 
 
 def quack(problem: Problem) -> Calls:
-    """The kernel of QuACK in CuTe: losses of each row, and the gradient of their sum in a new array."""
+    """QuACK's CuTe kernel: the loss of each row, and the gradient of their sum in a new array."""
     from quack.cross_entropy import cross_entropy_fwd
 
     _without_options(problem)
@@ -214,7 +222,7 @@ def quack(problem: Problem) -> Calls:
 
 
 def jax(problem: Problem) -> Calls:
-    """jit(value_and_grad) of the loss as optax writes it, in float32 for 16-bit logits; nothing donated."""
+    """jit(value_and_grad) of the loss as optax writes it, in float32 for 16-bit logits, without buffer donation."""
     import jax
     import jax.numpy as jnp
 
@@ -245,26 +253,34 @@ def jax(problem: Problem) -> Calls:
     }
 
 
+def jax_by_all(problem: Problem) -> Calls:
+    """JAX with as many threads as there are cores: it starts them once, and a call cannot ask for fewer."""
+    cores = len(os.sched_getaffinity(0))
+    if problem.threads != cores:
+        raise Unsupported(f"has a thread for each of {cores} cores, and is timed where the others have as many")
+    return jax(problem)
+
+
 def tensors(problem: Problem) -> Calls:
-    """Ours on tensors that autograd has nothing to do with."""
+    """This library on detached tensors."""
     x, y = _tensors(problem)
     return {GRAD: Call(lambda: xent_array.cross_entropy_value_and_grad(x, y))}
 
 
 def autograd(problem: Problem) -> Calls:
-    """Ours where PyTorch's own loss would stand."""
+    """This library's loss in place of PyTorch's."""
     return {GRAD: _by_autograd(xent_array.cross_entropy, *_tensors(problem))}
 
 
 def module(problem: Problem) -> Calls:
-    """Ours where PyTorch's own module would stand."""
+    """This library's module in place of PyTorch's."""
     from xent_array.torch import CrossEntropyLoss
 
     return {GRAD: _by_autograd(CrossEntropyLoss(), *_tensors(problem))}
 
 
 def eager(problem: Problem) -> Calls:
-    """Ours on arrays of JAX, outside jit."""
+    """This library on JAX arrays, outside jit."""
     import jax
 
     x, y = _jax_arrays(problem)
@@ -272,7 +288,7 @@ def eager(problem: Problem) -> Calls:
 
 
 def sklearn(problem: Problem) -> Calls:
-    """The loss of its multinomial models: one loss per row, and the gradient of their sum."""
+    """The loss of scikit-learn's multinomial models: one loss per row, and the gradient of their sum."""
     from sklearn._loss.loss import HalfMultinomialLoss
 
     _without_options(problem)
@@ -290,7 +306,7 @@ def sklearn(problem: Problem) -> Calls:
 
 
 def log_softmax(problem: Problem, module: str) -> Calls:
-    """What one composes from the log_softmax of SciPy, or of cupyx on a GPU."""
+    """Loss and gradient composed from the log_softmax of SciPy, or of cupyx on a GPU."""
     _without_options(problem)
     _not_too_slow(problem)
     function = importlib.import_module(module).log_softmax
@@ -366,13 +382,13 @@ def _not_too_slow(problem: Problem) -> None:
 
 
 def _wide(problem: Problem) -> Callable[[], Array]:
-    """The logits, 16-bit ones in float32."""
+    """A function that returns the logits, converted to float32 if they are 16-bit."""
     x = problem.logits
     return (lambda: x.astype(np.float32)) if problem.logits.itemsize == 2 else lambda: x
 
 
 def _composition(problem: Problem) -> tuple[Callable[..., Array], Callable[[Array], Array]]:
-    """The mean loss of log-probabilities, and the gradient of probabilities (which it may overwrite)."""
+    """Functions from log-probabilities to the mean loss, and from probabilities (overwritten) to the gradient."""
     xp, axis, y, dtype = problem.xp, problem.case.axis, problem.target, problem.logits.dtype
     labels = xp.expand_dims(y, axis) if problem.has_labels else None
 
@@ -393,7 +409,7 @@ def _composition(problem: Problem) -> tuple[Callable[..., Array], Callable[[Arra
 
 
 def tensor(array: Array) -> Array:
-    """A PyTorch tensor on the memory of a NumPy or CuPy array."""
+    """A PyTorch tensor that shares the memory of a NumPy or CuPy array."""
     import torch
 
     make = torch.from_numpy if isinstance(array, np.ndarray) else torch.from_dlpack
@@ -401,7 +417,7 @@ def tensor(array: Array) -> Array:
 
 
 def host(array: Array) -> Array:
-    """A NumPy array with the values of an array of any library."""
+    """A NumPy array with the values of an array from any library."""
     if hasattr(array, "detach"):
         array = array.detach().cpu()
         return (array.float() if "bfloat16" in str(array.dtype) else array).numpy()
@@ -410,7 +426,7 @@ def host(array: Array) -> Array:
 
 Maker = Callable[[Problem], Calls]
 
-PEERS: dict[str, dict[str, tuple[str, Maker]]] = {  # by backend: the name, the module that it needs, its maker
+PEERS: dict[str, dict[str, tuple[str, Maker]]] = {  # by backend and name: the module it needs, its maker
     "numpy": {
         "torch": ("torch", torch),
         "JAX": ("jax", jax),
@@ -425,6 +441,7 @@ PEERS: dict[str, dict[str, tuple[str, Maker]]] = {  # by backend: the name, the 
         "QuACK": ("quack.cross_entropy", quack),
         "cupyx": ("cupyx.scipy.special", partial(log_softmax, module="cupyx.scipy.special")),
     },
+    THREADS: {"torch": ("torch", torch), "JAX": ("jax", jax_by_all)},
     TENSORS: {
         "torch": ("torch", torch),
         AUTOGRAD: ("torch", autograd),
@@ -437,16 +454,16 @@ PEERS: dict[str, dict[str, tuple[str, Maker]]] = {  # by backend: the name, the 
 
 
 def namespace(backend: str) -> Any:
-    """Of the arrays that problems are made of."""
-    return importlib.import_module("numpy" if backend == TENSORS else backend)
+    """The namespace of the arrays in a problem."""
+    return importlib.import_module("cupy" if backend == "cupy" else "numpy")
 
 
 def libraries(backend: str, xp: Any, only: str | None = None) -> tuple[dict[str, Maker], dict[str, str]]:
-    """The makers of what can be used here, and why the others cannot; of the peers perhaps one only."""
+    """The makers that can be used here, and why the others cannot; `only` selects one of the peers."""
     found: dict[str, Maker] = {COPY: copy, OURS: ours}
     absent = {}
     rows = problem_without_target(xp.zeros((1, 1), dtype=xp.float32), -1)
-    for name, engine in ENGINES.items() if backend != TENSORS else ():
+    for name, engine in ENGINES.items() if backend not in (TENSORS, THREADS) else ():
         reason = engine.declines(rows.rows)
         if reason is not None:
             absent[f"{OURS} (engine={name!r})"] = reason

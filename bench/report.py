@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -27,7 +28,9 @@ from .suite import (
     LOSS,
     OURS,
     OUT,
+    READ,
     TENSORS,
+    THREADS,
     WARM,
     Case,
 )  # fmt: skip
@@ -47,13 +50,13 @@ COLOURS = {
     **dict.fromkeys(("NumPy", "QuACK"), "#7a6a00"),
     "CPU": "#0072b2",
     "GPU": "#d55e00",
-    "GPU, and the way": "#777777",
+    "GPU and transfer": "#777777",
 }
 NUMPY = f"{OURS} (engine='numpy')"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write, or with --check compare; 1 if that finds a difference."""
+    """Writes the files, or with --check compares them; returns 1 if there is a difference."""
     parser = argparse.ArgumentParser(prog="python -m bench report", description=(__doc__ or "").partition(": ")[2])
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where something would change")
     parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results", metavar="FOLDER")
@@ -86,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def read(folder: Path) -> Rows:
-    """Every row; where one was measured several times, the last."""
+    """Every row; if one was measured several times, the latest."""
     lines = [line for path in sorted(folder.glob("*.jsonl")) for line in path.read_text().splitlines()]
     return by_key(sorted(map(json.loads, lines), key=lambda row: row["date"]))
 
@@ -99,11 +102,12 @@ def by_key(rows: Iterable[Row]) -> Rows:
 
 
 def text(rows: Rows, plots: dict[str, Any], given: argparse.Namespace) -> str:
-    """What stands between the markers."""
+    """The text between the markers."""
     parts = []
     for backend, title, tables in (
         ("numpy", "CPU", _tables),
         (TENSORS, "PyTorch tensors and JAX arrays on the CPU", tensors),
+        (THREADS, "Threads of a CPU", threads),
         ("cupy", "GPU", _tables),
     ):
         here = {key: row for key, row in rows.items() if key[0] == backend and row["group"] != suite.ENGINES[0].group}
@@ -119,17 +123,21 @@ def text(rows: Rows, plots: dict[str, Any], given: argparse.Namespace) -> str:
 
 
 def _origin(rows: Iterable[Row]) -> str:
-    """Machines, versions, commits and commands, each once."""
+    """The machines, versions, commits and commands, each named once."""
 
     def each(of: Callable[[Row], str]) -> str:
         return "; ".join(dict.fromkeys(map(of, rows)))
 
     rows = [row for row in rows if row["library"] != COPY]
-    machine = each(lambda r: r["machine"]["gpu"] or f"{r['machine']['cpu']}, {r['threads']} threads")
+    machine = each(lambda r: r["machine"]["gpu"] or f"{r['machine']['cpu']}, {_threads_of(r)}")
     versions = each(lambda r: ", ".join(f"{name} {version}" for name, version in r["versions"].items()))
     commits = each(lambda r: (r["commit"] or "unknown")[:10] + (" with changes" if r["dirty"] else ""))
     commands = each(lambda r: f"`{r['command']}`" if r["command"].startswith("python ") else f"by {r['command']}")
     return f"{machine}; {versions}; commit {commits}; {each(lambda r: r['date'][:10])}; {commands}:"
+
+
+def _threads_of(row: Row) -> str:
+    return f"{row['machine']['cores']} cores" if row["backend"] == THREADS else f"{row['threads']} threads"
 
 
 def _tables(rows: Rows, backend: str) -> list[str]:
@@ -140,7 +148,7 @@ def _tables(rows: Rows, backend: str) -> list[str]:
 
 
 def tensors(rows: Rows, backend: str = TENSORS) -> list[str]:
-    """Ours on the tensors of PyTorch and the arrays of JAX, against what these libraries do themselves."""
+    """This library on PyTorch tensors and JAX arrays, compared with PyTorch and JAX themselves."""
 
     def ratio(peer: Row | None, ours: Row | None) -> str:
         return "" if peer is None or ours is None or ours["seconds"] is None else _times(peer, ours, 2)
@@ -160,10 +168,10 @@ def tensors(rows: Rows, backend: str = TENSORS) -> list[str]:
     head = ["rows × classes", "PyTorch, ms", "ours, autograd", "ours, detached", "PyTorch / autograd",
             "PyTorch / detached", "JAX jit, ms", "ours, eager", "JAX / eager", "ours, NumPy"]  # fmt: skip
     what = (
-        "Loss and gradient in milliseconds: of a tensor, by PyTorch's `cross_entropy` and `backward()`, by ours and"
-        " `backward()` (autograd), and by our `cross_entropy_value_and_grad` (detached); of an array of JAX, by"
-        " `jit(value_and_grad)` of optax's formula and by our `cross_entropy_value_and_grad` outside `jit` (eager); and"
-        " of the same memory as a NumPy array"
+        "Times of loss and gradient in milliseconds. PyTorch tensors: PyTorch's `cross_entropy` and `backward()`, this"
+        " library's `cross_entropy` and `backward()` (autograd), and its `cross_entropy_value_and_grad` (detached). JAX"
+        " arrays: `jit(value_and_grad)` of optax's formula, and this library's `cross_entropy_value_and_grad` outside"
+        " `jit` (eager). The last column is this library on a NumPy array of the same memory"
     )
     names = {"PyTorch": "torch", "ours by autograd": AUTOGRAD, "ours detached": DETACHED, "JAX": "JAX"}
     names |= {"ours eager": EAGER, "ours on NumPy": OURS}
@@ -171,8 +179,108 @@ def tensors(rows: Rows, backend: str = TENSORS) -> list[str]:
     return [part for part in (f"{what}:\n\n{_table(head, lines)}" if lines else "", memory) if part]
 
 
+def threads(rows: Rows, backend: str = THREADS) -> list[str]:
+    """How close this library comes to the speed of memory with each number of threads; and peers with as many."""
+    lines = []
+    for case in _thread_cases(rows):
+        copy, read = (rows.get((backend, case.name, COPY, operation)) for operation in (COPY, READ))
+        for operation in (LOSS, GRAD, OUT):
+            ours = rows.get((backend, case.name, OURS, operation))
+            if ours is None or ours["seconds"] is None:
+                continue
+            shares = (f"{ours[name]:.0%}" if ours[name] else "" for name in ("of_copy", "of_read"))
+            found = _idle(ours["traced"])
+            peers = (rows.get((backend, case.name, peer, operation)) for peer in PEERS[backend])
+            lines.append([
+                _size(case), operation, str(case.threads), _ms(ours), _milliseconds(ours["min"]), _ms(copy), _ms(read),
+                *shares, f"{found.last:.0f}", f"{found.share:.0%}",
+                *("" if peer is None else _times(peer, ours, 1) for peer in peers),
+            ])  # fmt: skip
+    head = ["rows × classes", "", "threads", "ours, ms", "best", "copy, ms", "read, ms", "of a copy", "of a read",
+            "last thread began, µs", "idle", *PEERS[backend]]  # fmt: skip
+    what = (
+        "Ours by the number of threads, in milliseconds, the median and the least; its bandwidth as a share of that of"
+        " a copy of the logits into an array that is there, and of a read of them, by as many threads; when the last"
+        " thread began, and the share of their time in which the threads were idle; for each peer, its time divided by"
+        " ours"
+    )
+    return [f"{what}:\n\n{_table(head, lines)}"] if lines else []
+
+
+def idle(rows: Rows) -> list[str]:
+    """Why threads were idle, in this library and in the yardsticks."""
+    lines = []
+    alone: dict[tuple[Any, ...], float] = {}
+    for case in _thread_cases(rows):
+        for library, operation in ((COPY, COPY), (COPY, READ), (OURS, LOSS), (OURS, GRAD), (OURS, OUT)):
+            row = rows.get((THREADS, case.name, library, operation))
+            if row is None or not row["traced"]:
+                continue
+            found = _idle(row["traced"])
+            if case.threads == 1:
+                alone[case.shape, operation] = found.work
+            one = alone.get((case.shape, operation))
+            reasons = (found.share, found.not_begun, found.between, found.waiting, found.ended)
+            lines.append([
+                _size(case), operation, f"{found.came:g} of {case.threads}", _milliseconds(found.wall * 1e-6),
+                f"{found.parts:g}",
+                *(f"{moment:.0f}" for moment in (found.asked, found.last, found.after)),
+                *(f"{share:.1%}" for share in reasons), f"{found.work / one:.2f}×" if one else "",
+            ])  # fmt: skip
+    head = ["rows × classes", "", "threads", "ms", "parts", "asked, µs", "last began, µs", "after, µs", "idle",
+            "not begun", "between parts", "waiting in parts", "ended", "work, of one thread's"]  # fmt: skip
+    what = (
+        "What the threads did in calls that were traced, medians: how many took part; the time of the call, which is to"
+        " be about that of one not traced; how many parts they took, when they were asked for, when the last one began,"
+        " and how long the caller went on after they had ended; the share of their time in which they were idle,"
+        " because they had not begun, because they were between two parts, because they were on no core while they had"
+        " a part, or because they had ended; and the time that they were at work, all together, divided by that of"
+        " one thread alone, which is 1 as long as none slows another down"
+    )
+    return [f"{what}:\n\n{_table(head, lines)}"] if lines else []
+
+
+def _thread_cases(rows: Rows) -> Iterable[Case]:
+    """The cases that this library was run on, by shape and then by the number of threads."""
+    ours = [row for row in rows.values() if row["group"] == THREADS and row["library"] == OURS]
+    shapes = dict.fromkeys(tuple(row["shape"]) for row in ours)
+    return suite.thread_cases(shapes, sorted({row["threads"] for row in ours}))
+
+
+class _Idle(NamedTuple):
+    """Medians over traced calls, in µs or as shares of the total time available to all threads of the team."""
+
+    share: float
+    not_begun: float
+    between: float
+    waiting: float
+    ended: float
+    wall: float  # of the whole call, in µs
+    asked: float  # when the team was requested
+    last: float  # when the last thread began
+    after: float  # from the end of the team's work to the end of the call
+    work: float  # µs, all threads together
+    came: float  # threads that took part
+    parts: float
+
+
+def _idle(calls: list[dict[str, Any]]) -> _Idle:
+    each = []
+    for call in calls:
+        wall, team, threads = call["released"], call["team"], call["threads"]
+        whole = wall * team
+        not_begun = sum(thread["began"] for thread in threads) + wall * (team - len(threads))
+        between, waiting = (sum(thread[name] for thread in threads) for name in ("between", "waited"))
+        ended = sum(wall - thread["ended"] for thread in threads)
+        work = sum(thread["took"] - thread["waited"] for thread in threads)
+        shares = (part / whole for part in (not_begun + between + waiting + ended, not_begun, between, waiting, ended))
+        moments = wall, call["asked"], max(thread["began"] for thread in threads), wall - call["joined"]
+        each.append((*shares, *moments, work, len(threads), sum(thread["parts"] for thread in threads)))
+    return _Idle(*map(statistics.median, zip(*each, strict=True)))
+
+
 def _speed(rows: Rows, backend: str) -> str:
-    """Our times, and what they are of a copy's and of each peer's."""
+    """Our times, and their ratios to those of a copy and of each peer."""
 
     def timed(case: Case, library: str, operation: str) -> Row | None:
         row = rows.get((backend, case.name, library, operation))
@@ -181,7 +289,7 @@ def _speed(rows: Rows, backend: str) -> str:
     on_gpu = backend == "cupy"
 
     def ratio(case: Case, peer: str, operation: str, each: str) -> str:
-        """Of what the peer does: the mean of the losses, or the loss of each row."""
+        """The peer's time divided by ours, for what the peer computes: the mean loss, or the loss of each row."""
         for what in (operation, each):
             row, ours = rows.get((backend, case.name, peer, what)), timed(case, OURS, what)
             if row is not None:
@@ -212,20 +320,21 @@ def _speed(rows: Rows, backend: str) -> str:
             lines.append([size, _ms(ours), _ms(into), *more, *ratios])
     if not lines:
         return ""
-    names = ["ours, NumPy body" if peer == NUMPY else peer for peer in peers]
+    names = ['ours, `engine="numpy"`' if peer == NUMPY else peer for peer in peers]
     middle = ['`"none"`, ms', "of a copy"] if on_gpu else ["`out=` / copy"]
     head = ["rows × classes", "ours, ms", "into `out=`, ms", *middle, *names]
-    what = "Loss and gradient in milliseconds; for each peer, its time divided by ours"
+    what = "Times of loss and gradient in milliseconds; for each peer, its time divided by ours"
     if on_gpu:
         what += (
-            '. `"none"` is `reduction="none"` with a gradient into `out=`, one launch instead of three; the share of a'
-            " copy is of that, and against it stands QuACK, which gives the loss of each row too"
+            '. `"none"` is `reduction="none"` with the gradient written to `out=`: one launch instead of three. "Of a'
+            ' copy" is its throughput as a share of that of a copy. QuACK also returns the loss of each row, so its'
+            ' time is divided by that of `"none"`'
         )
     return f"{what}:\n\n{_table(head, lines)}"
 
 
 class Pair(NamedTuple):
-    """The same problem on this library's two engines, on one machine, and what it costs to move the arrays across."""
+    """The same problem on this library's two engines on one machine, and the cost of transferring the arrays."""
 
     case: Case
     host: Row
@@ -253,38 +362,45 @@ def _engines(rows: Rows) -> str:
     """GPU against CPU."""
     pairs = _pairs(rows)
     if not pairs:
-        return "**GPU against CPU**, the same problem on this library's two engines: not run yet on one machine."
+        return "**GPU against CPU**, the same problem on this library's two engines: not measured yet on one machine."
     lines = []
     for case, host, gpu, across in pairs:
         here, there = host["seconds"], gpu["seconds"]
         with_the_way = f"{here / (there + across['seconds']):.1f}×" if across else ""
         lines.append([_size(case), _ms(host), _ms(gpu), f"{here / there:.1f}×", _ms(across), with_the_way])
-    head = ["rows × classes", "CPU, ms", "GPU, ms", "CPU / GPU", "to the GPU and back, ms", "CPU / (GPU and the way)"]
+    head = [
+        "rows × classes",
+        "CPU, ms",
+        "GPU, ms",
+        "CPU / GPU",
+        "transfer to the GPU and back, ms",
+        "CPU / (GPU and transfer)",
+    ]
     origin = _origin(row for pair in pairs for row in (pair.host, pair.gpu))
-    what = "Loss and gradient by this library's two engines, and the cost of moving logits there and a gradient back"
+    what = "Loss and gradient with this library's two engines, and the cost of moving the data there and back"
     return f"**GPU against CPU**, {origin}\n\n{what}:\n\n{_table(head, lines)}"
 
 
 def _first(rows: Rows) -> str:
-    """One sentence on what the first call of a process costs."""
+    """One sentence on the cost of the first call of a process."""
     cold, warm = (rows.get(("numpy", suite.FIRST.name, OURS, operation), {}).get("first") for operation in (COLD, WARM))
     if cold is None or warm is None:
         return ""
     return (
-        f"The first call of a process, which imports Numba, for loss and gradient of {_size(suite.FIRST)}: "
-        f"{warm:.1f} s; where nothing has been compiled on the machine before, {cold:.1f} s."
+        f"The first call of a process, which imports Numba, takes {warm:.1f} s for loss and gradient of"
+        f" {_size(suite.FIRST)}, and {cold:.1f} s if nothing has been compiled on the machine before."
     )
 
 
 def _memory(rows: Rows, backend: str, cases: Iterable[Case], names: Mapping[str, tuple[str, str]]) -> str:
-    """One sentence, of the first case that it was measured on; `names` says by what name who does what."""
+    """One sentence on the first case with measurements; `names` gives the library and operation of each name in it."""
     for case in cases:
         found = {said: rows.get((backend, case.name, *name), {}).get("memory") for said, name in names.items()}
         said = [f"{name} {memory / case.nbytes:.1f}" for name, memory in found.items() if memory is not None]
         if said:
             return (
-                f"Peak memory of loss and gradient at {_size(case)}, beyond inputs and `out`, "
-                f"in sizes of the logits: {', '.join(said)}."
+                f"Peak memory of loss and gradient at {_size(case)}, in addition to the inputs and `out`,"
+                f" in multiples of the size of the logits: {', '.join(said)}."
             )
     return ""
 
@@ -300,14 +416,14 @@ def _accuracy(rows: Rows, backend: str) -> str:
                 max((row[name] for row in found if row[name] is not None), default=None)
                 for name in ("loss_units", "grad_units")
             ]
-            wrong = ", wrong in some case" if any(_wrong(row) for row in found) else ""
+            wrong = ", wrong in at least one case" if any(_wrong(row) for row in found) else ""
             judged = found and (wrong or units != [None, None])
             cells.append(" / ".join("–" if of is None else _two_digits(of) for of in units) + wrong if judged else "")
         if any(cells):
             lines.append([library, *cells])
     if not lines:
         return ""
-    what = "Largest error of loss / gradient found in any case, in units of rounding (our bar is 4):"
+    what = "Largest error of loss / gradient found in any case, in units of rounding (this library's limit is 4):"
     return f"{what}\n\n{_table(['', *suite.ITEMSIZE], lines)}"
 
 
@@ -320,14 +436,18 @@ def _size(case: Case) -> str:
     dtype = "" if case.dtype == "float32" else f", {case.dtype}"
     axis = "" if case.axis == -1 else f", axis={case.axis}"
     more = ", soft targets" if case.target == "soft" else f", `{case.option}`" if case.option else ""
-    more += ", peaked" * case.peaked + ", as the caller sees it" * case.host
+    more += ", peaked" * case.peaked + ", as seen by the caller" * case.host
     return " × ".join(map(str, case.shape)) + dtype + more + axis
 
 
 def _ms(row: Row | None) -> str:
     if row is None or row["seconds"] is None:
         return ""
-    three_digits = float(f"{row['seconds'] * 1e3:.3g}")
+    return _milliseconds(row["seconds"])
+
+
+def _milliseconds(seconds: float) -> str:
+    three_digits = float(f"{seconds * 1e3:.3g}")
     return f"{three_digits:g}"
 
 
@@ -345,11 +465,11 @@ def _wrong(row: Row) -> bool:
     return (row["failed"] or "").startswith("AssertionError")
 
 
-# The plots: first what is drawn, as plain data, then how
+# The plots: first what is drawn, as plain data, then how it is drawn
 
 
 class Plot(NamedTuple):
-    """What is said in one."""
+    """The texts in a plot."""
 
     title: str
     x: str
@@ -365,19 +485,19 @@ PLOTS = {
     **{
         f"gpu-{dtype}": Plot(
             f"Loss and gradient on a GPU, {dtype}: bytes per second against the number of classes",
-            "classes, in 32768 rows (at the end in 16384 and 8192)",
-            "GB/s of the bytes that must move",
+            "classes, in 32768 rows (the last two points: 16384 and 8192)",
+            "GB/s, counting only the bytes that must be moved",
         )
         for dtype in ("float32", "bfloat16")
     },
-    "engines-rows": Plot("Loss and gradient by this library, of rows of 1000 classes", "rows", "ms"),
-    "engines-classes": Plot("Loss and gradient by this library, of 16,777,216 logits", "classes", "ms"),
+    "engines-rows": Plot("Loss and gradient with this library: rows of 1000 classes", "rows", "ms"),
+    "engines-classes": Plot("Loss and gradient with this library: 16,777,216 logits", "classes", "ms"),
 }
 Series = list[tuple[str, Any, Any]]
 
 
 def drawn(rows: Rows) -> dict[str, Series]:
-    """For each plot its series (label, x, y); empty where there are no results."""
+    """For each plot its series (label, x, y); empty if there are no results."""
     on_cpu = dict.fromkeys((OURS, *PEERS["numpy"]), GRAD) | {COPY: COPY}
     on_gpu = {OURS: EACH_OUT} | dict.fromkeys(PEERS["cupy"], GRAD) | {"QuACK": EACH_OUT, COPY: COPY}
     found = {
@@ -395,7 +515,7 @@ def drawn(rows: Rows) -> dict[str, Series]:
         ]
         if all(pair.across for pair in pairs):
             lines.append(
-                ("GPU, and the way", sizes, [(p.gpu["seconds"] + (p.across or {})["seconds"]) * 1e3 for p in pairs])
+                ("GPU and transfer", sizes, [(p.gpu["seconds"] + (p.across or {})["seconds"]) * 1e3 for p in pairs])
             )
         found[f"engines-{name}"] = lines if pairs else []
     return found
@@ -404,7 +524,7 @@ def drawn(rows: Rows) -> dict[str, Series]:
 def _lines(
     rows: Rows, backend: str, cases: Iterable[Case], of: Mapping[str, str], y: Callable[[Row, Case], float]
 ) -> Series:
-    """By the number of classes; `of` names libraries, and what each does."""
+    """Series over the number of classes; `of` maps each library to its operation."""
     series: Series = []
     for library, operation in of.items():
         found = [(case, rows.get((backend, case.name, library, operation))) for case in cases]
@@ -415,7 +535,7 @@ def _lines(
 
 
 def digest(series: Series) -> str:
-    """Stands in every plot. Of its data and of this file: a plot drawn by another matplotlib is not another plot."""
+    """Identifies a plot by its data and this file, and is stored in it; the version of matplotlib does not matter."""
     return hashlib.sha256(json.dumps(series).encode() + Path(__file__).read_bytes()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""One run: every case is checked against the oracle, timed, printed and written, then held against the goals."""
+"""One run: every case is checked against the oracle, timed, printed and saved, and compared with the goals."""
 
 from __future__ import annotations
 
@@ -52,17 +52,17 @@ from .timing import TURN, Call, Clock, DeviceClock, host_clock, interleave, summ
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from close import assert_grad, assert_loss  # noqa: E402
-from oracle import Truth, oracle  # noqa: E402
+from support.close import assert_grad, assert_loss  # noqa: E402
+from support.oracle import Truth, oracle  # noqa: E402
 
 Array = Any
 Row = dict[str, Any]
-Tile = tuple[slice, ...]  # where it lies in an array
+Tile = tuple[slice, ...]  # the slices that select it
 
-READY = "ready"  # said where all is begun, before anything is timed
-CHECKED = 1 << 19  # logits that the oracle judges, at most where a row holds fewer
-POOLED = 2 << 30  # bytes of logits on a GPU beyond which the libraries may not keep their pools side by side
-LOOSE = 0.03  # of the largest gradient, and of the loss: a peer beyond that computes something else
+READY = "ready"  # printed when every case is set up and checked, before anything is timed
+CHECKED = 1 << 19  # most logits that the oracle checks, unless a single row has more
+POOLED = 2 << 30  # bytes of logits on a GPU beyond which the libraries must not all keep their memory pools
+LOOSE = 0.03  # of the largest gradient, and of the loss: a peer that is off by more computes something else
 PACKAGES = ("numpy", "numba", "ml_dtypes", "torch", "triton", "liger-kernel", "quack-kernels", "jax",
             "scikit-learn", "scipy", "cupy-cuda12x", "cupy-cuda13x", "cupy")  # fmt: skip
 
@@ -79,20 +79,26 @@ class Settings(NamedTuple):
     commit: str | None
     command: str
     peers: bool = True
-    ahead: bool = (
-        False  # whether every case is run and checked before the first is timed, and that then waits to be told
-    )
-    most: float = float("inf")  # seconds, after which no case is begun to be timed
+    ahead: bool = False  # whether to set up and check every case, and then wait for a line of input, before timing any
+    most: float = float("inf")  # seconds after which no further case is timed
 
 
-PACE: dict[bool, dict[str, Any]] = {  # by whether it is to be quick
+PACE: dict[bool, dict[str, Any]] = {  # by whether the run should be quick
     True: {"rounds": 3, "turn": TURN / 5, "memory": False},
     False: {"rounds": 7, "turn": TURN, "memory": True},
 }
 
 
-def run(cases: list[Case], settings: Settings, close: Callable[[list[Row]], list[str]] | None = None) -> int:
-    """Everything; 1 if a result of this library is wrong, else 0. `close` gives what is said in the end."""
+def run(
+    cases: list[Case],
+    settings: Settings,
+    close: Callable[[list[Row]], list[str]] | None = None,
+    measure_by: Measure | None = None,
+) -> int:
+    """Runs everything. Returns 1 if a result of this library is wrong, else 0.
+
+    `close` returns the lines printed at the end, by default the goals; `measure_by` is used in place of `measure`.
+    """
     limit_threads(settings.threads)
     xp = peers.namespace(settings.backend)
     makers, absent = peers.libraries(settings.backend, xp, only=None if settings.peers else "")
@@ -110,7 +116,7 @@ def run(cases: list[Case], settings: Settings, close: Callable[[list[Row]], list
         for case in cases:
             with _alone(case):
                 begun[case] = begin(case, makers, settings, xp)._replace(calls={})
-                _release(xp)  # others are timed meanwhile, or begin their own
+                _release(xp)  # meanwhile, other runs set up or time their cases
         say(READY)
         sys.stdout.flush()
         sys.stdin.readline()
@@ -121,7 +127,7 @@ def run(cases: list[Case], settings: Settings, close: Callable[[list[Row]], list
                 say(f"not timed, for want of time: {case.name}")
                 continue
             progress.set_postfix_str(case.name)
-            found, notes = measure(case, makers, settings, xp, begun.get(case))
+            found, notes = (measure_by or measure)(case, makers, settings, xp, begun.get(case))
             found = [row | about for row in found]
             say("\n" + "\n".join([*table(case, found), *notes]))
             rows += found
@@ -134,7 +140,7 @@ def run(cases: list[Case], settings: Settings, close: Callable[[list[Row]], list
 
 
 def limit_threads(threads: int) -> None:
-    """As many threads for every library, before any of them is imported; JAX goes by the affinity alone."""
+    """Sets the number of threads of every library, before any is imported; JAX obeys only the affinity mask."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
     os.environ["XENT_ARRAY_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = str(threads)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -142,7 +148,7 @@ def limit_threads(threads: int) -> None:
 
 @contextlib.contextmanager
 def _alone(case: Case) -> Iterator[None]:
-    """No other run begins a case of so much memory meanwhile: several may share a GPU until they are told to time."""
+    """Keeps other runs from setting up such a large case now: several may share a GPU until they are told to time."""
     if case.nbytes <= POOLED:
         yield
         return
@@ -153,9 +159,11 @@ def _alone(case: Case) -> Iterator[None]:
 
 # One case
 
+Measure = Callable[..., tuple[list[Row], list[str]]]  # like `measure` below
+
 
 class Begun(NamedTuple):
-    """A case whose every operation has been run once and checked."""
+    """A case of which every operation has been run once and checked."""
 
     rows: dict[tuple[str, str], Row]  # by library and operation
     notes: list[str]
@@ -163,7 +171,7 @@ class Begun(NamedTuple):
 
 
 def begin(case: Case, makers: dict[str, peers.Maker], settings: Settings, xp: Any) -> Begun:
-    """Makes a problem, and runs and checks everything that anybody does on it."""
+    """Makes a problem, and runs and checks every operation of every library on it."""
     problem, truth, tiles = make(case, settings.seed, settings.threads, xp)
     begun = Begun({}, [], {})
     for (library, operation), call in _calls(problem, makers, begun.notes):
@@ -182,7 +190,7 @@ def begin(case: Case, makers: dict[str, peers.Maker], settings: Settings, xp: An
 def _calls(
     problem: Problem, makers: dict[str, peers.Maker], notes: list[str]
 ) -> Iterator[tuple[tuple[str, str], Call]]:
-    """By library and operation; why there is none goes into the notes."""
+    """The calls by library and operation. If a library has none, the reason is added to the notes."""
     for library, maker in makers.items():
         try:
             made = maker(problem)
@@ -200,7 +208,7 @@ def _calls(
 def measure(
     case: Case, makers: dict[str, peers.Maker], settings: Settings, xp: Any, begun: Begun | None = None
 ) -> tuple[list[Row], list[str]]:
-    """A row for each library and operation, and remarks on those that have none; `begun` if it was before."""
+    """A row for each library and operation, and notes on those without; `begun` if the case has been set up already."""
     if case == suite.FIRST:
         return first_calls(case, settings), []
     if begun is None:
@@ -210,7 +218,7 @@ def measure(
         again = make(case, settings.seed, settings.threads, xp, judged=False)[0]
         calls = {key: call for key, call in _calls(again, makers, []) if key in rows and not rows[key]["failed"]}
         del again
-        for call in calls.values():  # as a new object each may have something to look up
+        for call in calls.values():  # a new object may have to look something up in its first run
             if call.prepare is not None:
                 call.prepare()
             call.run()
@@ -225,7 +233,7 @@ def measure(
         clear=functools.partial(_release, xp) if xp is not np and case.nbytes > POOLED else None,
     )
     times = {key: list(itertools.chain(*taken)) for key, taken in turns.items()}
-    if (COPY, COPY_BY_ONE) in times and (COPY, COPY) in times:  # the fair copy is the faster
+    if (COPY, COPY_BY_ONE) in times and (COPY, COPY) in times:  # the fair yardstick is the faster copy
         by_one, row = times.pop((COPY, COPY_BY_ONE)), rows.pop((COPY, COPY_BY_ONE))
         if np.median(by_one) < np.median(times[COPY, COPY]):
             times[COPY, COPY], rows[COPY, COPY] = by_one, row | {"operation": COPY, "threads": 1}
@@ -252,10 +260,10 @@ def measure(
 
 
 def make(case: Case, seed: int, threads: int, xp: Any, judged: bool = True) -> tuple[Problem, Truth | None, list[Tile]]:
-    """A problem, the truth on one tile of it (where it will be judged), and where to look for that tile.
+    """A problem, the true result for one tile of it (if it will be checked), and where to find that tile.
 
-    The rows repeat those of one tile. So the mean over all is that over the tile, and the oracle, which is slow, needs
-    to see no more than that.
+    The problem repeats the rows of one tile. The mean over all rows is therefore the mean over the tile, and the
+    oracle, which is slow, needs to see only the tile.
     """
     rng = np.random.default_rng(seed)
     axis = case.axis % len(case.shape)
@@ -290,7 +298,7 @@ def make(case: Case, seed: int, threads: int, xp: Any, judged: bool = True) -> t
 
 
 def tile_shape(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
-    """Of what is repeated to make a problem: as few of the rows as the oracle shall judge, of the first axes first."""
+    """The shape that is repeated to make a problem: few enough rows for the oracle, cut from the first axes first."""
     tile = list(shape)
     for i in (i for i in range(len(shape)) if i != axis):
         most = min(tile[i], max(1, CHECKED * tile[i] // math.prod(tile)))
@@ -299,7 +307,7 @@ def tile_shape(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
 
 
 def check(result: Any, truth: Truth | None, tiles: list[Tile], strictly: bool) -> Row:
-    """The largest errors in units of rounding. Raises where ours misses the project's bar, or a peer is far off."""
+    """The largest errors in units of rounding. Raises if ours exceeds the project's limit, or a peer is far off."""
     assert truth is not None
     loss, grad = result if isinstance(result, tuple) else (result, None)
     pairs = [(host(loss), truth.loss, truth.unit_loss, assert_loss, "loss_units")]
@@ -336,7 +344,7 @@ def _empty_row(case: Case, library: str, operation: str, settings: Settings) -> 
 
 
 def _first(call: Call, row: Row, xp: Any) -> Any:
-    """The result of the first call, which compiles where something is compiled; its seconds go into the row."""
+    """The result of the first call, which includes any compilation; its time in seconds goes into the row."""
     _release(xp)
     if call.prepare is not None:
         call.prepare()
@@ -358,7 +366,7 @@ def _wait(xp: Any) -> None:
 
 
 def _release(xp: Any) -> None:
-    """Gives the memory that pools hold back to the GPU."""
+    """Returns the memory held by the memory pools to the GPU."""
     if xp is not np:
         xp.get_default_memory_pool().free_all_blocks()
         if "torch" in sys.modules:
@@ -373,7 +381,7 @@ def _short(error: BaseException) -> str:
 
 
 def peak_memory(case: Case, library: str, operation: str, settings: Settings) -> int | None:
-    """Bytes beyond inputs and `out` that the first call takes at its peak, in a process of its own."""
+    """Peak memory of the first call in bytes, beyond the inputs and `out`, measured in a new process."""
     arguments = [settings.backend, library, operation, str(settings.threads), json.dumps(case)]
     program = "import sys; from bench.run import print_peak_memory; print_peak_memory(*sys.argv[1:])"
     done = subprocess.run([sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, text=True)
@@ -390,7 +398,7 @@ def print_peak_memory(backend: str, library: str, operation: str, threads: str, 
     group, shape, *rest = json.loads(fields)
     case = Case(group, tuple(shape), *rest)
     small = Case(group, (2,) * len(shape), *rest)
-    for each in (small, case):  # the first is for what a library does once
+    for each in (small, case):  # the small one is for what a library does only once
         problem, _, _ = make(each, 0, int(threads), xp)
         call = maker(problem)[operation]
         problem.refresh()
@@ -405,7 +413,7 @@ def print_peak_memory(backend: str, library: str, operation: str, threads: str, 
 
 
 def _host_peak() -> Callable[[], int]:
-    """The growth of the resident set from now to its peak: Linux alone can start that count anew."""
+    """The growth of the resident set from now to its peak; only Linux can reset that peak."""
 
     def status(field: str) -> int:
         found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
@@ -418,7 +426,7 @@ def _host_peak() -> Callable[[], int]:
 
 
 def _device_peak(xp: Any) -> Callable[[], int]:
-    """What has gone from the GPU's free memory: the pools keep all they ever took."""
+    """The decrease in free GPU memory: the pools keep everything that they have ever allocated."""
     before = xp.cuda.runtime.memGetInfo()[0]
     return lambda: max(0, before - xp.cuda.runtime.memGetInfo()[0])
 
@@ -427,7 +435,7 @@ def _device_peak(xp: Any) -> Callable[[], int]:
 
 
 def first_calls(case: Case, settings: Settings) -> list[Row]:
-    """Loss and gradient of a case in a new process whose compiled loops are not kept yet, and in one where they are."""
+    """Loss and gradient of a case in two new processes: the first has no machine-code cache, the second has its."""
     rows = []
     program = "import sys; from bench.run import print_first_call; print_first_call(*sys.argv[1:])"
     with tempfile.TemporaryDirectory() as folder:
@@ -443,7 +451,7 @@ def first_calls(case: Case, settings: Settings) -> list[Row]:
 
 
 def print_first_call(threads: str, *shape: str) -> None:
-    """Seconds of the first call, and of the next."""
+    """Prints the seconds of the first call, and of the next."""
     limit_threads(int(threads))
     rng = np.random.default_rng(0)
     size = tuple(map(int, shape))
@@ -455,12 +463,13 @@ def print_first_call(threads: str, *shape: str) -> None:
     print(first - start, time.perf_counter() - first)
 
 
-# What is said of a run
+# The report of a run
 
 
 def _about(settings: Settings, xp: Any) -> Row:
     """Where the numbers of this run come from."""
     machine: Row = {"cpu": _cpu(), "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 2), "gpu": None}
+    machine |= {"whole_cores": _whole_cores(), "nodes": len(list(Path("/sys/devices/system/node").glob("node[0-9]*")))}
     if xp is not np:
         properties = xp.cuda.runtime.getDeviceProperties(xp.cuda.Device().id)
         machine |= {"gpu": properties["name"].decode(), "cuda_driver": xp.cuda.runtime.driverGetVersion()}
@@ -477,11 +486,17 @@ def _about(settings: Settings, xp: Any) -> Row:
 
 
 def _cpu() -> str:
-    """The processor, and the widest of its vector instructions: every library here chooses its code by them."""
+    """The processor and its widest vector instructions, by which every library here chooses its code."""
     told = Path("/proc/cpuinfo").read_text()
     found = re.search(r"^model name\s*: (.*)$", told, re.MULTILINE)
     widest = [name for flag, name in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if re.search(rf"\b{flag}\b", told)]
     return " with ".join([found[1] if found else platform.machine(), *widest[:1]])
+
+
+def _whole_cores() -> int:
+    """The physical cores that this process may run on: fewer than the logical ones if hardware threads share them."""
+    told = (f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list" for cpu in os.sched_getaffinity(0))
+    return len({Path(file).read_text() if Path(file).exists() else file for file in told})
 
 
 def _versions() -> dict[str, str]:
@@ -513,7 +528,7 @@ def _header(about: Row) -> str:
 
 
 def table(case: Case, rows: list[Row]) -> list[str]:
-    """The rows of a case, by operation and then by time, each time also divided by this library's."""
+    """The rows of a case, sorted by operation and then by time; each time is also divided by this library's."""
     ours = {row["operation"]: row["seconds"] for row in rows if row["library"] == OURS}
     head = (
         f"  {'operation':<20} {'library':<31} {'ms':>10} {'quartiles':>21} {'first ms':>9} {'GB/s':>7} {'of copy':>8} "
@@ -546,7 +561,7 @@ def _or_blank(value: Any, form: str, after: str = "") -> str:
 
 
 def goals(rows: list[Row], backend: str) -> list[str]:
-    """Each goal whose cases were run: what was got, and whether that is enough."""
+    """Each goal whose cases were run: the value that was reached, and whether it meets the goal."""
     timed = {(row["case"], row["library"], row["operation"]): row for row in rows if row["seconds"] is not None}
     lines, met = [], 0
     for goal in suite.GOALS[backend]:

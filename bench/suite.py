@@ -1,4 +1,4 @@
-"""What is measured, as data: the cases, and the goals that a run is held against."""
+"""What is measured, as data: the cases, and the goals that a run should meet."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 
 LOSS, GRAD, OUT, IN_PLACE, COPY, READ = "loss", "loss+grad", "loss+grad out=", "loss+grad in place", "copy", "read"
 COPY_BY_ONE = "copy by one thread"
-EACH, EACH_OUT = "loss of each row", "loss of each row+grad out="  # no mean: on a GPU one launch, as QuACK's
-ACROSS = "to the GPU and back"  # the logits there, a gradient as large back
+EACH, EACH_OUT = "loss of each row", "loss of each row+grad out="  # no mean: one launch on a GPU, like QuACK's
+ACROSS = "to the GPU and back"  # the logits there, a gradient of the same size back
 COLD, WARM = "first call, nothing compiled", "first call, compiled before"
 EVERY = (LOSS, GRAD, OUT, IN_PLACE, EACH, EACH_OUT, ACROSS)
 OURS = "xent_array"
-TENSORS = "tensors"  # the backend whose libraries take the memory of NumPy arrays as arrays of PyTorch and of JAX
+THREADS = "threads"  # the backend whose cases each name a number of threads
+TENSORS = "tensors"  # the backend whose libraries use the memory of NumPy arrays as PyTorch tensors and JAX arrays
 AUTOGRAD, DETACHED, MODULE, EAGER = (
     f"{OURS} ({how})" for how in ("tensors, autograd", "tensors", "tensors, module", "JAX arrays")
 )
@@ -28,7 +29,7 @@ ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
 class Case(NamedTuple):
-    """One problem. Every library does on it all of the operations that it has."""
+    """One problem, on which every library performs all of the operations that it supports."""
 
     group: str
     shape: tuple[int, ...]
@@ -36,16 +37,18 @@ class Case(NamedTuple):
     target: str = "labels"  # or "soft": a distribution per row, in the dtype of the logits
     axis: int = -1
     memory: bool = False  # whether peak memory is measured too
-    host: bool = False  # on a GPU: time what a call costs its caller, not the device
+    host: bool = False  # on a GPU: time the call as its caller sees it, not the device
     operations: tuple[str, ...] = EVERY[:-1]
-    option: str = ""  # the keyword of one that is given, with what OPTIONS says
-    peaked: bool = False  # whether the label's logit is large, as in a trained model: 10 is added
+    option: str = ""  # the keyword of an option that is given, with its value in OPTIONS
+    peaked: bool = False  # whether 10 is added to the label's logit, as if the model were trained
+    threads: int = 0  # for every library; 0: as many as the run has
 
     @property
     def name(self) -> str:
         shape = "x".join(map(str, self.shape))
         axis = "" if self.axis == -1 else f" axis={self.axis}"
         more = (f" {self.option}" if self.option else "") + (" peaked" if self.peaked else "")
+        more += f" threads={self.threads}" if self.threads else ""
         return f"{self.group} {shape} {self.dtype} {self.target}{axis}{more}"
 
     @property
@@ -61,7 +64,7 @@ class Case(NamedTuple):
         return self.size * ITEMSIZE[self.dtype]
 
     def must_move(self, operation: str) -> int:
-        """Bytes that the operation cannot do without: the target and the logits once, the gradient once."""
+        """The fewest bytes that the operation has to move: the target and the logits once, the gradient once."""
         if operation in (COPY, COPY_BY_ONE, READ, ACROSS):
             return self.nbytes * (1 if operation == READ else 2)
         target = self.nbytes if self.target == "soft" else 8 * self.size // self.classes
@@ -79,7 +82,7 @@ DTYPES = [
 DTYPES.append(Case("dtypes", LARGE[1], "float64", operations=(LOSS, GRAD)))
 SOFT = [Case("soft", LARGE[0], target="soft", operations=(GRAD,))]
 WITH_OPTION = [Case("options", LARGE[0], operations=(GRAD,), option=name) for name in OPTIONS]
-FIRST = Case("first", (4096, 1000), operations=(COLD, WARM))  # in processes of their own
+FIRST = Case("first", (4096, 1000), operations=(COLD, WARM))  # each in a new process
 CLASSES = [
     Case("classes", (2**24 // c, c), operations=(GRAD,)) for c in (2, 16, 64, 256, 1024, 4096, 16384, 65536, 262144)
 ]
@@ -97,7 +100,7 @@ QUICK = [
     *SIZES[4:6],
 ]
 
-# Tensors of PyTorch and arrays of JAX, on the CPU
+# PyTorch tensors and JAX arrays on the CPU
 
 TENSOR_CASES = [
     *(Case(TENSORS, shape, operations=(GRAD,)) for shape in (SMALL[2], (4096, 1000), *LARGE[:2])),
@@ -105,10 +108,19 @@ TENSOR_CASES = [
 ]
 TENSORS_QUICK = [TENSOR_CASES[0], Case(TENSORS, (2000, 1000), operations=(GRAD,))]
 
+# Threads of a CPU
+
+
+def thread_cases(shapes: Iterable[tuple[int, ...]], counts: Iterable[int]) -> list[Case]:
+    """Each shape with each number of threads, also compared with a read."""
+    operations = (LOSS, GRAD, OUT, READ)
+    return [Case(THREADS, shape, operations=operations, threads=n) for shape in shapes for n in counts]
+
+
 # The GPU's cases
 
 CELLS = [*((32768, 256 * 2**k) for k in range(9)), (16384, 131072), (8192, 262144)]
-COMPILED = (1024, 32768, 262144)  # classes for which torch.compile is timed: each takes it seconds to compile
+COMPILED = (1024, 32768, 262144)  # classes for which torch.compile is timed: compiling takes seconds for each
 GPU_CELLS = [Case("cells", shape, dtype) for dtype in ("float32", "bfloat16") for shape in CELLS]
 HOST = Case("host", (128, 10), host=True)
 _FEW = (GRAD, OUT, EACH, EACH_OUT)
@@ -128,8 +140,8 @@ GPU_OTHER = [
     *(Case("long", shape, operations=_FEW) for shape in ((64, 262144), (16, 1 << 22))),
 ]
 
-# GPU against CPU: this library's two engines on the same problems of one machine, over N at fixed C and over C at fixed
-# bytes. No part of the CPU's run, whose rows are of another machine.
+# GPU against CPU: this library's two engines on the same problems and the same machine, over N at fixed C and over C at
+# a fixed number of bytes. Not part of the CPU run, which is measured on another machine.
 
 ENGINES_ROWS = [Case("engines", (n, 1000), operations=(GRAD, ACROSS)) for n in (64, 512, 4096, 32768)]
 ENGINES_CLASSES = [Case("engines", (2**24 // c, c), operations=(GRAD, ACROSS)) for c in (16, 256, 4096, 65536)]
@@ -159,11 +171,11 @@ def cases(backend: str, quick: bool) -> list[Case]:
 
 # The goals
 
-Rows = Mapping[tuple[str, str, str], Mapping[str, Any]]  # by case, library, operation: those that were timed
+Rows = Mapping[tuple[str, str, str], Mapping[str, Any]]  # those that were timed, by case, library and operation
 
 
 class Goal(NamedTuple):
-    """A number that a run shall reach; `value` gives None where what it needs was not run."""
+    """A number that a run should reach; `value` returns None if the cases that it needs were not run."""
 
     text: str
     bound: float
@@ -175,7 +187,7 @@ class Goal(NamedTuple):
 
 
 def _ratio(over: tuple[Case, str, str], under: tuple[Case, str, str], bound: float, at_least: bool = True) -> Goal:
-    """The time of one divided by that of the other."""
+    """The time of `over` divided by that of `under`."""
     keys = [(case.name, library, operation) for case, library, operation in (over, under)]
 
     def value(rows: Rows) -> float | None:
@@ -189,7 +201,7 @@ def _ratio(over: tuple[Case, str, str], under: tuple[Case, str, str], bound: flo
 
 
 def _share(case: Case, operation: str, field: str, bound: float) -> Goal:
-    """How near we come to a copy, or to a read."""
+    """Our throughput as a share of that of a copy, or of a read."""
 
     def value(rows: Rows) -> float | None:
         row = rows.get((case.name, OURS, operation))
@@ -230,7 +242,7 @@ def _cpu_goals() -> list[Goal]:
         _against("JAX", medium, 1.3),
         _against("scikit-learn", by_shape[20000, 1000], 3),
         *(_ratio((case, OURS, OUT), (case, COPY, COPY), 2, at_least=False) for case in large),
-        # in float16 the sum behind the mean of PyTorch overflows at 32768 rows: it is wrong there, and not timed
+        # In float16, the sum in PyTorch's mean overflows at 32768 rows: the result is wrong, and not timed.
         *(
             _against("torch", case, 3 if case.dtype == "float64" else 2)
             for case in DTYPES
@@ -246,7 +258,7 @@ def _cpu_goals() -> list[Goal]:
 
 
 def _gpu_goals() -> list[Goal]:
-    """What `bench.model` predicts, of what is timed; and that no peer is faster, by more than its own errors."""
+    """What `bench.model` predicts for the timed cases; also that no peer is faster by more than timing errors."""
     long = {131072: 0.93, 262144: 0.90}
     return [
         *(_share(case, EACH_OUT, "of_copy", long.get(case.classes, 0.96)) for case in GPU_CELLS),

@@ -1,9 +1,9 @@
-"""PyTorch's tensors and JAX's arrays on the CPU: loss and gradient by this library, and by those that they are of.
+"""Loss and gradient of PyTorch tensors and JAX arrays on the CPU: this library against PyTorch and JAX themselves.
 
     python -m bench tensors
 
-All of them on the same memory, which is also given to this library as a NumPy array: what is more than that is the
-bridge. What is not installed is listed as absent.
+All of them work on the same memory. This library also gets it as a NumPy array; the difference in time is the cost of
+the bridge. Libraries that are not installed are listed as absent.
 """
 
 from __future__ import annotations

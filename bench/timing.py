@@ -1,33 +1,36 @@
-"""How anything is timed: turn by turn, so that whatever else the machine does falls on all alike."""
+"""How calls are timed: in turns, so that whatever else the machine does affects all of them alike."""
 
 from __future__ import annotations
 
+import _thread
 import random
 import threading
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-QUIET = 0.3  # seconds that a turn waits at most for the threads of the library before: OpenMP's spin up to 0.1
-TURN = 15e-3  # seconds of a turn that are kept; longer runs are timed once
-SETTLE = 1 / 3  # of that before, not kept: brings caches, clocks and the library's own threads into their steady state
-FEWEST = 3  # turns of a call however long it takes
-MANY = 20  # runs on a GPU in a row, where the host's time counts
+QUIET = 0.3  # most seconds that a turn waits for the threads of the previous library: OpenMP's spin for up to 0.1
+TURN = 15e-3  # seconds of a turn that are kept; a longer run is timed once
+SETTLE = 1 / 3  # of that time first, not kept: caches, clocks and the library's threads reach a steady state
+FEWEST = 3  # turns of a call, however long it takes
+MANY = 20  # consecutive runs on a GPU when the host's time is measured
 Key = TypeVar("Key", bound=Hashable)
+Part = TypeVar("Part")
 
 
 class Call(NamedTuple):
-    """What is timed. `prepare` and `finish` stay outside the clock, the release of what `run` returns within."""
+    """What is timed: `run`, and the release of what it returns; `prepare` and `finish` are not timed."""
 
     run: Callable[[], Any]
     prepare: Callable[[], object] | None = None
-    finish: Callable[[Any], Any] = lambda result: result  # to the loss, or (loss, gradient)
+    finish: Callable[[Any], Any] = lambda result: result  # converts the result to the loss, or to (loss, gradient)
 
 
-Clock = Callable[[Callable[[], Any]], float]  # the seconds of a run
+Clock = Callable[[Callable[[], Any]], float]  # returns the seconds that a run takes
 
 
 def host_clock(run: Callable[[], Any]) -> float:
@@ -37,7 +40,7 @@ def host_clock(run: Callable[[], Any]) -> float:
 
 
 def waiting_clock(run: Callable[[], Any]) -> float:
-    """What a call costs its caller on a GPU: many in a row, and one wait for all of them."""
+    """The time of a call on a GPU as its caller sees it: many calls in a row, and one wait for all of them."""
     import cupy
 
     wait = cupy.cuda.runtime.deviceSynchronize
@@ -50,10 +53,10 @@ def waiting_clock(run: Callable[[], Any]) -> float:
 
 
 class DeviceClock:
-    """Time on the GPU by events, one run at a time, with the L2 cache full of something else.
+    """Time on the GPU, measured by events, one run at a time, with the L2 cache full of other data.
 
-    CuPy and PyTorch both launch on the legacy default stream, so one pair of events is right for both. Setting another
-    buffer keeps the device busy for a quarter of a millisecond at least, while the host is ahead launching the run.
+    CuPy and PyTorch both launch on the legacy default stream, so one pair of events is right for both. Filling another
+    buffer keeps the device busy for at least a quarter of a millisecond, in which the host launches the run.
     """
 
     OTHER = 1 << 30  # bytes; the largest L2 cache is below 128 MiB
@@ -74,8 +77,45 @@ class DeviceClock:
         return float(self.cuda.get_elapsed_time(start, stop)) / 1e3
 
 
+class _Helper:
+    """A worker thread that waits for a task. It shares only two locks, one for the start and one for the end."""
+
+    def __init__(self) -> None:
+        self.begin, self.end = _thread.allocate_lock(), _thread.allocate_lock()
+        self.begin.acquire()
+        self.end.acquire()
+        self.task: Callable[[], None] = lambda: None
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        while True:
+            self.begin.acquire()
+            try:
+                self.task()
+            finally:
+                self.end.release()
+
+
+@cache
+def _helper(_number: int) -> _Helper:
+    return _Helper()
+
+
+def spread(work: Callable[[Iterator[Part]], None], parts: Iterable[Part], team: int) -> None:
+    """Calls `work` in this thread and in `team` - 1 others at once, each with its share of the parts."""
+    parts = list(parts)
+    shares = [iter(parts[number::team]) for number in range(team)]
+    helpers = [_helper(number) for number in range(team - 1)]
+    for helper, share in zip(helpers, shares[1:], strict=True):
+        helper.task = partial(work, share)
+        helper.begin.release()
+    work(shares[0])
+    for helper in helpers:
+        helper.end.acquire()
+
+
 def reader(array: Any) -> Callable[[], None]:
-    """Reads a contiguous CuPy array as fast as the device does: the yardstick of a loss without gradient."""
+    """Reads a contiguous CuPy array as fast as the device can: the yardstick of a loss without gradient."""
     import cupy
 
     kernel = cupy.RawKernel(
@@ -97,9 +137,9 @@ def reader(array: Any) -> Callable[[], None]:
 
 
 def wait_until_quiet(most: float = QUIET) -> None:
-    """Until no other thread of this process runs or waits for a core, twice in a row.
+    """Waits until two checks in a row find no other thread of this process running or waiting for a core.
 
-    Turning the spinning off instead would make the library that spins slower.
+    Turning off the spinning instead would slow down the library that spins.
     """
     end, calm, self = time.perf_counter() + most, 0, threading.get_native_id()
     while calm < 2 and time.perf_counter() < end:
@@ -114,12 +154,12 @@ def wait_until_quiet(most: float = QUIET) -> None:
 def _running(thread: Path) -> bool:
     try:
         return (thread / "stat").read_bytes().rpartition(b") ")[2].startswith(b"R")
-    except OSError:  # has ended
+    except OSError:  # the thread has ended
         return False
 
 
 def timed(call: Call, clock: Clock, seconds: float) -> list[float]:
-    """The seconds of each run, of as many as fill the time, and of one at least."""
+    """The seconds of each run; there are as many runs as fill the time, and at least one."""
     taken: list[float] = []
     end = time.perf_counter() + seconds
     while not taken or time.perf_counter() < end:
@@ -140,11 +180,11 @@ def interleave(
     quiet: Callable[[], None] | None = None,
     clear: Callable[[], None] | None = None,
 ) -> tuple[dict[Key, list[list[float]]], dict[Key, Exception]]:
-    """The times of every call, turn by turn, and the calls that raised.
+    """The times of every call, turn by turn, and the calls that raised an exception.
 
-    A round gives each call one turn, in shuffled order; a call that has had FEWEST turns and all its seconds gets no
-    more. Before each turn `quiet` waits for the threads of the library before; `clear` is for problems so large that
-    what one library keeps leaves no room for the next.
+    Each round gives every call one turn, in shuffled order; a call that has had FEWEST turns and has used up its
+    seconds gets no more. Before each turn, `quiet` waits for the threads of the previous library; `clear` is for
+    problems so large that the memory that one library keeps leaves no room for the next.
     """
     times: dict[Key, list[list[float]]] = {key: [] for key in calls}
     spent = dict.fromkeys(calls, 0.0)

@@ -1,7 +1,7 @@
-"""python -m bench tune: times every plan that could take a problem on this GPU, beside the one that the plan chooses.
+"""python -m bench tune: times every plan that could run a problem on this GPU, next to the one that `plan` chooses.
 
-A plan that could take it is the chosen one with other vectors, lanes, threads or clusters. Before one is timed, its
-loss and gradient are held against those of the chosen plan, which the tests hold against the oracle.
+The others differ from it in vectors, lanes, threads or clusters. Before a plan is timed, its loss and gradient are
+compared with those of the chosen plan, which the tests compare with the oracle.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ RUNS = 9
 
 
 def problems() -> list[Problem]:
-    """One GiB each."""
+    """One GiB of logits each."""
     return [
         Problem(((1 << 30) // (classes * cuda.DTYPES[dtype][1]), classes), dtype, 1)
         for classes in CLASSES
@@ -41,7 +41,7 @@ def problems() -> list[Problem]:
 
 
 def plans_for(problem: Problem, job: str = "LOSS_AND_GRAD") -> Iterator[cuda.Plan]:
-    """The plan's own first, then every other of the families W, B and O that keeps the rules of tests/test_plan.py."""
+    """The chosen plan, then every other WARP, BLOCK and STREAM plan that passes the rules of tests/support/plans.py."""
     chosen = problem.plan(job)
     yield chosen
     for plan in _all_others(problem, chosen):
@@ -50,32 +50,32 @@ def plans_for(problem: Problem, job: str = "LOSS_AND_GRAD") -> Iterator[cuda.Pla
 
 
 def _all_others(problem: Problem, chosen: cuda.Plan) -> Iterator[cuda.Plan]:
-    if chosen.family not in "WBOS":
+    if chosen.family in cuda.MANY_ROWS:
         return
     itemsize = cuda.DTYPES[problem.dtype][1]
     size = problem.classes * itemsize
     for vectors, lanes in itertools.product(VECTORS, LANES):
-        if size <= 16 * vectors * lanes and lanes >= 16 // itemsize - 1:  # each of a ragged end has a lane of its own
-            yield from _others(chosen, "W", vectors, lanes, 128, 1)
+        if size <= 16 * vectors * lanes and lanes >= 16 // itemsize - 1:  # a lane for each element of an unaligned end
+            yield from _others(chosen, "WARP", vectors, lanes, 128, 1)
     for vectors, threads, cluster in itertools.product(VECTORS, THREADS, CLUSTERS):
         if cluster > 1 and problem.chip < 90:
             continue
         held = 16 * vectors * threads * cluster
         if held / 2 < size <= held:
-            yield from _others(chosen, "B", vectors, 0, threads, cluster)
+            yield from _others(chosen, "BLOCK", vectors, 0, threads, cluster)
         if threads >= 128 and size > held:
-            yield from _others(chosen, "O", vectors, 0, threads, cluster)
+            yield from _others(chosen, "STREAM", vectors, 0, threads, cluster)
 
 
 def _others(
     chosen: cuda.Plan, family: str, vectors: int, lanes: int, threads: int, cluster: int
 ) -> Iterator[cuda.Plan]:
-    """One plan, if it is not the chosen one."""
+    """One plan, unless it is the chosen one."""
     per_block = threads // lanes if lanes else 1
     most = 1024 if chosen.chip == 75 else 2048
     plan = replace(
-        chosen, family=family, vectors=vectors, lanes=lanes, cluster=cluster, stream=family == "O", threads=threads,
-        parts=1, part=0,
+        chosen, family=family, vectors=vectors, lanes=lanes, cluster=cluster, stream=family == "STREAM",
+        threads=threads, parts=1, part=0,
         blocks=-(-chosen.rows // per_block) * cluster, rows_per_block=per_block,
         bound=(threads, max(1, min(512, most) // threads)),
     )  # fmt: skip
@@ -97,7 +97,7 @@ def missing() -> str | None:
 
 
 def compile_ahead(wanted: list[Problem]) -> int:
-    """Every kernel that will be timed, on all cores; what does not compile is said when it is timed."""
+    """Compiles every kernel to be timed, on all cores; one that does not compile is reported when it is to be timed."""
     import cupy
 
     device = cupy.cuda.Device().id
@@ -113,7 +113,7 @@ def compile_ahead(wanted: list[Problem]) -> int:
 
 
 def timed(problem: Problem, most: float) -> list[dict[str, Any]]:
-    """A row for each plan, the chosen one's first."""
+    """A row for each plan, the chosen one first."""
     import cupy
     import ml_dtypes
 
@@ -141,7 +141,7 @@ def each(
     copied: float,
     end: float,
 ) -> Iterator[dict[str, Any]]:
-    """The plan's own, then others until the time is over, each checked and then timed."""
+    """The chosen plan, then others until time is up, each checked and then timed."""
     right = None
     for plan in plans_for(problem, job):
         if right is not None and time.monotonic() > end:
@@ -156,18 +156,18 @@ def each(
                 if row["right"]:
                     row["seconds"] = _median(clock, run)
                     row["of_copy"] = copied / row["seconds"] * (1 if job == "LOSS_AND_GRAD" else 0.5)
-            except Exception as error:  # a plan that this chip does not take
+            except Exception as error:  # a plan that this chip rejects
                 row["right"] = str(error)[:200]
         yield row
 
 
 def _alike(one: Any, two: Any) -> bool:
-    """Up to rounding, of sums in another order."""
+    """Up to the rounding of sums in another order."""
     return one is None or bool(abs(one.astype("float32") - two.astype("float32")).max() <= 1e-2 * abs(two).max())
 
 
 class only:
-    """While it is entered, the engine chooses this plan."""
+    """A context in which the engine uses this plan."""
 
     def __init__(self, plan: cuda.Plan) -> None:
         self.plan = plan
@@ -188,7 +188,7 @@ def _median(clock: Callable[[Callable[[], Any]], float], run: Callable[[], Any])
 
 
 def best(rows: list[dict[str, Any]]) -> list[str]:
-    """For each job, the plan's own time and the three best."""
+    """For each job, the time of the chosen plan and the three best."""
     lines = []
     for job in JOBS:
         of = [row for row in rows if row["job"] == job and row["seconds"]]

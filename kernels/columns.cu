@@ -1,32 +1,33 @@
-/* Softmax cross-entropy where the classes of a row lie apart and neighbouring rows lie side by side: axis 1 of
+/* Softmax cross-entropy where the classes of a row lie apart and neighbouring rows are contiguous: axis 1 of
  * (N, C, H, W), without a copy.
  *
  *     loss = Σ a_k (lse - x_k) + z·lse²        grad_k = scale [(mass + 2 z lse) p_k - a_k]        (as rows.cu)
  *
- *   P  XE_COLUMNS(name, T, JOB, VARIANT, VEC, K, WARPS, STREAM, THREADS, BLOCKS)
+ *   XE_COLUMNS(name, T, JOB, VARIANT, VEC, K, WARPS, STREAM, THREADS, BLOCKS)      COLUMNS
  *
- * Launch   a tile is 32·VEC neighbouring rows: a lane moves VEC of them in one access, a warp 32 accesses side by side.
- *          WARPS = 1: a warp holds a tile, whose threads hold K classes of their rows; else a block does, and its warps
- *          take turns at the classes. STREAM: K classes at a time, for any C. VEC > 1 where rows side by side are a
- *          multiple of it and start on such an access, in every class; VEC = 1 takes any strides.
+ * Launch   a tile is 32·VEC neighbouring rows: a lane moves VEC of them in one access, a warp 32 coalesced accesses.
+ *          WARPS = 1: a warp holds a tile, each thread K classes of its rows; else WARPS warps share it, and the
+ *          classes go round among them. STREAM: K classes at a time, for any C. VEC > 1 needs the number of contiguous
+ *          rows to be a multiple of VEC, and every class to be aligned to such an access; VEC = 1 takes any strides.
  * Moves    per row: STATS, LOSS read C; all others read C and write C. STREAM reads C once more for a gradient, the
- *          last classes first: from cache, while 32·VEC·C logits of every block still are there.
- * Usual    what is done once per row is executed without asking for options where there are none: see lean.cuh.
- * Wide     gradients are written without asking at every logit whether it is the label's, where warps share a row: that
- *          one is written once more in the end, by the thread that has written its class.
- * Numbers  a thread adds up what it holds against its maximum, which it leaves out and counts: the compare and the
- *          second add per logit cost less than to add once more without it, in every row of a model that has learnt.
- *          Parts are merged in the order of the warps, of a stream from first to last. See stats.cuh.
- * Aliasing grad may be the logits: an element is read and written by one thread, and x[label] before the barrier that
- *          all of a tile's threads pass before they write.
- * Tried    On an H200: a row in one thread, 8 classes at a time: limited by instructions. All that follows of a row
- *          worked out in each of its warps: limits 16-bit logits; now one thread does, and puts it on a board.
- *          Not tried: a cluster over the classes. Rows streamed from L2 reach nine tenths of a copy in rows.cu.
+ *          last classes first: from cache, as long as it holds the 32·VEC·C logits of every resident block.
+ * Options  the work done once per row does not test for options if there are none: see lean.cuh.
+ * Label    where warps share a row, gradients are written without testing each logit for the label: the label's is
+ *          written again at the end, by the thread that has written its class.
+ * Numbers  a thread sums relative to its maximum, which it leaves out and counts: the compare and the second add per
+ *          logit cost less than a second pass without the maximum, which every row of a trained model would need. Parts
+ *          merge in the order of the warps, and pieces of a stream from first to last. See stats.cuh.
+ * Aliasing grad may be the logits: the same thread reads and writes an element, and x[label] is read before the barrier
+ *          that all threads of a tile pass before they write.
+ * Tried    On an H200: a row in one thread, 8 classes at a time: instruction-bound. Computing everything about a row in
+ *          each of its warps: instruction-bound for 16-bit logits; now one thread does, and shares it on a board in
+ *          shared memory. Not tried: a cluster over the classes. In rows.cu, rows streamed from L2 reach nine tenths of
+ *          a copy.
  */
 
 #include "lean.cuh"
 
-// The logits (or gradients) of one class in VEC neighbouring rows, as one access moves them.
+// The logits (or gradients) of one class in VEC neighbouring rows, moved by one access.
 template <class T, int VEC> struct Few {
     typedef typename Acc<T>::type A;
     static constexpr int BYTES = VEC * sizeof(T), WORDS = (BYTES + 3) / 4;
@@ -73,7 +74,7 @@ template <class T, int VEC> struct Few {
             }
         }
     }
-    // What a class that is not there counts as.
+    // -inf, which stands in for a class that does not exist.
     XE_DEVICE void be_nothing() {
 #pragma unroll
         for (int i = 0; i < WORDS; ++i) {
@@ -81,7 +82,7 @@ template <class T, int VEC> struct Few {
             else w[i] = sizeof(T) == 4 ? 0xff800000u : i % 2 ? 0xfff00000u : 0;
         }
     }
-    // A zero in row c.
+    // Sets row c to zero.
     XE_DEVICE void clear(int c) {
         if constexpr (sizeof(T) == 2) w[c / 2] &= c % 2 ? 0xffffu : 0xffff0000u;
         else if constexpr (sizeof(T) == 4) w[c] = 0;
@@ -90,7 +91,7 @@ template <class T, int VEC> struct Few {
     union Double { u32 w[2]; double value; };
 };
 
-// The largest of some of them, row by row.
+// The largest of K classes, row by row.
 template <class T, int VEC, int K, class A> XE_DEVICE void largest_of(const Few<T, VEC> (&v)[K], A (&m)[VEC]) {
     if constexpr (sizeof(T) == 2 && VEC > 1) {
         Few<T, VEC> most = v[0];
@@ -101,7 +102,7 @@ template <class T, int VEC, int K, class A> XE_DEVICE void largest_of(const Few<
         }
         most.unpack(m);
 #pragma unroll
-        for (int c = 0; c < VEC; ++c) m[c] = max_acc(m[c], -infinity<A>());  // NaN of nothing but NaN
+        for (int c = 0; c < VEC; ++c) m[c] = max_acc(m[c], -infinity<A>());  // where all are NaN
     } else {
 #pragma unroll
         for (int c = 0; c < VEC; ++c) m[c] = -infinity<A>();
@@ -115,8 +116,9 @@ template <class T, int VEC, int K, class A> XE_DEVICE void largest_of(const Few<
     }
 }
 
-// Some classes of a row: rest leaves out the (first) maximum, -1 is a part without classes; of a target that every
-// class has a share of, half the gap and the mass; for `correct` the largest logit before softcap, and its first class.
+// The partial result for some classes of a row: rest leaves out the (first) maximum, and is -1 without classes; if
+// every class has target mass, half the gap and the mass; for `correct` the largest logit before softcap, and its first
+// class.
 template <class A, int JOB, int VARIANT> struct Part {
     static constexpr bool RAW = writes_stats(JOB) && has_softcap(VARIANT);
     A max = -infinity<A>(), rest = -1, half_gap = 0, mass = 0, raw = -infinity<A>();
@@ -139,7 +141,7 @@ template <class A, int JOB, int VARIANT> struct Part {
         max = top;
     }
 
-    // As numbers in shared memory, STRIDE apart.
+    // In shared memory, as numbers that are STRIDE apart.
     static constexpr int NUMBERS = 2 + (every_class(VARIANT) ? 2 : 0) + RAW;
     template <int STRIDE> XE_DEVICE void write(A* to, int* first_to) const {
         to[0] = max, to[STRIDE] = rest;
@@ -155,10 +157,10 @@ template <class A, int JOB, int VARIANT> struct Part {
     }
 };
 
-// What a thread must know of a row to write its gradient (or log-softmax): entries are e^{x - max}·coef - a·scale, but
-// for the label's class; and of targets by class for the maximum, where that may cancel (`top`; NaN: nowhere).
+// What a thread must know of a row to write its gradient (or log-softmax): entries are e^{x - max}·coef - a·scale,
+// except the label's; and for targets by class the maximum's (`top`; NaN: none), where that may cancel.
 template <class A, int JOB, int VARIANT, bool FEW> struct Rule {
-    static constexpr int SILENT = -2, EXACT = -3;  // instead of a label: all zeros; each entry by `Answer::grad`
+    static constexpr int SILENT = -2, EXACT = -3;  // values of `label`: all zeros; every entry by `Answer::grad`
     A max, coef;                          // LOG_SOFTMAX: coef is the tail
     A at_label;                           // by class: the label's own share
     A each;                               // SMOOTH: each·scale
@@ -197,7 +199,7 @@ template <class A, int JOB, int VARIANT, bool FEW> struct Rule {
     }
 };
 
-// The shares of a target by class, of a thread's rows: but for what only the label has, and whether a label is bad.
+// The target's shares, without the label's own and without a test for bad labels, of a thread's rows.
 template <class T, int VARIANT> struct Shares {
     typedef typename Acc<T>::type A;
     const A* w;
@@ -225,21 +227,21 @@ template <class T, int VARIANT> struct Shares {
             for (int c = 0; c < VEC; ++c) a[c] += keep * wide[k * class_step + c * row_step];
         }
         if (!w) return;
-        const A of_class = w[k];  // inf or NaN counts only where something meets it
+        const A of_class = w[k];  // inf or NaN counts only with target mass
 #pragma unroll
         for (int c = 0; c < VEC; ++c) a[c] = a[c] == 0 ? 0 : a[c] * of_class;
     }
 };
 
-// What a thread holds of its rows: K classes, WARPS apart.
+// A thread's share of its rows: K classes, WARPS apart.
 template <class T, int JOB, int VARIANT, int VEC, int K, int WARPS> struct Held {
     typedef typename Acc<T>::type A;
     typedef Part<A, JOB, VARIANT> P;
     static constexpr bool FEW = WARPS == 1 && K <= 4;
-    static constexpr int TOGETHER = K > 4 ? 4 : 2;  // asked at once whether any of them is there
+    static constexpr int TOGETHER = K > 4 ? 4 : 2;  // classes per test of whether they exist
     const T* x;          // of class 0
     i64 class_step;
-    int first, classes;  // the class of v[0], and how many the row has: of lanes without rows none
+    int first, classes;  // class of v[0]; classes of the row, 0 for lanes without rows
     Few<T, VEC> v[K];
 
     XE_DEVICE int left() const { return classes - first; }
@@ -258,7 +260,7 @@ template <class T, int JOB, int VARIANT, int VEC, int K, int WARPS> struct Held 
         }
     }
 
-    // The logit of class k in row c, which is `c·row_step` elements on.
+    // The logit of class k in row c, which is `c·row_step` elements away.
     XE_DEVICE A at(int k, int c, i64 row_step) const {
         if (!FEW) return to_acc(x[static_cast<i64>(k) * class_step + c * row_step]);
         A y[VEC];
@@ -272,7 +274,7 @@ template <class T, int JOB, int VARIANT, int VEC, int K, int WARPS> struct Held 
         return found;
     }
 
-    // Calls f(k, v) for each class that is there.
+    // Calls f(k, v) for each class that exists.
     template <bool EXACTLY, class F> XE_DEVICE void each_class(F f) {
 #pragma unroll
         for (int g = 0; g < K; g += TOGETHER) {
@@ -306,7 +308,7 @@ template <class T, int JOB, int VARIANT, int VEC, int K, int WARPS> struct Held 
                 const A half = static_cast<A>(0.5) * value;
                 if (VARIANT == SMOOTH) half_gap[c] -= shares.each * half;
                 if (!by_class(VARIANT)) continue;
-                // max - x may be beyond the range of finite numbers; 0·inf counts 0, and so does inf - inf
+                // max - x may overflow; 0·inf and inf - inf count as 0
                 half_gap[c] += a[c] == 0 || value == top[c] ? 0 : a[c] * (static_cast<A>(0.5) * top[c] - half);
                 mass[c] += a[c];
             }
@@ -314,7 +316,7 @@ template <class T, int JOB, int VARIANT, int VEC, int K, int WARPS> struct Held 
 #pragma unroll
         for (int c = 0; c < VEC; ++c) {
             const Exponentials<A, FEW> powers(top[c]);
-            const bool any = (WARPS == 1 && !writes_stats(JOB)) || top[c] > -infinity<A>();  // or the row is NaN anyhow
+            const bool any = (WARPS == 1 && !writes_stats(JOB)) || top[c] > -infinity<A>();  // else the row is NaN anyway
             parts[c].max = top[c], parts[c].raw = raw[c], parts[c].first = at[c];
             parts[c].rest = rest[c] * powers.correction + ((any ? ties[c] : 0) - 1);
             if (VARIANT == SMOOTH) {
@@ -326,8 +328,8 @@ template <class T, int JOB, int VARIANT, int VEC, int K, int WARPS> struct Held 
         }
     }
 
-    // Writes the gradient (or log-softmax) of what is held to g, of class 0. LABEL_LAST: what the label's class has is
-    // written in the end, so that it need not be looked for.
+    // Writes the gradient (or log-softmax) of the classes held; g points to class 0. LABEL_LAST: the label's entry is
+    // written at the end, so that no class needs a test for it.
     template <bool LABEL_LAST> XE_DEVICE void store(T* g, i64 step, const Cap<A>& cap, const Shares<T, VARIANT>& shares,
                          const Rule<A, JOB, VARIANT, FEW> (&rules)[VEC]) {
         typedef Rule<A, JOB, VARIANT, FEW> R;
@@ -336,12 +338,12 @@ template <class T, int JOB, int VARIANT, int VEC, int K, int WARPS> struct Held 
 #pragma unroll
         for (int c = 0; c < VEC; ++c) silent |= JOB != LOG_SOFTMAX && rules[c].label == R::SILENT;
         if (silent) {
-            seldom();
+            rare_path();
 #pragma unroll
             for (int c = 0; c < VEC; ++c) {
                 if (rules[c].label != R::SILENT) continue;
 #pragma unroll
-                for (int j = 0; j < K; ++j) v[j].clear(c);  // of which no NaN comes
+                for (int j = 0; j < K; ++j) v[j].clear(c);  // so that they give no NaN
             }
         }
         each_class<true>([&](int k, Few<T, VEC>& few) {
@@ -386,7 +388,7 @@ XE_DEVICE void xent_columns(const Problem<T>& p) {
     XE_SHARED(int, firsts, !ALONE && writes_stats(JOB) ? WARPS * ROWS : 1);
     XE_SHARED(A, board, ALONE || !WRITES ? 1 : R::NUMBERS * ROWS);
     XE_SHARED(int, labels, ALONE || !WRITES ? 1 : ROWS);
-    XE_SHARED(A, known, WRITES ? TILES * 3 * ROWS : 1);  // max, rest, mass: where entries are to be exact
+    XE_SHARED(A, known, WRITES ? TILES * 3 * ROWS : 1);  // max, rest, mass, for EXACT
 
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % WARPS, tile = threadIdx.x / 32 / WARPS;
     const i64 mine = ((static_cast<i64>(blockIdx.x) * TILES + tile) * 32 + lane) * VEC;
@@ -398,13 +400,13 @@ XE_DEVICE void xent_columns(const Problem<T>& p) {
         o = static_cast<u32>(r) / static_cast<u32>(p.inner);
         i = static_cast<u32>(r) - static_cast<u32>(o) * static_cast<u32>(p.inner);
     } else {
-        seldom();
+        rare_path();
         o = r / p.inner;
         i = r - o * p.inner;
     }
     const i64 x_step = VEC > 1 ? 1 : p.logits_inner, g_step = VEC > 1 ? 1 : p.grad_inner;  // from row to row
     const auto gradient = [&] { return p.grad + (o * p.grad_outer + i * g_step); };
-    T* const early = ALONE ? gradient() : nullptr;  // whichever way fewer registers are held meanwhile
+    T* const early = ALONE ? gradient() : nullptr;  // whichever way takes fewer registers
     const Cap<A> cap(p.softcap);
     const Shares<T, VARIANT> shares(p, o, i);
     H held;
@@ -412,7 +414,7 @@ XE_DEVICE void xent_columns(const Problem<T>& p) {
     held.first = warp, held.classes = exists ? static_cast<int>(p.classes) : 0;
     const int pieces = held.left() > 0 ? (held.left() - 1) / (WARPS * K) + 1 : 0;
 
-    // Row c of the thread is finished by one of warp c, or where there is but one, by itself.
+    // Row c of a lane is finished by the thread of warp c; by itself, if there is but one warp.
     constexpr int MINE = ALONE ? VEC : 1;
     const bool finishes = ALONE || (warp < VEC && exists);
     const int finished = ALONE ? 0 : warp;
@@ -456,15 +458,15 @@ XE_DEVICE void xent_columns(const Problem<T>& p) {
         const int c = ALONE ? n : warp, at = c * 32 + lane;
         A weight = 1, upstream = p.scale;
         if (p.sample_weight) {
-            seldom();
+            rare_path();
             weight = p.sample_weight[r + c];
         }
         if (scaled) {
-            seldom();
+            rare_path();
             upstream = p.upstream[(r + c) * p.upstream_step];
         }
         const Row<T, VARIANT> row(p, named[n], weight, upstream);
-        const A at_label = held.at(max(row.label, 0), c, x_step);  // of no label, of class 0
+        const A at_label = held.at(max(row.label, 0), c, x_step);  // without a label, of class 0
         Stats<A> stats;
         P whole;
         if (READS_STATS) {
@@ -503,7 +505,7 @@ XE_DEVICE void xent_columns(const Problem<T>& p) {
         }
     };
     if (finishes) {
-        with_what_is_known<VARIANT == PLAIN>(p, [&](const Problem<T>& p) {
+        specialized<VARIANT == PLAIN>(p, [&](const Problem<T>& p) {
 #pragma unroll
             for (int n = 0; n < MINE; ++n) finish(p, n);
         });
@@ -523,7 +525,7 @@ XE_DEVICE void xent_columns(const Problem<T>& p) {
 #pragma unroll
     for (int c = 0; c < VEC; ++c) exact |= rules[c].label == R::EXACT;
     if (JOB != LOG_SOFTMAX && exact) {
-        seldom();
+        rare_path();
 #pragma unroll 1
         for (int c = 0; c < VEC; ++c) {
             const A* const from = known + tile * 3 * ROWS + c * 32 + lane;
@@ -553,7 +555,7 @@ XE_DEVICE void xent_columns(const Problem<T>& p) {
     }
     if (!LABEL_LAST) return;
 #pragma unroll
-    for (int c = 0; c < VEC; ++c) {  // by the thread that has written something else there
+    for (int c = 0; c < VEC; ++c) {  // by the thread that wrote the class before
         const int at = c * 32 + lane, label = labels[at];
         if (label < 0 || label % WARPS != warp) continue;
         g[static_cast<i64>(label) * p.grad_class + c * g_step] = from_acc(board[R::AT_LABEL * ROWS + at], T());

@@ -1,24 +1,24 @@
-/* Rows that many blocks have read in parts: the stats of a whole row from those of its parts, its loss, and whether the
- * label is the first of the largest logits.
+/* Merges the stats of the parts of a row, which many blocks have read (SPLIT), into the stats of the row; writes its
+ * loss, and whether the label is the first of the largest logits.
  *
  *     max, rest, gap, mass of disjoint classes merge (stats.cuh); loss = gap + mass·log1p(rest) + z·lse²
  *
- * Legal because stats of disjoint classes hold all that a row's loss and gradient need of its logits.
+ * Legal because the stats of disjoint classes hold everything that loss and gradient of the row need from its logits.
  *
- *   M  XE_MERGE(name, T)   a row is a block's
+ *   XE_MERGE(name, T)   MERGE: one block per row
  *
- * Launch   128 threads, a block for each row, after the launch of rows.cu that has left the stats of the parts.
- * Moves    per row: four numbers for each part. Where the label's logit is the largest, but not alone, the row once more.
- * Numbers  thread t merges parts t, t + 128, ... one after another, then the threads are merged as a tree: an order that
- *          follows from the number of parts alone, as that does from C. The 1 of a row's maximum is never part of rest,
- *          so that confident rows keep their digits without being read again.
- * Aliasing none: nothing of the row has been written yet, where the gradient takes the place of the logits.
- * Tried    nothing yet. The last block of a row to finish could do this, if a ticket for each row were 0 at the start.
+ * Launch   128 threads, one block per row, after the launch of rows.cu that writes the stats of the parts.
+ * Moves    per row: four numbers per part. If the label's logit is the largest, but not alone, the row once more.
+ * Numbers  thread t merges parts t, t + 128, ... in order, then the threads merge as a tree: an order that depends only
+ *          on the number of parts, which depends only on C. The 1 of a row's maximum is never added to rest, so
+ *          confident rows keep their accuracy without a second read.
+ * Aliasing none: when this runs, nothing of the row's gradient has been written, even if it replaces the logits.
+ * Tried    nothing yet. The last block of a row to finish could merge, given a zeroed ticket for each row.
  */
 
 #include "stats.cuh"
 
-// Where both have the same maximum, that of `one` counts as the first.
+// If both have the same maximum, that of `one` counts as the first.
 template <class A> XE_DEVICE Stats<A> merge(const Stats<A>& one, const Stats<A>& two) {
     const bool first = one.max >= two.max;
     const Stats<A>&high = first ? one : two, &low = first ? two : one;
@@ -29,7 +29,7 @@ template <class A> XE_DEVICE Stats<A> merge(const Stats<A>& one, const Stats<A>&
     return both;
 }
 
-// Over the block, which all of it waits for; in all threads.
+// Over the block, with a barrier; all threads get the result.
 template <class A> XE_DEVICE Stats<A> merge_threads(Stats<A> s) {
     XE_SHARED(Stats<A>, of_warps, 4);
     const int lane = threadIdx.x % 32;
@@ -62,7 +62,7 @@ template <class T> XE_DEVICE void xent_merge(const Problem<T>& p) {
         rival.x = to_acc(row.x[rival.label]);
         const A x = p.softcap > 0 ? Cap<A>(p.softcap).of(rival.x).x : rival.x;
         beaten = x < s.max;
-        if (!beaten && !(s.rest < 1)) {  // one of several: where it is alone, nothing else has its place
+        if (!beaten && !(s.rest < 1)) {  // a tie: a maximum with rest < 1 is unique
             for (i64 k = threadIdx.x; k < p.classes; k += blockDim.x) {
                 beaten |= rival.is_beaten_by(to_acc(row.x[k]), static_cast<int>(k));
             }

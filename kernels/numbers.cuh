@@ -1,4 +1,4 @@
-// Numbers and vectors of numbers: constants, and the 16 bytes that one access moves as the logits they hold.
+// Numbers and vectors of numbers: constants, and the logits in the 16 bytes of one access.
 
 #pragma once
 #include "device.cuh"
@@ -9,13 +9,13 @@ template <> XE_DEVICE double infinity<double>() { return static_cast<double>(inf
 template <class A> XE_DEVICE A largest();
 template <> XE_DEVICE float largest<float>() { return 3.40282347e38f; }
 template <> XE_DEVICE double largest<double>() { return 1.7976931348623157e308; }
-// The larger of two, the first of which is a number; NaN is passed over.
+// The larger of two, the first of which is not NaN; a NaN is ignored.
 XE_DEVICE float larger(float m, float x) { return fmaxf(m, x); }
 XE_DEVICE double larger(double m, double x) { return x > m ? x : m; }
 template <class A> XE_DEVICE A not_a_number() { return static_cast<A>(bits_float(0x7fc00000u)); }
 
-// nothing(): all -inf, which is what a logit that is not there counts as.
-template <class T> struct Vector {  // 16-bit logits, two in a word
+// nothing(): all -inf, which stands in for logits that do not exist.
+template <class T> struct Vector {  // 16-bit logits, two per 32-bit word
     static constexpr int SIZE = 8;
     typedef float A;
     static XE_DEVICE u32 minus_infinity(f16) { return 0xfc00fc00u; }
@@ -83,7 +83,7 @@ template <> struct Vector<double> {
     }
 };
 
-// As many numbers side by side as `x` has room for, from an address on 16 bytes.
+// Loads the N numbers of `x` from a 16-byte aligned address.
 template <int N> XE_DEVICE void load_accs(const float* from, float (&x)[N]) {
 #pragma unroll
     for (int i = 0; i < N; i += 4) {
@@ -104,7 +104,7 @@ template <int N> XE_DEVICE void load_accs(const float* from, double (&x)[N]) {
     for (int i = 0; i < N; ++i) x[i] = from[i];
 }
 
-// How a stretch of memory is cut for 16-byte accesses; `whole`: it is known to be nothing but vectors.
+// Peeling: a contiguous range as head, 16-byte vectors and tail; `whole`: it is known to have neither head nor tail.
 template <class T> struct Cut {
     int head, vectors, tail;  // elements, vectors, elements
     XE_DEVICE Cut(const T* x, int count, bool whole) : head(0), tail(0) {

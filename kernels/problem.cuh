@@ -1,23 +1,23 @@
-// One problem as every kernel over rows takes it, and what targets and weights say of a row before a logit is read.
+// The argument of every kernel over rows, and what targets and weights determine about a row before a logit is read.
 //
-// N = outer·inner rows of C logits. Element k of row r = (o, i) lies at o·outer + k·class + i·inner of its array, in
-// steps of elements, with o = r / inner and i = r % inner. What has one number per row lies side by side.
+// N = outer·inner rows of C logits. Element k of row r = (o, i), with o = r / inner and i = r % inner, is at
+// o·outer + k·class + i·inner of its array, in elements. Arrays with one number per row are contiguous.
 
 #pragma once
 #include "numbers.cuh"
 
-// What a launch does. Chosen when it is compiled, as are the variants:
+// What a launch computes; a compile-time parameter, as is the variant:
 enum Job {
-    STATS,          // reads the logits, writes max, rest, gap, mass; loss and correct where they are wanted
+    STATS,          // reads the logits, writes max, rest, gap, mass; loss and correct if wanted
     LOSS,           // reads the logits, writes the loss of each row
     GRAD,           // reads the logits, max, rest and mass, writes the gradient
     LOSS_AND_GRAD,  // reads the logits once, writes both (without a target: the softmax)
     STATS_AND_GRAD, // reads the logits once, writes what STATS and LOSS_AND_GRAD write
-    LOG_SOFTMAX,    // reads the logits, writes their logarithmic softmax
+    LOG_SOFTMAX,    // reads the logits, writes log-softmax
 };
 enum Variant {
-    PLAIN,           // class indices, or no target: a class has a share of the target only if it is the label's
-    SMOOTH,          // class indices with smoothing, without class weights: and all classes have the same share beside
+    PLAIN,           // class indices, or no target: only the label's class has target mass
+    SMOOTH,          // class indices with smoothing, no class weights: all classes also have one equal share
     SOFT,            // a distribution in the dtype of the logits, without class weights: every class has its own share
     GENERAL,         // any target, class weights
     CAPPED,          // PLAIN with softcap
@@ -26,14 +26,14 @@ enum Variant {
 XE_DEVICE constexpr bool has_softcap(int variant) { return variant == CAPPED || variant == CAPPED_GENERAL; }
 XE_DEVICE constexpr bool any_target(int variant) { return variant == GENERAL || variant == CAPPED_GENERAL; }
 XE_DEVICE constexpr bool by_class(int variant) { return variant == SOFT || any_target(variant); }
-XE_DEVICE constexpr bool every_class(int variant) { return by_class(variant) || variant == SMOOTH; }  // has a share
+XE_DEVICE constexpr bool every_class(int variant) { return by_class(variant) || variant == SMOOTH; }  // has target mass
 XE_DEVICE constexpr bool writes_stats(int job) { return job == STATS || job == STATS_AND_GRAD; }
-XE_DEVICE constexpr bool writes_grad(int job) { return job != STATS && job != LOSS; }  // or what takes its place
+XE_DEVICE constexpr bool writes_grad(int job) { return job != STATS && job != LOSS; }  // or log-softmax in its place
 
-// What `target` holds.
+// Kind of `target`.
 enum Target { NONE, INT8, UINT8, INT16, UINT16, INT32, UINT32, INT64, UINT64, OF_LOGITS, OF_FLOAT32 };
 
-// The one argument of every kernel over rows, by value: words of 8 bytes, field for field those of Problem in cuda.py.
+// The only argument of every kernel over rows, by value: 8-byte words, field for field those of Problem in cuda.py.
 template <class T> struct Problem {
     typedef typename Acc<T>::type A;
     const T* logits; i64 logits_outer, logits_class, logits_inner;
@@ -41,26 +41,26 @@ template <class T> struct Problem {
     const void* target; i64 kind, target_outer, target_class, target_inner;
     i64 rows, classes, inner;
     i64 ignores, ignore_index;                       // whether any label is ignored, and which
-    alignas(8) A scale; const A* upstream; i64 upstream_step;  // the gradient is multiplied by scale, or by upstream[r·step]
+    alignas(8) A scale; const A* upstream; i64 upstream_step;  // factor of the gradient: scale, or upstream[r·step]
     A *loss, *max, *rest, *gap, *mass;               // one number per row
     const A *weight, *sample_weight;                 // null: all 1
-    alignas(8) A keep; alignas(8) A each;            // of a target q, smoothing makes keep·q + each
+    alignas(8) A keep; alignas(8) A each;            // smoothing makes keep·q + each of a target q
     alignas(8) A z_loss; alignas(8) A softcap;
-    bool* correct;                                   // one per row, of labels; null: not wanted
-    u32* ticket;                                     // null, or what `open` sets to 0 for the launch after this one
-    A* of_parts; i64 parts, part;                    // a row in `parts` of `part` classes: 4 numbers for each, as stats
-    i64 whole;                                       // whether every row is nothing but vectors of 16 bytes
-    i64 first, ahead;                                // blocks that are the first on the device; rows that are prefetched ahead
+    bool* correct;                                   // one per row, for labels; null: not wanted
+    u32* ticket;                                     // null, or what `open` sets to 0 for the next launch
+    A* of_parts; i64 parts, part;                    // a row has `parts` parts of `part` classes: their stats
+    i64 whole;                                       // whether every row is whole vectors of 16 bytes
+    i64 first, ahead;                                // blocks resident at the start; prefetch distance in rows
 };
 
-// What a kernel over rows does first: sums.cu counts its blocks with a ticket, and this launch comes before it.
+// The first thing a kernel over rows does: it zeroes the ticket by which sums.cu, launched next, counts its blocks.
 template <class T> XE_DEVICE const Problem<T>& open(const Problem<T>& p) {
     if (p.ticket && blockIdx.x == 0 && threadIdx.x == 0) *p.ticket = 0;
     return p;
 }
 
-// The labels of N rows, `step` elements apart; the most usual type first. What UINT64 holds beyond INT64 is negative: no
-// class.
+// The labels of N rows, `step` elements apart; the most common dtype first. A UINT64 label beyond INT64 becomes
+// negative, which is no class.
 template <int N> XE_DEVICE void labels_at(const void* target, i64 at, i64 step, int kind, i64 (&named)[N]) {
     const bool is_signed = kind % 2 == INT8 % 2;
 #define XE_EACH_LABEL(type, expression)                                     \
@@ -86,14 +86,14 @@ XE_DEVICE i64 label_at(const void* target, i64 at, int kind) {
 }
 XE_DEVICE bool is_label(int kind) { return INT8 <= kind && kind <= UINT64; }
 
-// Where a row lies in every array: r = o·p.inner + i.
+// The position of row r = o·p.inner + i in every array.
 struct Place { i64 o, i; };
 template <class T> XE_DEVICE Place place_of(const Problem<T>& p, i64 r) {
     return {p.inner == 1 ? r : r / p.inner, p.inner == 1 ? 0 : r % p.inner};
 }
 
-// Whether row r counts, as far as little work tells: of one that does not, no logits need be read. Labels of 8 and 16
-// bits are not looked at.
+// Whether row r may count, as far as a cheap test shows: the logits of one that does not need not be read. Labels of 8
+// and 16 bits are not tested.
 template <class T> XE_DEVICE bool may_count(const Problem<T>& p, i64 r, Place at) {
     if (p.sample_weight && p.sample_weight[r] == 0) return false;
     const int kind = static_cast<int>(p.kind);
@@ -103,7 +103,7 @@ template <class T> XE_DEVICE bool may_count(const Problem<T>& p, i64 r, Place at
     const int bits = static_cast<const int*>(p.target)[element];
     return (kind == INT32 ? bits : static_cast<i64>(static_cast<u32>(bits))) != p.ignore_index;
 }
-// Brings its label nearer.
+// Prefetches its label to L2.
 template <class T> XE_DEVICE void prefetch_label(const Problem<T>& p, Place at) {
     const int kind = static_cast<int>(p.kind);
     if (!is_label(kind)) return;
@@ -111,13 +111,13 @@ template <class T> XE_DEVICE void prefetch_label(const Problem<T>& p, Place at) 
     prefetch(static_cast<const char*>(p.target) + (element << (kind - INT8) / 2));
 }
 
-// What is known of a row before its logits are. Class k has the share a_k = w_k (keep·q_k + each) of the target, and the
-// label's class `on_label` beside. (SMOOTH: where no class is named, no share counts.)
+// Everything known of a row before its logits. Class k has the share a_k = w_k (keep·q_k + each) of the target, and the
+// label's class `on_label` in addition. (SMOOTH: with no valid label, no share counts.)
 template <class T, int VARIANT> struct Row {
     typedef typename Acc<T>::type A;
     const T* x;        // element k at k·logits_class
     T* g;              // ... at k·grad_class
-    int label;         // -1: no class is named
+    int label;         // -1: none
     A factor;          // multiplies the loss: the sample weight, 0 for an ignored row, NaN under a bad label
     A scale;           // multiplies the gradient: factor and upstream; exactly 0 where factor is
     bool has_target;
@@ -144,7 +144,7 @@ template <class T, int VARIANT> struct Row {
         q = kind == OF_FLOAT32 ? static_cast<const void*>(static_cast<const float*>(p.target) + element)
                                : static_cast<const void*>(static_cast<const T*>(p.target) + element);
     }
-    // All but where it lies, of what has been read for it.
+    // All fields but the addresses, from what has been loaded.
     XE_DEVICE Row(const Problem<T>& p, i64 named, A weight, A upstream) {
         kind = kind_of(p);
         has_target = kind != NONE;
@@ -161,7 +161,7 @@ template <class T, int VARIANT> struct Row {
     }
     static XE_DEVICE int kind_of(const Problem<T>& p) { return VARIANT == SOFT ? OF_LOGITS : static_cast<int>(p.kind); }
 
-    // Only `count` of its classes, which lie side by side. The label may be none of them.
+    // Restricts it to `count` contiguous classes. The label may be none of them.
     XE_DEVICE void narrow(i64 start, int count) {
         x += start, g += start;
         if (by_class(VARIANT)) {
@@ -175,7 +175,7 @@ template <class T, int VARIANT> struct Row {
 
     // Class k's share of the weighted, smoothed target.
     XE_DEVICE A a(int k) const { return k == label ? beside_label(k) + on_label : beside_label(k); }
-    // ... but for what only the label's class has.
+    // ... without the label's own part.
     XE_DEVICE A beside_label(int k) const {
         A value = each;
         if (!by_class(VARIANT)) return value;
@@ -184,10 +184,10 @@ template <class T, int VARIANT> struct Row {
         return weighted(value, k);
     }
     XE_DEVICE A weighted(A value, int k) const {
-        return w && value != 0 ? w[k] * value : value;  // a weight of inf or NaN counts only where something meets it
+        return w && value != 0 ? w[k] * value : value;  // a weight of inf or NaN counts only with target mass
     }
 
-    // Whether the numbers that a job writes depend on the logits: not in a row that does not count, or is NaN anyhow.
+    // Whether what the job writes depends on the logits: not if the row does not count, or is NaN anyway.
     XE_DEVICE bool needs_logits(int job) const {
         if (writes_stats(job) || job == LOG_SOFTMAX) return true;
         const A decides = job == GRAD ? scale : factor;

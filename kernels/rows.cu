@@ -1,58 +1,60 @@
-/* Softmax cross-entropy on rows whose classes lie side by side: one read of the logits, one write of the gradient.
+/* Softmax cross-entropy on rows whose classes are contiguous: one read of the logits, one write of the gradient.
  *
  *     loss = Σ a_k (lse - x_k) + z·lse²        grad_k = scale [(mass + 2 z lse) p_k - a_k]
  *
- * Legal in one pass because scale (upstream, 1/denominator, sample weight, ignored or not) follows from targets and
- * weights alone: it is known before a logit is read.
+ * Legal in one pass because scale (upstream, 1/denominator, sample weight, ignored or not) depends only on targets and
+ * weights: it is known before a logit is read.
  *
  *   XE_ROWS(name, T, JOB, VARIANT, K, LANES, CLUSTER, STREAM, EVEN, THREADS, BLOCKS)
  *
- *   W  LANES = 4 to 32      a row is held by so many lanes of a warp
- *   B  LANES = 0            a row is held by a block, or by a cluster of CLUSTER blocks (compute capability 9.0)
- *   O  LANES = 0, STREAM    a row of any length is read through a block or a cluster, twice for a gradient
- *   S  CLUSTER = 0          a row is read in parts by as many blocks as there are: STATS leaves those of each part, which
- *                           merge.cu merges; GRAD and LOG_SOFTMAX then read the parts once more
+ *   WARP    LANES = 4 to 32      a row is held by LANES lanes of a warp
+ *   BLOCK   LANES = 0            a row is held by a block, or by a cluster of CLUSTER blocks (compute capability 9.0)
+ *   STREAM  LANES = 0, STREAM    a row of any length streams through a block or a cluster, twice for a gradient
+ *   SPLIT   CLUSTER = 0          a row is read in parts, one block each: STATS writes the stats of each part, which
+ *                                merge.cu merges; GRAD and LOG_SOFTMAX then read the parts once more
  *
- * Launch   W: blockDim.x / LANES rows per block; B, O: one row per block or cluster, of whole warps; S: one part. A thread
- *          holds K vectors of 16 bytes; in W and B K·16·threads must cover the row. THREADS, BLOCKS: __launch_bounds__.
- *          EVEN: rows are evenly spaced, and what else has a number per class is aligned like the logits. All numbers
- *          come from `plan` in xent_array/_engines/cuda.py.
- * Waiting  nothing is asked of a row before its logits, but whether it counts: the chain from label to logits to sums is
- *          what a block would wait for. For a gradient one thread brings the logits of row r + p.ahead into L2, if that
- *          one counts, so that later blocks wait for no DRAM; the first p.first blocks, for whom nobody did, do not ask.
- *          The distance is 6 MB of logits: at 17 MB they are let go again before they are read, below 3 MB they come late.
- * Moves    per row: STATS, LOSS read C; all others read C and write C. O reads C once more for a gradient,
- *          the last pieces first, so that what is in cache is used. A target distribution is read twice likewise.
- * Wide     a row is [head | vectors of 16 bytes | tail] by its own address: every C and every start keeps 128-bit
- *          loads. So do stores, and the reading of distributions and class weights, where rows are EVEN.
- * Numbers  every exponential is added, that of the maximum too, which makes rest = sum - 1. Where p of the maximum is
- *          above 1/2 that would cancel: then the one thread that holds the maximum adds up its logits once more
- *          without it, and says so to the others. Of smoothing, whose share is the same for every class, the gap is
- *          mass·max - Σ each·x: it may cancel by what a loss is wrong anyhow that is made of logits of that size. The
- *          tree of a row's sums depends on C, dtype, chip and the alignment of the row: never on the number of rows or
- *          the place among them.
- * Aliasing grad may be the logits: an element is read and written by one thread, and x[label] before anything of the
- *          row is written.
- * Tried    On an H200: loads that evict first cost 4 to 6 points of bandwidth wherever a gradient is written, stores
- *          that do so half a point. Logits asked for before the label gain up to 10 points, the prefetch as much again
- *          for rows that fill an SM. Comparing every logit with the maximum, so that its 1 is never added, makes 16-bit rows
- *          limited by instructions. Blocks that stay and bring the next row by bulk copies: no faster.
- *          Elsewhere: v1 vectors j·blockDim.x apart: an address per load. Now a warp owns a stretch: one address.
- *          v2 a barrier.cluster to swap parts: waits for all stores. Now messages to a mailbox: st.async + mbarrier.
- *          v3 what is rare as code of its own, wherever it was needed. Now loops that are not unrolled, which the label,
- *          the maximum and products beyond the range share: text is what limits 16-bit rows, and registers the rest.
+ * Launch   WARP: blockDim.x / LANES rows per block. BLOCK, STREAM: one row per block or cluster, of whole warps. SPLIT:
+ *          one part per block. A thread holds K vectors of 16 bytes; in WARP and BLOCK K·16·threads must cover the row.
+ *          THREADS, BLOCKS: __launch_bounds__. EVEN: rows are evenly spaced, and every other array with a number per
+ *          class is aligned like the logits. All these numbers come from `plan` in xent_array/_engines/cuda.py.
+ * Latency  the logits of a row are loaded before anything else about it is known except whether it counts: otherwise a
+ * block would wait for the chain from label to logits to sums. For a gradient, one thread prefetches the logits of row
+ * r + p.ahead to L2, if that row counts, so that later blocks do not wait for DRAM. The first p.first blocks, for which
+ * nothing was prefetched, do not even test whether their row counts. The distance is 6 MB of logits: at 17 MB they are
+ * evicted before they are read, below 3 MB they arrive late. Moves    per row: STATS, LOSS read C; all others read C
+ * and write C. STREAM reads C once more for a gradient, the last
+ *          pieces first, to use what is still in cache. A target distribution is read twice likewise.
+ * Vectors  a row is peeled into [head | vectors of 16 bytes | tail] by its own address, so loads are 128 bits wide for
+ *          every C and every alignment. If rows are EVEN, so are stores, and loads of distributions and class weights.
+ * Numbers  every exponential is added, including that of the maximum, and rest = sum - 1. If p of the maximum is above
+ *          1/2 that would cancel: then the one thread that holds the maximum adds up its logits again without it, and
+ *          broadcasts the result. With smoothing, where every class has the same share, the gap is mass·max - Σ each·x:
+ *          its cancellation is no larger than the rounding error that logits of that size cause in the loss anyway. The
+ *          summation tree of a row depends on C, dtype, chip and the alignment of the row, never on the number of rows
+ *          or on the row's position among them.
+ * Aliasing grad may be the logits: the same thread reads and writes an element, and x[label] is read before anything of
+ *          the row is written.
+ * Tried    On an H200: evict-first loads cost 4 to 6 points of bandwidth wherever a gradient is written, evict-first
+ *          stores half a point. Loading the logits before the label gains up to 10 points, prefetching as much again
+ *          for rows that fill an SM. Comparing every logit with the maximum, so that its 1 is never added, makes 16-bit
+ *          rows instruction-bound. Persistent blocks that load the next row by bulk copies: no faster.
+ *          Elsewhere: v1 vectors j·blockDim.x apart: an address per load. Now a warp owns a contiguous range.
+ *          v2 a barrier.cluster to exchange parts: waits for all stores. Now messages to a mailbox: st.async + mbarrier.
+ *          v3 separate code for each rare case, wherever it occurs. Now rolled loops that the label, the maximum and
+ *          overflowing products share: code size is what limits 16-bit rows, and registers the rest.
  */
 
 #include "lean.cuh"
 
-// A part of a row: its maximum; the sum of e^{x - max} of that piece of one thread which holds the maximum, whose own 1
-// is in it, and of all others; and of a target that every class has a share of, half the gap and the mass. Where all
-// shares are the same (SMOOTH), half_gap is against 0, not the maximum, and nobody needs the mass: what merges is a sum.
+// The partial result for some classes of a row: their maximum; `top`, the sum of e^{x - max} over the piece, of one
+// thread, that holds the maximum (with its own 1); `sum`, over all others; and, if every class has target mass, half
+// the gap and the mass. If all shares are equal (SMOOTH), half_gap is relative to 0 instead of the maximum, and mass is
+// not needed: then merging is adding.
 template <class A> struct Part {
     A max = -infinity<A>(), top = 0, sum = 0, half_gap = 0, mass = 0;
 };
 
-// e^{low - high} of two maxima, 1 where both are -inf.
+// e^{low - high} of two maxima; 1 if both are -inf.
 template <class A> XE_DEVICE A drop(A low, A high) { return low == high ? 1 : exp_acc(low - high); }
 
 template <int VARIANT, class A> XE_DEVICE Part<A> merge(const Part<A>& one, const Part<A>& two) {
@@ -68,9 +70,9 @@ template <int VARIANT, class A> XE_DEVICE Part<A> merge(const Part<A>& one, cons
     return both;
 }
 
-// Over aligned groups of WIDTH lanes; every lane gets the same bits, and whether it is the one whose top remains.
+// Over aligned groups of WIDTH lanes; every lane gets the same bits, and `leader`, the lane whose top is kept.
 template <int WIDTH, int VARIANT, class A> XE_DEVICE Part<A> merge_lanes(Part<A> part, int& leader) {
-    sync_warp();  // whence the compiler knows that none is behind
+    sync_warp();  // tells the compiler that the lanes have converged
     const A max = lanes_max<WIDTH>(part.max), fall = drop(part.max, max);
     const u32 lane = threadIdx.x % 32, group = lane / WIDTH * WIDTH;
     leader = static_cast<int>(group) + lowest_bit(ballot(part.max == max) >> group);
@@ -85,18 +87,18 @@ template <int WIDTH, int VARIANT, class A> XE_DEVICE Part<A> merge_lanes(Part<A>
     return part;
 }
 
-// One thread's classes, added up against their maximum (capped, where there is a softcap).
+// Sums over one thread's classes, relative to their maximum (capped, if there is a softcap).
 template <int VARIANT, class A> struct Sum {
     const Powers<A> powers;
     A half_max, half_gap = 0, mass = 0, sum = 0;
     XE_DEVICE explicit Sum(A max) : powers(max), half_max(static_cast<A>(0.5) * max_acc(max, -largest<A>())) {}
-    XE_DEVICE A add(A x) {  // its power
+    XE_DEVICE A add(A x) {  // returns e^{x - max}
         const A e = powers.of(x);
         sum += e;
         return e;
     }
     XE_DEVICE A add(A x, A a) {
-        // Half of max - x, which may be beyond the range of finite numbers; 0·inf counts 0.
+        // Half of max - x, which may overflow; 0·inf counts as 0.
         const A half = half_max - static_cast<A>(0.5) * x;
         if (any_target(VARIANT) ? a != 0 && half != 0 : a != 0) half_gap += a * half;
         mass += a;
@@ -104,7 +106,7 @@ template <int VARIANT, class A> struct Sum {
     }
 };
 
-// What a thread holds of a row: up to K vectors, STEP apart, and in the first piece EDGES elements of head and tail.
+// A thread's share of a row: up to K vectors, STEP apart, and in the first piece EDGES elements of head and tail.
 template <class T, int VARIANT, int K, int STEP, bool EVEN> struct Held {
     typedef typename Acc<T>::type A;
     typedef Vector<T> V;
@@ -114,9 +116,9 @@ template <class T, int VARIANT, int K, int STEP, bool EVEN> struct Held {
     const T* const logits;
     const Cut<T> cut;
     const int lane;
-    int first;             // the number of v[0] among the vectors of the row
-    int edge[EDGES];       // the classes held in `at_edge`; -1: none
-    A at_edge[EDGES];      // the logits; later their powers, where those are kept
+    int first;             // index of v[0] among the vectors of the row
+    int edge[EDGES];       // the classes in `at_edge`; -1: none
+    A at_edge[EDGES];      // their logits; later their exponentials, if KEEP
     uint4 v[K];
 
     XE_DEVICE Held(const Problem<T>& p, const Row<T, VARIANT>& row, const T* logits, Cut<T> cut, int lane, int first)
@@ -125,12 +127,12 @@ template <class T, int VARIANT, int K, int STEP, bool EVEN> struct Held {
         for (int e = 0; e < EDGES; ++e) edge[e] = edge_class(e);
     }
     XE_DEVICE int edge_class(int e) const {
-        const int place = lane + e * STEP;  // among head and tail
+        const int place = lane + e * STEP;  // in head and tail together
         return place < cut.head ? place : place < cut.head + cut.tail ? place + cut.vectors * SIZE : -1;
     }
     XE_DEVICE bool has(int j) const { return first + j * STEP < cut.vectors; }
     XE_DEVICE int class_of(int j) const { return cut.head + (first + j * STEP) * SIZE; }
-    // The class in one of K·SIZE places, or before 0 in one of EDGES; -1: none. For loops that are not unrolled.
+    // The class in one of the K·SIZE slots, or at negative indices one of EDGES; -1: none. For rolled loops.
     XE_DEVICE int class_at(int at) const {
         if (at < 0) return edge_class(at + EDGES);
         return has(at / SIZE) ? class_of(at / SIZE) + at % SIZE : -1;
@@ -155,10 +157,10 @@ template <class T, int VARIANT, int K, int STEP, bool EVEN> struct Held {
         return m;
     }
 
-    // Whether any class is held.
+    // Whether it holds any class.
     XE_DEVICE bool any(bool with_edge) const { return has(0) || (with_edge && edge[0] >= 0); }
 
-    // Class k's share of the target but for what the label has, times `scale`, of the SIZE classes from class_of(j) on.
+    // The shares of the target, without the label's own, times `scale`, of the SIZE classes from class_of(j) on.
     XE_DEVICE void shares(int j, A scale, A (&a)[SIZE]) const {
         const int k = class_of(0), ahead = j * STEP * SIZE;
 #pragma unroll
@@ -181,13 +183,13 @@ template <class T, int VARIANT, int K, int STEP, bool EVEN> struct Held {
         }
     }
 
-    // The part of what is held. `kept` takes what a gradient needs of it: the powers, times the slope of softcap; they
-    // still are to be multiplied by their correction.
+    // The Part of these classes. `kept` receives what a gradient needs: the exponentials, times softcap's slope, still
+    // to be multiplied by their correction.
     template <bool KEEP>
     XE_DEVICE Part<A> part(bool with_edge, const Cap<A>& cap, A (&kept)[KEEP ? K * SIZE : 1]) {
         const A highest = largest(with_edge);
-        const A max = has_softcap(VARIANT) && any(with_edge) ? cap.of(highest).x : highest;  // -inf: -cap
-        const A half_each = static_cast<A>(0.5) * row.each;  // Σ each·x may be as large as the largest number
+        const A max = has_softcap(VARIANT) && any(with_edge) ? cap.of(highest).x : highest;  // of -inf: -cap
+        const A half_each = static_cast<A>(0.5) * row.each;  // half, as Σ each·x may overflow
         Sum<VARIANT, A> sum(max);
         if (with_edge) {
 #pragma unroll
@@ -218,7 +220,7 @@ template <class T, int VARIANT, int K, int STEP, bool EVEN> struct Held {
         const A e = by_class(VARIANT) ? sum.add(c.x, a) : sum.add(c.x);
         return has_softcap(VARIANT) ? e * c.slope : e;
     }
-    // The sum of what was kept but for the maximum's, in a piece that has it; corrected.
+    // The sum of the kept exponentials except the maximum's, in a piece that holds it; corrected.
     template <bool KEEP> XE_DEVICE A kept_below(A max, const A (&kept)[KEEP ? K * SIZE : 1]) const {
         const Powers<A> powers(max);
         const A most = powers.of(max);
@@ -237,8 +239,8 @@ template <class T, int VARIANT, int K, int STEP, bool EVEN> struct Held {
         return has_softcap(VARIANT) ? cap.of(x) : Capped<A>{x, 1};
     }
 
-    // Writes the gradient (or log-softmax) of what is held, by what the classes of a row have in common. What was `kept`
-    // is against the thread's own maximum, and `factor` brings it to the row's.
+    // Writes the gradient (or log-softmax) of these classes, from what all classes of the row have in common. `kept` is
+    // relative to the thread's own maximum; `factor` makes it relative to the row's.
     template <int JOB, bool KEEP>
     XE_DEVICE void store(const Answer<T, VARIANT>& answer, const Cap<A>& cap, bool with_edge,
                          const A (&kept)[KEEP ? K * SIZE : 1], A factor) const {
@@ -267,7 +269,7 @@ template <class T, int VARIANT, int K, int STEP, bool EVEN> struct Held {
             row.g[edge[e]] = from_acc(entry<JOB, KEEP>(answer, powers, cap, x, at_edge[e], share, a), T());
         }
     }
-    // What a job writes for the logit x, of whose class the label has nothing; `a` is scaled.
+    // What the job writes for logit x of a class that is not the label's; `a` is scaled.
     template <int JOB, bool KEEP>
     XE_DEVICE A entry(const Answer<T, VARIANT>& answer, const Powers<A>& powers, const Cap<A>& cap, A x, A kept, A share,
                       A a) const {
@@ -284,7 +286,7 @@ template <class T, int VARIANT, int K, int STEP, bool EVEN> struct Held {
             for (int i = 0; i < SIZE; ++i) to[i] = from_acc(y[i], T());
         }
     }
-    // Zeros, as the gradient of what is held.
+    // Writes zeros as the gradient of these classes.
     XE_DEVICE void clear(bool with_edge) const {
         const A zeros[SIZE] = {};
         T* to = row.g + class_of(0);
@@ -295,8 +297,9 @@ template <class T, int VARIANT, int K, int STEP, bool EVEN> struct Held {
             if (with_edge && edge[e] >= 0) row.g[edge[e]] = from_acc(A(0), T());
         }
     }
-    // The gradient without such products, and where p of the maximum is above 1/2 without cancelling: of `all` classes
-    // that are held, which are read once more and written, or in place of the logits of two (of -1: of none).
+    // Writes the gradient without the common products, which may overflow, and without cancellation where p of the
+    // maximum is above 1/2: of `all` classes, which are read again, or only of the label's and the maximum's (-1:
+    // none).
     XE_DEVICE void exactly(const Answer<T, VARIANT>& answer, const Cap<A>& cap, bool all, bool with_edge, int label,
                            A at_label, int top, A at_top) const {
         int at = !all ? -EDGES - (every_class(VARIANT) ? 2 : 1) : with_edge ? -EDGES : 0;
@@ -311,7 +314,7 @@ template <class T, int VARIANT, int K, int STEP, bool EVEN> struct Held {
         } while (++at != -EDGES && at != K * SIZE);
     }
 
-    // Calls f(k, x) for every class that is held, read once more, in a loop: for what is rarely done.
+    // Calls f(k, x) for every class, read again, in a rolled loop: for rare cases.
     template <class F> XE_DEVICE void each_again(bool with_edge, F f) const {
 #pragma unroll 1
         for (int at = with_edge ? -EDGES : 0; at < K * SIZE; ++at) {
@@ -319,7 +322,7 @@ template <class T, int VARIANT, int K, int STEP, bool EVEN> struct Held {
             if (k >= 0) f(k, to_acc(logits[k]));
         }
     }
-    // Likewise, a vector in a turn: for what is short, and done in many rows.
+    // Likewise, one vector per iteration: for short work in many rows.
     template <class F> XE_DEVICE void each_vector_again(bool with_edge, F f) const {
 #pragma unroll
         for (int e = 0; e < EDGES; ++e) {
@@ -337,23 +340,23 @@ template <class T, int VARIANT, int K, int STEP, bool EVEN> struct Held {
     }
 };
 
-// The threads of a row, and how they come to know the same: by shuffles, shared memory, and messages between blocks.
-// Each block of a cluster sends its part to all. A block has seen every message that will come before it leaves, so
-// that no barrier is needed at the end, and no thread waits for stores to memory.
+// The threads that share a row, and how they exchange data: shuffles, shared memory, and messages between blocks. Each
+// block of a cluster sends its part to all. A block leaves only after it has received every message sent to it, so no
+// barrier is needed at the end, and no thread waits for stores to memory.
 template <class A, int VARIANT, int LANES, int CLUSTER> struct Team {
     static constexpr int WIDTH = LANES ? LANES : 32;
-    static constexpr int WORDS = (sizeof(A) * (by_class(VARIANT) ? 5 : 4) + 15) / 16;  // of 16 bytes, in a message
+    static constexpr int WORDS = (sizeof(A) * (by_class(VARIANT) ? 5 : 4) + 15) / 16;  // 16-byte words of a message
     union Bits {
         Part<A> part;
         A first;
         uint4 v[(sizeof(Part<A>) + 15) / 16];
         XE_DEVICE Bits() : part() {}
     };
-    uint4 *parts, *inbox;     // of the warps, and of the blocks
-    uint4 *said, *answers;    // what the holder says afterwards; and each block then
-    u64 *arrived, *settled, *answered;  // their barriers: a block may be at the next while another is not yet
-    int rank = 0, leader = 0; // of this block; the lane that holds the maximum
-    bool holder = false;      // whether this thread does
+    uint4 *parts, *inbox;     // the parts of the warps, of the blocks
+    uint4 *said, *answers;    // later: a value from the holder; a vote from each block
+    u64 *arrived, *settled, *answered;  // one barrier for each: a block may be ahead of another
+    int rank = 0, leader = 0; // of this block in the cluster; the lane that holds the maximum
+    bool holder = false;      // whether this thread holds the row's maximum
 
     XE_DEVICE Team(uint4* parts, uint4* inbox, uint4* said, u64* barriers)
         : parts(parts), inbox(inbox), said(said), answers(said + 1), arrived(barriers), settled(barriers + 1),
@@ -362,7 +365,7 @@ template <class A, int VARIANT, int LANES, int CLUSTER> struct Team {
         if (CLUSTER > 1) rank = cluster_rank();
 #endif
     }
-    // Before anything is sent.
+    // Opens the mailboxes, before anything is sent.
     XE_DEVICE void open() {
 #ifdef XE_CLUSTERS
         if (CLUSTER == 1) return;
@@ -377,7 +380,7 @@ template <class A, int VARIANT, int LANES, int CLUSTER> struct Team {
 #endif
     }
 
-    // From the parts of the threads to the row; in all threads.
+    // From the parts of the threads to the part of the row; all threads get the result.
     XE_DEVICE Part<A> merge(Part<A> part) {
         const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
         part = merge_lanes<WIDTH, VARIANT>(part, leader);
@@ -415,7 +418,7 @@ template <class A, int VARIANT, int LANES, int CLUSTER> struct Team {
         return part;
     }
 
-    // What the holder says; in all threads.
+    // Broadcasts the holder's value to all threads.
     XE_DEVICE A of_holder(A value) {
         if (LANES) return shfl(value, leader);
         Bits bits;
@@ -433,12 +436,12 @@ template <class A, int VARIANT, int LANES, int CLUSTER> struct Team {
         }
 #endif
         if (holder) st16(said, bits.v[0]);
-        sync_block();  // it has been said
+        sync_block();  // the holder has written
         bits.v[0] = ld16(said);
         return bits.first;
     }
 
-    // Whether any thread of the row says so; in all of them.
+    // Whether any thread of the row says yes; all threads get the result.
     XE_DEVICE bool any(bool yes) {
         if (LANES) {
             const int group = threadIdx.x % 32 / WIDTH * WIDTH;
@@ -456,7 +459,7 @@ template <class A, int VARIANT, int LANES, int CLUSTER> struct Team {
     }
 };
 
-// Brings `count` vectors of a row nearer, from number `first` on, but for ragged ends.
+// Prefetches `count` vectors of a row to L2, from vector `first` on, without the unaligned ends.
 template <class T> XE_DEVICE void prefetch_row(const Problem<T>& p, i64 r, int first, int count) {
     constexpr int SIZE = Vector<T>::SIZE;
     const T* const x = p.logits + r * p.logits_outer;
@@ -472,9 +475,9 @@ XE_DEVICE void xent_rows(const Problem<T>& p) {
     typedef Vector<T> V;
     constexpr bool PARTS = CLUSTER == 0, OF_PART = PARTS && JOB == STATS;
     constexpr bool READS_STATS = JOB == GRAD || (PARTS && JOB == LOG_SOFTMAX), WRITES = writes_grad(JOB);
-    constexpr int BLOCKS = PARTS ? 1 : CLUSTER;  // that hold or stream the row
+    constexpr int BLOCKS = PARTS ? 1 : CLUSTER;  // of a cluster
     constexpr int STEP = LANES ? LANES : 32, SIZE = V::SIZE;
-    // Exponentials are kept where there is room, and made again elsewhere.
+    // Exponentials are kept if there are registers for them, and recomputed otherwise.
     constexpr bool KEEP = WRITES && !READS_STATS && JOB != LOG_SOFTMAX && !STREAM && VARIANT != CAPPED_GENERAL
                           && K * SIZE <= (VARIANT == CAPPED ? 64 : 32);
     typedef Held<T, VARIANT, K, STEP, EVEN> H;
@@ -486,9 +489,9 @@ XE_DEVICE void xent_rows(const Problem<T>& p) {
     Of team(parts, inbox, said, barriers);
     if (!READS_STATS) team.open();
 
-    // What was read last is still in cache, so that parts are read again from the last to the first.
+    // What was read last is still in cache: the second pass reads the parts from the last to the first.
     const u32 block = PARTS && READS_STATS ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
-    // The threads of a row are numbered through all blocks of its cluster.
+    // The threads of a row are numbered across the blocks of its cluster.
     const int threads = LANES ? STEP : static_cast<int>(blockDim.x) * BLOCKS;
     const u32 lane = LANES ? threadIdx.x % STEP : team.rank * blockDim.x + threadIdx.x;
     const i64 mine = LANES ? static_cast<i64>(blockIdx.x) * (blockDim.x / STEP) + threadIdx.x / STEP
@@ -502,15 +505,15 @@ XE_DEVICE void xent_rows(const Problem<T>& p) {
     if (PARTS) classes = static_cast<int>(min(p.part, p.classes - start)), logits += start;
     const Cut<T> cut(logits, classes, static_cast<int>(p.whole) != 0);
 
-    // A group of STEP lanes owns stretches of STEP·K vectors. A warp whose stretch is beyond the row only takes part in
-    // the merging; the first always has the edges.
+    // A group of STEP lanes owns STEP·K contiguous vectors. A warp whose vectors are all beyond the row only takes part
+    // in merging; the first group always has the edges.
     const bool busy = BLOCKS == 1 || static_cast<int>(lane / STEP * (STEP * K)) < max(cut.vectors, 1);
     const int first = static_cast<int>(lane / STEP * (STEP * K) + lane % STEP), stride = threads * K;
     Row<T, VARIANT> row;
     H held(p, row, logits, cut, static_cast<int>(lane), first);
     if (!STREAM) {
-        // The logits come first: what is known of a row is asked while they are on their way. Only whether they are needed
-        // at all is asked before, and by the first blocks not even that, for whom nobody has prefetched the label.
+        // The logits come first: everything else about the row is loaded while they are in flight. Only whether they
+        // are needed is tested before, and in the first blocks, for which no label has been prefetched, not even that.
         constexpr bool MAY_SKIP = !writes_stats(JOB) && JOB != LOG_SOFTMAX;
         const bool asks = MAY_SKIP && blockIdx.x >= static_cast<u32>(p.first);
         const bool read = exists && (!asks || may_count(p, r, at));
@@ -525,7 +528,7 @@ XE_DEVICE void xent_rows(const Problem<T>& p) {
         }
     }
     row = Row<T, VARIANT>(p, r, at);
-    if (EVEN) row.target_class = 1;  // which the compiler does not know
+    if (EVEN) row.target_class = 1;  // a fact the compiler cannot see
     if (PARTS) {
         row.narrow(start, classes);
         if (OF_PART && row.label < 0) row.on_label = 0;
@@ -534,8 +537,8 @@ XE_DEVICE void xent_rows(const Problem<T>& p) {
     const bool needed = exists && row.needs_logits(JOB);
     held.load_edge(needed);
 
-    // The label's logit, in the thread that will overwrite it. For `correct` in all of them; nobody overwrites it before
-    // all have read it, by the barriers that merging takes.
+    // The label's logit, in the thread that will overwrite it; for `correct` in all threads. The barriers of merging
+    // ensure that all have read it before it is overwritten.
     bool owner = lane == 0;
     if (row.label >= 0) {
         const int k = row.label - cut.head, place = k < 0 ? row.label : row.label - cut.vectors * SIZE;
@@ -549,7 +552,7 @@ XE_DEVICE void xent_rows(const Problem<T>& p) {
     rival.x = at_label;
 
     A kept[KEEP ? K * SIZE : 1];
-    int top = -1;  // the class of the maximum, in the thread that holds it, where coef·p - a may cancel
+    int top = -1;  // class of the maximum, in its holder: coef·p - a may cancel
     A at_top = 0;
     Part<A> part;
     Stats<A> stats;
@@ -557,7 +560,7 @@ XE_DEVICE void xent_rows(const Problem<T>& p) {
         stats.max = p.max[r], stats.rest = p.rest[r];
         if (by_class(VARIANT)) stats.mass = p.mass[r];
     } else {
-        int highest = first;  // the piece that holds the thread's maximum
+        int highest = first;  // first of the piece that holds the thread's maximum
         if constexpr (!STREAM) {
             if (busy) part = held.template part<KEEP>(true, cap, kept);
         } else {
@@ -576,8 +579,8 @@ XE_DEVICE void xent_rows(const Problem<T>& p) {
         }
         stats = {whole.max, whole.sum + (whole.top - 1), 2 * half_gap, whole.mass};
 
-        // Where p of the maximum is above 1/2, top - 1 has cancelled: its holder adds up the others of its piece. There
-        // may be one that is as large, or nearly: their number is what is left of top.
+        // If p of the maximum is above 1/2, top - 1 has cancelled: the holder adds up the others of its piece. Ties and
+        // near ties of the maximum may be among these: their number is what remains of top.
         const bool confident = needed && 1 > stats.rest && stats.max > -infinity<A>();
         if (LANES ? any_lane(confident) : confident) {
             A rest = 0;
@@ -618,7 +621,7 @@ XE_DEVICE void xent_rows(const Problem<T>& p) {
     bool beaten = false;
     if (writes_stats(JOB) && p.correct) {
         beaten = label < stats.max;
-        // One of several: where it is alone, nothing else has its place.
+        // A tie: a maximum with rest < 1 is unique.
         const bool asked = rival.label >= 0 && !beaten && !(stats.rest < 1);
         if (LANES ? any_lane(asked) : asked) {
             bool found = false;
@@ -637,11 +640,11 @@ XE_DEVICE void xent_rows(const Problem<T>& p) {
         put_correct<JOB>(p, r, answer, rival, beaten);
     }
     if (!WRITES || !exists || !busy) return;
-    row.g = p.grad + (at.o * p.grad_outer + at.i * p.grad_inner) + start;  // not before, for want of registers
+    row.g = p.grad + (at.o * p.grad_outer + at.i * p.grad_inner) + start;  // only now, to save registers
 
     const bool silent = JOB != LOG_SOFTMAX && row.scale == 0;
     const bool all_exactly = JOB != LOG_SOFTMAX && !answer.products_are_finite();
-    const auto write = [&](bool last) {  // the piece with the edges
+    const auto write = [&](bool last) {  // last: the piece with the edges
         if (silent) return held.clear(last);
         if (STREAM) held.load(needed);
         if (READS_STATS && every_class(VARIANT) && answer.confident) {
@@ -661,7 +664,7 @@ XE_DEVICE void xent_rows(const Problem<T>& p) {
     if constexpr (!STREAM) {
         write(true);
     } else {
-        // Backwards, because what was read last is still in cache; with stats that were given, there is nothing in it.
+        // Backwards, as what was read last is still in cache. (With given stats nothing is.)
         const int pieces = first < cut.vectors ? (cut.vectors - first + stride - 1) / stride : 1;
         for (held.first = first + (pieces - 1) * stride; held.first >= first; held.first -= stride) {
             write(held.first == first);
@@ -669,8 +672,8 @@ XE_DEVICE void xent_rows(const Problem<T>& p) {
     }
 }
 
-// Which kernels are worked out once more for problems without options.
-XE_DEVICE constexpr bool may_be_usual(int job, int variant, bool stream) {
+// Which kernels have a second copy of the code for problems without options.
+XE_DEVICE constexpr bool may_specialize(int job, int variant, bool stream) {
     return (variant == PLAIN || variant == SMOOTH) && !stream && (job == LOSS_AND_GRAD || job == LOSS);
 }
 
@@ -681,7 +684,7 @@ XE_DEVICE constexpr bool may_be_usual(int job, int variant, bool stream) {
 #define XE_CLUSTER_8 XE_CLUSTER(8)
 #define XE_ROWS(name, T, JOB, VARIANT, K, LANES, CLUSTER, STREAM, EVEN, THREADS, BLOCKS)                        \
     extern "C" __global__ void XE_CLUSTER_##CLUSTER __launch_bounds__(THREADS, BLOCKS) name(const Problem<T> p) { \
-        with_what_is_known<may_be_usual(JOB, VARIANT, STREAM)>(open(p), [](const Problem<T>& q) {                     \
+        specialized<may_specialize(JOB, VARIANT, STREAM)>(open(p), [](const Problem<T>& q) {                     \
             xent_rows<T, JOB, VARIANT, K, LANES, CLUSTER, STREAM, EVEN>(q);                                           \
         });                                                                                                           \
     }

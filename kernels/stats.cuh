@@ -1,31 +1,31 @@
-// The mathematics of a row, once for every kernel.
+// The mathematics of a row, shared by every kernel.
 //
 // With m the largest logit of some classes:  max = m,  rest = Σ e^{x_k - m} without the (first) m itself,
-// gap = Σ a_k (m - x_k),  mass = Σ a_k.  Sums of non-negative terms, which is where confident rows keep their
-// accuracy: loss = gap + mass·log1p(rest), and 1 - p = rest / (1 + rest) at the maximum. Stats of disjoint classes
-// merge; 1 + rest is the sum of exponentials, so that rest = -1 is a part without classes.
+// gap = Σ a_k (m - x_k),  mass = Σ a_k.  These are sums of non-negative terms, which is what keeps confident rows
+// accurate: loss = gap + mass·log1p(rest), and 1 - p = rest / (1 + rest) at the maximum. Stats of disjoint classes
+// merge; 1 + rest is the sum of exponentials, so a part without classes has rest = -1.
 //
-// NaN and +inf: a maximum ignores NaN, which then comes through rest; rows whose maximum is not finite are NaN.
+// NaN and +inf: max ignores NaN, which then shows up in rest; a row whose max is not finite is NaN.
 
 #pragma once
 #include "problem.cuh"
 
-// Half of max - x, all of which may be beyond the range of finite numbers; inf - inf is 0.
+// Half of max - x, where max - x may overflow; inf - inf is 0.
 template <class A> XE_DEVICE A half_below(A max, A x) {
     return x == max ? 0 : static_cast<A>(0.5) * max - static_cast<A>(0.5) * x;
 }
 
 template <class A> XE_DEVICE A times(A a, A b) { return a == 0 || b == 0 ? 0 : a * b; }  // 0·inf counts 0
 
-// e^{x - max} of many x, but for a factor that they have in common: to be multiplied by `correction` in the end. One
-// multiply-add, where x - max and its product with log2 e are two. max·log2 e is rounded, to what is subtracted from
-// every x·log2 e before that is: by so much all exponents are off, exactly. Beyond 2^31 that might overflow; but there
-// numbers that are not the same are so far apart that one of two powers is 0, of whatever base.
+// e^{x - max} for many x, without a common factor: multiply by `correction` at the end. It takes one fused
+// multiply-add, where x - max times log2 e takes two operations. max·log2 e is rounded before it is subtracted from
+// each x·log2 e, so all exponents are off by exactly the same amount. Beyond 2^31 that could overflow; but there,
+// different numbers are so far apart that the smaller power is 0 in any base.
 template <class A> struct Powers;
 template <> struct Powers<float> {
     float factor, offset, correction;
     XE_DEVICE explicit Powers(float max) {
-        max = max_acc(max, -largest<float>());  // of nothing but -inf all are 0
+        max = max_acc(max, -largest<float>());  // of -inf alone all powers are 0
         factor = fabsf(max) >= 2147483648.0f ? 1 : 1.4426950408889634f;
         offset = max * factor;
         correction = exp2_fast(-fmaf(max, factor, -offset));
@@ -43,15 +43,15 @@ template <class A> struct Stats {
     A max = -infinity<A>(), rest = -1, gap = 0, mass = 0;
 };
 
-// A whole row that has been reduced: its loss, and its gradient class by class.
+// The result for a whole row: its loss, and its gradient class by class.
 template <class T, int VARIANT> struct Answer {
     typedef typename Acc<T>::type A;
     Stats<A> stats;
-    A tail, more, coef, p_max, scale;  // coef = mass + more, which is 2·z·lse
-    A share;                           // coef·p_max: what e^{x - max} is multiplied by, before the scale
+    A tail, more, coef, p_max, scale;  // coef = mass + more, with more = 2·z·lse
+    A share;                           // coef·p_max: the factor of e^{x - max}, before the scale
     bool confident;                    // p > 1/2 at the maximum
 
-    // The mass of a target by class is that of `s`, `with_label` or without what only the label has.
+    // by_class: the mass is that of `s`, which has the label's own part only if `with_label`.
     XE_DEVICE Answer(const Problem<T>& p, const Row<T, VARIANT>& row, const Stats<A>& s, bool with_label) : stats(s) {
         if (!by_class(VARIANT)) stats.mass = row.on_label;
         if (VARIANT == SMOOTH && row.label >= 0) stats.mass += row.each * static_cast<A>(static_cast<int>(p.classes));
@@ -66,23 +66,23 @@ template <class T, int VARIANT> struct Answer {
             more = of_lse + of_lse;
             coef += more;
         }
-        const bool beyond = max_acc(coef, -coef) == infinity<A>();  // of which a p of 0 makes 0: as a product of two
+        const bool beyond = max_acc(coef, -coef) == infinity<A>();  // times a p of 0 it must be 0: as a product
         if (beyond) coef = coef > 0 ? largest<A>() : -largest<A>();
         if (beyond && p_max == p_max) p_max = largest<A>();
         confident = stats.rest < 1 && !beyond;
         share = coef * p_max;
     }
-    // Whether the products that a row of gradients has in common are finite, or all that comes of them is NaN.
+    // Whether the products common to a row's gradient are finite, or all its entries are NaN anyway.
     XE_DEVICE bool products_are_finite() const {
         A most = max_acc(max_acc(share * scale, -share * scale), max_acc(scale, -scale));
-        if (by_class(VARIANT)) {  // no a·scale is much larger than these
+        if (by_class(VARIANT)) {  // no a·scale is much larger
             most = max_acc(most, max_acc(coef * scale, -coef * scale));
             most = max_acc(most, max_acc(stats.mass * scale, -stats.mass * scale));
         }
         return most != infinity<A>();
     }
 
-    // The gap that the label adds, which has the logit x.
+    // Adds the label's gap; x is its logit.
     XE_DEVICE void add_label(const Row<T, VARIANT>& row, A x) {
         stats.gap += 2 * times(row.on_label, half_below(stats.max, x));
     }
@@ -95,7 +95,7 @@ template <class T, int VARIANT> struct Answer {
         return row.factor == 0 ? 0 : row.factor * value;
     }
 
-    // The numbers per row of a job, by one thread. The gap under a bad label says so.
+    // Writes the job's numbers per row; called by one thread. A bad label makes the gap NaN.
     template <int JOB> XE_DEVICE void put(const Problem<T>& p, const Row<T, VARIANT>& row, i64 r) const {
         if (JOB != GRAD && JOB != LOG_SOFTMAX && p.loss) p.loss[r] = loss(p, row);
         if (!writes_stats(JOB)) return;
@@ -104,9 +104,9 @@ template <class T, int VARIANT> struct Answer {
         p.mass[r] = stats.mass;
     }
 
-    // scale·[coef·p - a] for any class; where p > 1/2, 1 - p is taken from rest, which has not cancelled. The slope is
-    // softcap's; what is multiplied last may make the whole infinite. Where coef was infinite, so must coef·p be before an
-    // infinite a is taken from it, which leaves NaN: fused into the difference it would be finite.
+    // scale·[coef·p - a] for any class; where p > 1/2, 1 - p comes from rest, which has not cancelled. The slope is
+    // softcap's; the factor that may overflow is multiplied last. If coef was infinite, coef·p must be infinite before
+    // an infinite a is subtracted, which gives NaN: fused into the subtraction it would be finite.
     XE_DEVICE A grad(A x, A a, A slope = 1) const {
         if (x == stats.max && confident) {
             const A kept = (stats.mass - a) + more;  // coef - a would lose `more`
@@ -116,12 +116,12 @@ template <class T, int VARIANT> struct Answer {
     }
 };
 
-// Whether the label is the first class of the largest logit: before softcap, which makes equal what was not, and
-// whatever the weights are. It is so unless another class beats it. NaN beats nothing and is beaten by nothing; such a
-// row is not correct anyhow. A GPU compares subnormal floats as 0 here, as it does wherever CuPy has it flush them.
+// Whether the label is the first class with the largest logit: before softcap, which can make different logits equal,
+// and whatever the weights. It is, unless another class beats it. NaN beats nothing and nothing beats NaN; such a row
+// is never correct. A GPU compares subnormal floats as 0 here, as everywhere CuPy has it flush them.
 template <class A> struct Rival {
     A x;        // the label's logit, as it was given
-    int label;  // -1: nobody asks
+    int label;  // -1: not wanted
     XE_DEVICE bool is_beaten_by(A other, int k) const { return k < label ? other >= x : other > x; }
 };
 template <int JOB, class T, int VARIANT>
@@ -129,7 +129,7 @@ XE_DEVICE Rival<typename Acc<T>::type> rival_of(const Problem<T>& p, const Row<T
     const bool counts = row.label >= 0 && !(p.ignores && row.label == p.ignore_index);
     return {0, writes_stats(JOB) && p.correct && counts ? row.label : -1};
 }
-// By one thread, as `Answer::put`.
+// Called by one thread, like `Answer::put`.
 template <int JOB, class T, int VARIANT, class A>
 XE_DEVICE void put_correct(const Problem<T>& p, i64 r, const Answer<T, VARIANT>& answer, Rival<A> rival, bool beaten) {
     if (writes_stats(JOB) && p.correct) {
@@ -139,16 +139,16 @@ XE_DEVICE void put_correct(const Problem<T>& p, i64 r, const Answer<T, VARIANT>&
 
 // Softcap: x' = cap·tanh(u) with u = x/cap, and dx'/dx = sech²(u). Both from e = exp(-2|u|):
 //
-//     tanh|u| = 1 - 2e/(1 + e), below 1/2 u and a polynomial (0.14 eps off)        sech²(u) = 4e/(1 + e)²
+//     tanh|u| = 1 - 2e/(1 + e), below 1/2 u times a polynomial (0.14 eps off)        sech²(u) = 4e/(1 + e)²
 //
-// where 1 - tanh² would cancel. All are rounded before anything is subtracted from them, so that a logit that is the
-// maximum in one pass is so in the next.
+// where 1 - tanh² would cancel. Each is rounded before anything is subtracted from it, so that a logit that is the
+// maximum in one pass is the maximum in the next.
 template <class A> struct Capped { A x, slope; };
 template <class A> struct Cap;
 template <> struct Cap<float> {
-    float cap, inverse;  // 4/cap, which is a normal number for every cap that is one
+    float cap, inverse;  // 4/cap, a normal number if cap is
     XE_DEVICE explicit Cap(float softcap) : cap(softcap) {
-        const float quarter = 0.25f * cap, r = reciprocal(quarter);  // divided by as it would be, in 4 instructions
+        const float quarter = 0.25f * cap, r = reciprocal(quarter);  // a division, in 4 instructions
         inverse = fminf(fmaf(r, fmaf(-quarter, r, 1), r), largest<float>());
     }
     XE_DEVICE Capped<float> of(float x) const {

@@ -1,47 +1,47 @@
-/* Sums over rows: what a mean divides by, and the loss.
+/* SUMS: reductions over rows. The divisor of a mean, and the sum of the losses.
  *
  *     divisor = Σ_i factor_i · (w[y_i] or 1)      scale = upstream / divisor      loss = Σ_i loss_i / divisor
  *
- * with factor_i the sample weight, 0 for an ignored row; a bad label counts nothing here (its own row is NaN). Legal
- * before any logit is read: all of it follows from targets and weights. The divisor never leaves the device.
+ * with factor_i the sample weight, or 0 for an ignored row; a bad label counts as 0 here (its own row is NaN). Legal
+ * before any logit is read, since all of it depends on targets and weights only. The divisor never leaves the device.
  *
- *   D  XE_SUMS(name, A, CLUSTER)   counts rows (where `counts`), adds losses (where `losses` are given), or both
+ *   XE_SUMS(name, A, CLUSTER)   counts rows (if `counts`), adds losses (if `losses` is given), or both
  *
  * Launch   1024 threads; 1 block for few rows, a cluster of CLUSTER blocks for more (compute capability 9.0), else 128
- *          blocks: constants, so that the order of the sum follows from N alone. The blocks of a cluster send their sums
- *          to its first; others leave them in `partials`. Who adds those up: where there is a `ticket`, the last to finish.
- *          It must be 0 at the start, and the launch over the rows, which comes before, sees to that (`open`): so no
- *          memory outlives a call, which streams, graphs and calls that never ended could disagree about. Where rows
- *          are counted nothing comes before; there the blocks only leave their sums, and a second launch, of 1 block,
- *          has them as `parts`.
- * Moves    per row: the label, the weights, the loss. Little beside C logits. AHEAD rows are on their way to a thread,
- *          64 KB of labels to a block: what an SM can wait for.
- * Numbers  float64 throughout, in a fixed order: bitwise the same from run to run. 0 / 0 is NaN. Rows that weigh 1 are
- *          counted as integers, because many chips add float64 slowly.
+ *          blocks: constants, so that the order of the sum depends on N only. The blocks of a cluster send their sums
+ *          to its first block; others write them to `partials`. If there is a `ticket`, the last block to finish adds
+ *          the partials. The ticket must be 0 at the start, which the preceding launch over the rows ensures (`open`),
+ *          so no memory outlives a call for streams, graphs or aborted calls to leave in a bad state. When rows are
+ *          counted there is no preceding launch: the blocks only write their partials, and a second launch, of 1 block,
+ *          reads them as `parts`.
+ * Moves    per row: the label, the weights, the loss; little compared with C logits. Each thread has loads for AHEAD
+ *          rows in flight, a block 64 KB of labels, which is as much as an SM can have outstanding.
+ * Numbers  float64 throughout, in a fixed order: bitwise reproducible. 0 / 0 is NaN. Rows of weight 1 are counted as
+ *          integers, because many chips add float64 slowly.
  * Aliasing none.
- * Tried    a ticket that is 0 again at the end: somebody must make it 0 at first, a memset for each call. More launches
- *          instead of the ticket: as dear as the memset, where the losses of a small batch are summed.
+ * Tried    A ticket that the last block resets to 0: something must still zero it first, which is a memset per call.
+ *          More launches instead of a ticket: as expensive as the memset for the losses of a small batch.
  */
 
 #include "problem.cuh"
 
 struct Sums { double count, loss; };
 
-// The one argument, by value: words of 8 bytes, field for field those of Sum in cuda.py.
+// The only argument, by value: 8-byte words, field for field those of Sum in cuda.py.
 template <class A> struct Sum {
     const void* target; i64 kind, target_outer, target_inner;
     i64 rows, classes, inner;
     i64 ignores, ignore_index;
-    const A *weight, *sample_weight, *losses;        // null: all 1; nothing to add
-    i64 counts;                                      // whether the divisor is counted, or else
-    double divisor; const double* divisor_at;        // ... known
+    const A *weight, *sample_weight, *losses;        // null: all 1; no losses to add
+    i64 counts;                                      // whether to count the divisor, else
+    double divisor; const double* divisor_at;        // ... it is known: a number, or in memory
     double upstream; const A* upstream_at;
-    double* partials; i64 parts;                     // 2 numbers for each block, after one in place of which is
-    u32* ticket;                                     // ... this, which is 0; or null
-    double* divisor_to; A *scale_to, *loss_to;       // null: not wanted
+    double* partials; i64 parts;                     // a ticket, then 2 numbers per block; blocks whose sums it holds
+    u32* ticket;                                     // null, or the ticket in `partials`, which is 0
+    double* divisor_to; A *scale_to, *loss_to;       // outputs; null: not wanted
 };
 
-// Over the block, in a fixed order; the result is in thread 0.
+// Over the block, in a fixed order; thread 0 gets the result.
 XE_DEVICE Sums sum_threads(Sums s) {
     XE_SHARED(double, counts, 32);
     XE_SHARED(double, losses, 32);
@@ -55,9 +55,9 @@ XE_DEVICE Sums sum_threads(Sums s) {
     return s;
 }
 
-// What this thread adds of the rows.
+// This thread's sum over rows.
 template <class A> XE_DEVICE Sums of_rows(const Sum<A>& p) {
-    constexpr int AHEAD = 32 / sizeof(A);  // more of double do not fit in 64 registers
+    constexpr int AHEAD = 32 / sizeof(A);  // more doubles do not fit in 64 registers
     const i64 step = static_cast<i64>(gridDim.x) * blockDim.x;
     const int kind = static_cast<int>(p.kind);
     const bool has_labels = p.counts && is_label(kind), weighs = p.weight || p.sample_weight;
@@ -67,7 +67,7 @@ template <class A> XE_DEVICE Sums of_rows(const Sum<A>& p) {
         i64 label[AHEAD] = {};
         A loss[AHEAD] = {};
         const bool all = start + (AHEAD - 1) * step < p.rows;
-        if (has_labels && all && p.inner == 1) {  // at once: where each is asked after the other, each is waited for
+        if (has_labels && all && p.inner == 1) {  // all loads in flight together
             labels_at(p.target, start * p.target_outer, step * p.target_outer, kind, label);
         } else if (has_labels) {
 #pragma unroll 1
@@ -103,7 +103,7 @@ template <class A> XE_DEVICE Sums of_rows(const Sum<A>& p) {
     return s;
 }
 
-// What this thread adds of the sums of blocks.
+// This thread's sum over the partial sums of blocks.
 XE_DEVICE Sums of_blocks(const double* partials, i64 blocks) {
     Sums s = {0, 0};
     for (i64 b = threadIdx.x; b < blocks; b += blockDim.x) {
@@ -121,7 +121,7 @@ template <class A, int CLUSTER> XE_DEVICE void xent_sums(const Sum<A>& p) {
         if (threadIdx.x == 0) {
             mbar_init(arrived, 1);
             mbar_init_fence();
-            mbar_expect(arrived, CLUSTER * 16);  // only the first block is sent any
+            mbar_expect(arrived, CLUSTER * 16);  // only the first block receives any
         }
         cluster_arrive();
     }

@@ -1,46 +1,45 @@
-/* Softmax cross-entropy on millions of rows of few classes that lie one after another: (N, C) with C up to 64.
+/* Softmax cross-entropy on millions of contiguous rows of few classes: (N, C) with C up to 64.
  *
  *     loss = Σ a_k (lse - x_k) + z·lse²        grad_k = scale [(mass + 2 z lse) p_k - a_k]        (as rows.cu)
  *
- *   T  XE_TINY(name, T, JOB, VARIANT, C, EACH, THREADS, BLOCKS)      rows are held by one thread each, in registers
+ *   XE_TINY(name, T, JOB, VARIANT, C, EACH, THREADS, BLOCKS)      TINY: each row is held by one thread, in registers
  *
- * Compiled for its C, so that every loop over classes is unrolled and every place in shared memory known.
+ * Compiled for its C, so that all loops over classes are unrolled and all shared memory offsets are constants.
  *
- * Launch   THREADS threads, EACH rows each, 32 apart; no warp waits for another. Several where a row has so few classes
- *          that what is not of any row would be most of the work. THREADS, BLOCKS: __launch_bounds__.
- * Moves    per row: C in, and C out where a gradient is written. Rows that do not count are read too. A target
+ * Launch   THREADS threads with EACH rows each, 32 apart; no warp waits for another. EACH > 1 for rows with so few
+ *          classes that the work that belongs to no row would dominate. THREADS, BLOCKS: __launch_bounds__.
+ * Moves    per row: C in, and C out if a gradient is written. Rows that do not count are read, too. A target
  *          distribution is read once.
- * Wide     Rows that are one access of 1 to 16 bytes, or few vectors of 16, are read and written as they are. Of others
- *          the rows of a warp are one stretch of memory, which starts on 16 bytes where the array does: it is copied
- *          to shared memory in vectors, and each thread takes its row from there by the widest accesses that a row is a
- *          multiple of. So rows are an odd number of accesses apart, and no two lanes want the same bank; rows of an even
- *          number of vectors are given a free one. The gradient goes back the same way. An array that starts elsewhere
- *          is copied element by element.
- * Usual    of rows of up to 12 bytes, most of the work would be to ask for options: see lean.cuh. A warp all of
- *          whose rows are there, in dense arrays, is executed apart from others.
- * Numbers  what is not the maximum is added for its own, so that confident rows need no second look: two instructions a
- *          logit, where memory leaves time for fifteen. A sum goes from the last class to the first.
+ * Vectors  Rows that are one access of 1 to 16 bytes, or a few vectors of 16, are read and written directly. Otherwise
+ *          the rows of a warp are a contiguous range of memory, 16-byte aligned if the array is: it is copied to shared
+ *          memory in vectors, and each thread reads its row from there by the widest access that divides a row. Rows
+ *          are then an odd number of accesses apart, which avoids bank conflicts; rows of an even number of vectors are
+ *          padded by one. The gradient takes the same way back. An unaligned array is copied element by element.
+ * Options  for rows of up to 12 bytes, most of the work would be testing for options: see lean.cuh. A full warp of
+ *          contiguous rows without options has its own copy of the code.
+ * Numbers  everything except the maximum is summed separately, so confident rows need no second pass: that takes two
+ *          instructions per logit, where memory leaves time for fifteen. A sum goes from the last class to the first.
  * Aliasing grad may be the logits: a warp has read its rows before it writes any of them.
- * Tried    On an H200: rows of 64 and 128 bytes straight from and to memory, 78 and 62 % of the bandwidth of a copy in
- *          float32 with gradient (101 and 83 without), because each store then fills half a sector.
- *          Moving words to places with a free word after every 32: 3 to 4 instructions a logit to find them.
+ * Tried    On an H200: rows of 64 and 128 bytes directly from and to memory: 78 and 62 % of a copy's bandwidth in
+ *          float32 with gradient (101 and 83 without), because each store then fills half a sector. Padding shared
+ *          memory by one word after every 32: 3 to 4 instructions per logit for the addresses.
  */
 
 #include "lean.cuh"
 
-// Rows of C numbers of a type, EACH times 32 of which a warp has.
+// 32·EACH rows of C numbers, which a warp reads or writes.
 template <class Q, int C, int EACH> struct Rows {
     static constexpr int BYTES = C * sizeof(Q), SIZE = 16 / sizeof(Q), TURNS = (EACH * BYTES + 15) / 16;
     static constexpr int WIDTH = BYTES % 16 == 0 ? 16 : BYTES % 8 == 0 ? 8 : BYTES % 4 == 0 ? 4 : 2;  // of an access
-    static constexpr int APART = C + (BYTES % 32 == 0 ? SIZE : 0);  // in shared memory
-    static constexpr int SHARED = EACH * 32 * APART * sizeof(Q) / 16;  // vectors for a warp
-    // Whether rows are read and written as they lie in memory.
+    static constexpr int APART = C + (BYTES % 32 == 0 ? SIZE : 0);  // row stride in shared memory
+    static constexpr int SHARED = EACH * 32 * APART * sizeof(Q) / 16;  // vectors per warp
+    // Whether rows are read and written directly, without shared memory.
     static constexpr bool direct(bool writes) { return BYTES == WIDTH || (WIDTH == 16 && BYTES <= (writes ? 32 : 64)); }
 
     static XE_DEVICE bool lies_on(const Q* at, int bytes) { return (reinterpret_cast<u64>(at) & (bytes - 1)) == 0; }
     static XE_DEVICE int place_of(int e) { return APART == C ? e : e + e / C * SIZE; }
 
-    // A row, from an address on WIDTH bytes, and to it.
+    // Reads or writes a row, WIDTH bytes aligned.
     template <class A> static XE_DEVICE void get(const Q* from, A (&x)[C]) {
         if constexpr (WIDTH == 2) {
             elements(from, x);
@@ -82,7 +81,7 @@ template <class Q, int C, int EACH> struct Rows {
             }
         }
     }
-    // ... and where it is not on WIDTH bytes.
+    // ... and reads one that is not.
     template <class A> static XE_DEVICE void elements(const Q* from, A (&x)[C], i64 step = 1) {
 #pragma unroll
         for (int k = 0; k < C; ++k) x[k] = to_acc(from[k * step]);
@@ -103,57 +102,57 @@ template <class Q, int C, int EACH> struct Rows {
         w[2 * k] = static_cast<u32>(double_bits(y[k])), w[2 * k + 1] = static_cast<u32>(double_bits(y[k]) >> 32);
     }
 
-    // Between memory and shared memory, by a warp: what is asked for first is taken later. Of what does not start on 16
-    // bytes there are no vectors.
+    // Between global and shared memory, by a warp: all loads are issued before the first is used. If the range is not
+    // 16-byte aligned, it has no vectors.
     static XE_DEVICE int vectors_of(const Q* at, int here) { return lies_on(at, 16) ? here * C / SIZE : 0; }
-    struct Asked { uint4 v[TURNS]; };
-    static XE_DEVICE Asked ask(const Q* from, int vectors) {
+    struct Loaded { uint4 v[TURNS]; };
+    static XE_DEVICE Loaded load(const Q* from, int vectors) {
         const int lane = threadIdx.x % 32;
-        Asked asked;
+        Loaded loaded;
 #pragma unroll
         for (int i = 0; i < TURNS; ++i) {
-            asked.v[i] = i * 32 + lane < vectors ? ld16(from + (i * 32 + lane) * SIZE) : make_uint4(0, 0, 0, 0);
+            loaded.v[i] = i * 32 + lane < vectors ? ld16(from + (i * 32 + lane) * SIZE) : make_uint4(0, 0, 0, 0);
         }
-        return asked;
+        return loaded;
     }
-    static XE_DEVICE void bring(const Asked& asked, Q* tile, const Q* from, int vectors, int here) {
+    static XE_DEVICE void to_shared(const Loaded& loaded, Q* tile, const Q* from, int vectors, int here) {
         const int lane = threadIdx.x % 32;
 #pragma unroll
         for (int i = 0; i < TURNS; ++i) {
-            if (i * 32 + lane < vectors) st16(tile + place_of((i * 32 + lane) * SIZE), asked.v[i]);
+            if (i * 32 + lane < vectors) st16(tile + place_of((i * 32 + lane) * SIZE), loaded.v[i]);
         }
         if (vectors * SIZE < here * C) {
-            seldom();
+            rare_path();
 #pragma unroll 1
             for (int e = vectors * SIZE + lane; e < here * C; e += 32) tile[place_of(e)] = from[e];
         }
-        sync_warp();  // the rows are in shared memory, brought by all lanes
+        sync_warp();  // the rows are in shared memory, from all lanes
     }
-    static XE_DEVICE void send(Q* to, const Q* tile, int vectors, int here) {
+    static XE_DEVICE void from_shared(Q* to, const Q* tile, int vectors, int here) {
         const int lane = threadIdx.x % 32;
 #pragma unroll
         for (int i = 0; i < TURNS; ++i) {
             if (i * 32 + lane < vectors) st16(to + (i * 32 + lane) * SIZE, ld16(tile + place_of((i * 32 + lane) * SIZE)));
         }
         if (vectors * SIZE < here * C) {
-            seldom();
+            rare_path();
 #pragma unroll 1
             for (int e = vectors * SIZE + lane; e < here * C; e += 32) to[e] = tile[place_of(e)];
         }
     }
 
-    // A row where it lies; `aligned`: on WIDTH bytes.
+    // A row, read directly; `aligned`: to WIDTH bytes.
     template <class A> static XE_DEVICE void get_from_memory(const Q* from, bool aligned, A (&x)[C]) {
         if (aligned) get(from, x);
         else {
-            seldom();
+            rare_path();
             elements(from, x);
         }
     }
 };
 
-// A row and what is asked of it, by one thread. `x`: its logits, in the end its gradient. `a`: what each class has of the
-// target but for what the label has. `again`: the logits once more; `g`: one place after another for gradients.
+// One row, by one thread. `x`: its logits, at the end its gradient. `a`: the shares of the target, without the label's
+// own. `again`: the logits in memory; `g`: where the gradient goes.
 template <class T, int JOB, int VARIANT, int C> struct Thread {
     typedef typename Acc<T>::type A;
     const Problem<T>& p;
@@ -164,7 +163,7 @@ template <class T, int JOB, int VARIANT, int C> struct Thread {
         return has_softcap(VARIANT) ? cap.of(x) : Capped<A>{x, 1};
     }
 
-    // Whether `x` is the gradient now, or it is in `g` already.
+    // Returns whether `x` is now the gradient; else it is already in `g`.
     XE_DEVICE bool work(A (&x)[C], A (&a)[C], const T* again, T* g) const {
         const Cap<A> cap(p.softcap);
         const int label = row.label;
@@ -178,7 +177,7 @@ template <class T, int JOB, int VARIANT, int C> struct Thread {
         const Capped<A> highest = capped(cap, raw);
         stats.max = JOB == GRAD ? p.max[r] : highest.x;
 
-        // All that is not the maximum; how often that is there, and what its first class has of the target.
+        // The sum without the maximum; how often the maximum occurs, and its first class's share of the target.
         const Exponentials<A, C <= 8> powers(stats.max);
         const A half_max = static_cast<A>(0.5) * stats.max;
         A others = 0, ties = 0, half_gap = 0, mass = 0, slope[C], top_a = 0;
@@ -191,7 +190,7 @@ template <class T, int JOB, int VARIANT, int C> struct Thread {
             if (every_class(VARIANT)) {
                 a[k] += k == label ? row.on_label : 0;
                 const A half = half_max - static_cast<A>(0.5) * c.x;
-                // 0·inf counts 0, and so does inf - inf; softcap makes more logits the same
+                // 0·inf and inf - inf count as 0; softcap can make logits equal
                 if (a[k] != 0 && c.x != highest.x) half_gap += a[k] * half;
                 mass += a[k];
                 if (is_top) top_a = a[k];
@@ -204,7 +203,7 @@ template <class T, int JOB, int VARIANT, int C> struct Thread {
         if (JOB == GRAD) {
             stats.rest = p.rest[r];
             if (by_class(VARIANT)) stats.mass = p.mass[r];
-            if (highest.x != stats.max) top = -1;  // the stats are of other logits
+            if (highest.x != stats.max) top = -1;  // the stats belong to other logits
         } else {
             stats.rest = others * powers.correction + (ties - 1), stats.gap = 2 * half_gap, stats.mass = mass;
         }
@@ -222,7 +221,7 @@ template <class T, int JOB, int VARIANT, int C> struct Thread {
             return true;
         }
         if (row.scale != 0 && !answer.products_are_finite()) {
-            seldom();
+            rare_path();
 #pragma unroll 1
             for (int k = 0; k < C; ++k) {
                 const Capped<A> c = capped(cap, to_acc(again[k]));
@@ -245,7 +244,7 @@ template <class T, int JOB, int VARIANT, int C> struct Thread {
     }
 };
 
-// What each class has of the target beside what the label has. All lanes of a warp.
+// The shares of the target, without the label's own. Called by whole warps.
 template <class T, int C, int VARIANT, class A>
 XE_DEVICE void shares(const Problem<T>& p, const Row<T, VARIANT>& row, uint4* shared, i64 first, int here, int mine,
                       A (&a)[C]) {
@@ -261,7 +260,7 @@ XE_DEVICE void shares(const Problem<T>& p, const Row<T, VARIANT>& row, uint4* sh
         } else {
             Q* const tile = reinterpret_cast<Q*>(shared);
             const int vectors = Of::vectors_of(from, here);
-            Of::bring(Of::ask(from, vectors), tile, from, vectors, here);
+            Of::to_shared(Of::load(from, vectors), tile, from, vectors, here);
             Of::get(tile + mine * Of::APART, a);
             sync_warp();  // all rows have been read, before gradients take their place
         }
@@ -281,9 +280,8 @@ XE_DEVICE void shares(const Problem<T>& p, const Row<T, VARIANT>& row, uint4* sh
     }
 }
 
-// What is known of a thread's rows before their logits are: of `r`, and of others 32 apart, some of which may be past the
-// last.
-template <bool USUAL, int JOB, class T, int VARIANT, int EACH>
+// What is known of a thread's rows before their logits: row `r` and others 32 apart, some of which may be past the last.
+template <bool NO_OPTIONS, int JOB, class T, int VARIANT, int EACH>
 XE_DEVICE void known_of(const Problem<T>& p, i64 r, Row<T, VARIANT> (&rows)[EACH]) {
     typedef typename Acc<T>::type A;
     if constexpr (by_class(VARIANT)) {
@@ -295,17 +293,17 @@ XE_DEVICE void known_of(const Problem<T>& p, i64 r, Row<T, VARIANT> (&rows)[EACH
         A weight[EACH], upstream[EACH];
 #pragma unroll
         for (int n = 0; n < EACH; ++n) {
-            at[n] = USUAL ? r + 32 * n : min(r + 32 * n, p.rows - 1);
+            at[n] = NO_OPTIONS ? r + 32 * n : min(r + 32 * n, p.rows - 1);
             weight[n] = 1, upstream[n] = p.scale;
         }
-        if constexpr (USUAL) {
+        if constexpr (NO_OPTIONS) {
             labels_at(p.target, r, 32, kind, named);
         } else {
 #pragma unroll
             for (int n = 0; n < EACH; ++n) {
                 i64 one[1] = {}, place = at[n] * p.target_outer;
                 if (p.inner != 1) {
-                    seldom();
+                    rare_path();
                     place = at[n] / p.inner * p.target_outer + at[n] % p.inner * p.target_inner;
                 }
                 labels_of(p.target, place, 0, kind, one);
@@ -313,12 +311,12 @@ XE_DEVICE void known_of(const Problem<T>& p, i64 r, Row<T, VARIANT> (&rows)[EACH
             }
         }
         if (p.sample_weight) {
-            seldom();
+            rare_path();
 #pragma unroll
             for (int n = 0; n < EACH; ++n) weight[n] = p.sample_weight[at[n]];
         }
         if (writes_grad(JOB) && p.upstream) {
-            seldom();
+            rare_path();
 #pragma unroll
             for (int n = 0; n < EACH; ++n) upstream[n] = p.upstream[at[n] * p.upstream_step];
         }
@@ -327,35 +325,35 @@ XE_DEVICE void known_of(const Problem<T>& p, i64 r, Row<T, VARIANT> (&rows)[EACH
     }
 }
 
-// USUAL: all rows of the warp are there, logits and gradient start on 16 bytes, and labels lie side by side.
-template <bool USUAL, int JOB, int VARIANT, int C, int EACH, class T>
+// NO_OPTIONS: all rows of the warp exist, logits and gradient are 16-byte aligned, and labels are contiguous.
+template <bool NO_OPTIONS, int JOB, int VARIANT, int C, int EACH, class T>
 XE_DEVICE void xent_tiny(const Problem<T>& p, i64 first, uint4* shared) {
     typedef typename Acc<T>::type A;
     typedef Rows<T, C, EACH> Of;
     constexpr bool WRITES = writes_grad(JOB), DIRECT = Of::direct(WRITES);
     const int lane = threadIdx.x % 32;
-    const int here = USUAL ? 32 * EACH : static_cast<int>(min(p.rows - first, static_cast<i64>(32 * EACH)));
+    const int here = NO_OPTIONS ? 32 * EACH : static_cast<int>(min(p.rows - first, static_cast<i64>(32 * EACH)));
     const T* const logits = p.logits + first * C;
     T* const grad = p.grad + first * C;
     T* const tile = reinterpret_cast<T*>(shared);
 
-    // The logits and what else is known of a row are asked for side by side.
+    // The loads of the logits and of everything else about a row are in flight together.
     A x[EACH][C], a[C];
-    const int vectors = USUAL ? here * C / Of::SIZE : Of::vectors_of(logits, here);
-    typename Of::Asked asked;
+    const int vectors = NO_OPTIONS ? here * C / Of::SIZE : Of::vectors_of(logits, here);
+    typename Of::Loaded loaded;
     if constexpr (DIRECT) {
-        const bool aligned = USUAL || Of::lies_on(logits, Of::WIDTH);
+        const bool aligned = NO_OPTIONS || Of::lies_on(logits, Of::WIDTH);
 #pragma unroll
         for (int n = 0; n < EACH; ++n) {
             if (n * 32 + lane < here) Of::get_from_memory(logits + (n * 32 + lane) * C, aligned, x[n]);
         }
     } else {
-        asked = Of::ask(logits, vectors);
+        loaded = Of::load(logits, vectors);
     }
     Row<T, VARIANT> rows[EACH];
-    known_of<USUAL, JOB>(p, first + lane, rows);
+    known_of<NO_OPTIONS, JOB>(p, first + lane, rows);
     if constexpr (!DIRECT) {
-        Of::bring(asked, tile, logits, vectors, here);
+        Of::to_shared(loaded, tile, logits, vectors, here);
 #pragma unroll
         for (int n = 0; n < EACH; ++n) {
             if (n * 32 + lane < here) Of::get(tile + (n * 32 + lane) * Of::APART, x[n]);
@@ -366,7 +364,7 @@ XE_DEVICE void xent_tiny(const Problem<T>& p, i64 first, uint4* shared) {
         shares<T, C>(p, rows[0], shared, first, here, lane < here ? lane : 0, a);
     }
 
-    const bool aligned = USUAL || !DIRECT || Of::lies_on(grad, Of::WIDTH);
+    const bool aligned = NO_OPTIONS || !DIRECT || Of::lies_on(grad, Of::WIDTH);
 #pragma unroll
     for (int n = 0; n < EACH; ++n) {
         const int at = n * 32 + lane;
@@ -377,14 +375,14 @@ XE_DEVICE void xent_tiny(const Problem<T>& p, i64 first, uint4* shared) {
         if (aligned) {
             Of::put(g, x[n], silent);
         } else {
-            seldom();
+            rare_path();
 #pragma unroll
             for (int k = 0; k < C; ++k) g[k] = from_acc(silent ? 0 : x[n][k], T());
         }
     }
     if (!WRITES || DIRECT) return;
     sync_warp();  // the gradients of all rows are in shared memory
-    Of::send(grad, tile, USUAL ? vectors : Of::vectors_of(grad, here), here);
+    Of::from_shared(grad, tile, NO_OPTIONS ? vectors : Of::vectors_of(grad, here), here);
 }
 
 template <class T, int JOB, int VARIANT, int C, int EACH, int THREADS> XE_DEVICE void xent_tiny(const Problem<T>& p) {
@@ -400,11 +398,11 @@ template <class T, int JOB, int VARIANT, int C, int EACH, int THREADS> XE_DEVICE
     if constexpr (EACH > 1) {
         const u64 places = reinterpret_cast<u64>(p.logits) | (writes_grad(JOB) ? reinterpret_cast<u64>(p.grad) : 0);
         const bool dense = p.inner == 1 && p.target_outer == 1 && places % 16 == 0;
-        if (dense && p.rows - first >= 32 * EACH && is_usual(p)) {
-            return xent_tiny<true, JOB, VARIANT, C, EACH>(as_usual(p), first, shared);
+        if (dense && p.rows - first >= 32 * EACH && has_no_options(p)) {
+            return xent_tiny<true, JOB, VARIANT, C, EACH>(without_options(p), first, shared);
         }
         {
-            seldom();
+            rare_path();
             xent_tiny<false, JOB, VARIANT, C, EACH>(p, first, shared);
         }
     } else {

@@ -13,7 +13,7 @@ import hypothesis
 import ml_dtypes
 import numpy as np
 import pytest
-import tally
+from support import tally
 
 BACKENDS = ("numpy", "numpy-readonly", "array-api-strict", "torch", "jax", "cupy", "emulated")
 
@@ -55,8 +55,8 @@ class Backend:
         if name == "cupy":
             self.engines = ("cuda", "generic")
         if name == "emulated":  # the CUDA engine on NumPy arrays
-            import emulated
-            from simt.build import available
+            from support import emulated
+            from support.simt.build import available
 
             if available() is not None:
                 raise ImportError(f"the emulation {available()}")

@@ -83,7 +83,8 @@ def test_a_backend_that_is_there_may_not_be_skipped_where_it_is_required(tmp_pat
 
 
 COUNTED = """
-import pytest, tally
+import pytest
+from support import tally
 
 @pytest.mark.parametrize("number", range(8))
 def test_counted(number):

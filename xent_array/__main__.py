@@ -1,4 +1,4 @@
-"""What is installed here, which engine takes what, and the worked example and a short timing on each.
+"""What is installed here and which engine handles what, with the worked example and a short timing on each engine.
 
 Usage: python -m xent_array [--json | --explain SHAPE:DTYPE[@axisN][@smNN][+OPTION] | --version]
 """
@@ -22,19 +22,20 @@ import numpy as np
 
 from . import __version__, _engines, cross_entropy, cross_entropy_value_and_grad
 from ._engines import ENGINES, _model, cpu
+from ._engines.cpu import cores
 from ._problem import problem_without_target
 from ._rows import Rows
 
 PACKAGES = ("numpy", "array-api-compat", "numba", "ml_dtypes", "cupy-cuda12x", "cupy-cuda13x", "cupy", "torch", "jax")
-BORROWED = {"PyTorch": "torch", "JAX": "jax"}  # by the name of the module: whose arrays' memory engines may take
+BORROWED = {"PyTorch": "torch", "JAX": "jax"}  # module names of libraries whose arrays' memory the engines can use
 LOGITS = [[2.0, 1.0, 0.1], [0.1, 2.0, 1.9]]
 TARGET = [[0, 1, 0], [1, 0, 0]]
 SIZE = (512, 32000)  # a batch of token positions and a vocabulary: 66 MB of float32
-TOLERANCE = 1e-6  # of the worked example in float32, whose numbers are all below 3
+TOLERANCE = 1e-6  # for the worked example in float32, where all numbers are below 3
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the report; 0 if every check holds, 1 if one does not."""
+    """Print the report; returns 0 if every check passes and 1 otherwise."""
     parser = argparse.ArgumentParser(prog="python -m xent_array", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--version", action="version", version=f"xent_array {__version__}")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
@@ -57,10 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def gather() -> dict[str, Any]:
-    """All that is reported, as plain data."""
+    """The contents of the report, as plain data."""
     results = []
-    compiled = cpu.compiled_body()
-    without = compiled if isinstance(compiled, str) else None
     for library, xp, missing in _libraries():
         for name in ENGINES:
             reason = missing or ENGINES[name].declines(_rows(xp))
@@ -68,13 +67,15 @@ def gather() -> dict[str, Any]:
             if reason is None:
                 entry |= _worked_example(name, xp) | _timing(name, xp)
             results.append(entry)
+    compiled = cpu.loops()  # after the calls above, of which the first compiles
+    without = compiled if isinstance(compiled, str) else None
     return {
         "xent_array": __version__,
         "folder": str(Path(__file__).parent),
         "python": platform.python_version(),
         "machine": platform.machine(),
         "cores": os.cpu_count(),
-        "threads": cpu.threads(),
+        "threads": cores.threads(),
         "cpu engine": {"loops": "NumPy" if without else "compiled by Numba", "reason": without},
         "packages": {name: _version(name) for name in PACKAGES},
         "borrowed": {name: _engines_of_memory() for name, module in BORROWED.items() if _is_there(module)},
@@ -96,7 +97,7 @@ def _is_there(module: str) -> bool:
 
 
 def _engines_of_memory() -> dict[str, dict[str, str | None]]:
-    """Which engine takes the arrays of a library that lends their memory, in that of the host and of a GPU, and why."""
+    """For a library whose arrays' memory can be borrowed: the engine in host memory and on a GPU, and why."""
     without = None if _is_there("cupy") else "CuPy is not installed"
     found: dict[str, dict[str, str | None]] = {
         "host memory": {"engine": "cpu", "reason": None},
@@ -108,7 +109,7 @@ def _engines_of_memory() -> dict[str, dict[str, str | None]]:
 
 
 def _libraries() -> list[tuple[str, Any, str | None]]:
-    """(name, namespace, why it cannot be used here) of the libraries whose arrays are tried."""
+    """(name, namespace, reason why it cannot be used here) of the libraries whose arrays are tried."""
     if not _is_there("cupy"):
         return [("NumPy", np, None), ("CuPy", None, "CuPy is not installed")]
     import cupy
@@ -118,7 +119,7 @@ def _libraries() -> list[tuple[str, Any, str | None]]:
 
 
 def _rows(xp: Any) -> Rows:
-    """The worked example's logits as an engine takes them."""
+    """The logits of the worked example, as an engine takes them."""
     return problem_without_target(xp.asarray(LOGITS, dtype=xp.float32), -1).rows
 
 
@@ -127,7 +128,7 @@ def _on_host(array: Any) -> Any:
 
 
 def _worked_example(engine: str, xp: Any) -> dict[str, Any]:
-    """The example of the README in float32, and how far it is from float64."""
+    """The example from the README in float32, and its distance from the float64 result."""
     logits, target = xp.asarray(LOGITS, dtype=xp.float32), xp.asarray(TARGET)
     p = _engines.softmax(ENGINES[engine], _rows(xp), log=False)[:, :, 0]
     rows = cross_entropy(logits, target, reduction="none", engine=engine)
@@ -142,7 +143,7 @@ def _worked_example(engine: str, xp: Any) -> dict[str, Any]:
 
 
 def _timing(engine: str, xp: Any) -> dict[str, float]:
-    """Loss and gradient at one size against a copy of the logits: both must read N×C numbers and write as many."""
+    """Loss and gradient at one size compared with a copy of the logits, which reads and writes as many numbers."""
     logits = xp.asarray(np.random.default_rng(0).standard_normal(SIZE, dtype=np.float32))
     target = xp.asarray(np.random.default_rng(1).integers(SIZE[1], size=SIZE[0]))
     out = xp.empty_like(logits)
@@ -161,7 +162,7 @@ def _timing(engine: str, xp: Any) -> dict[str, float]:
             start = time.perf_counter()
             work()
             wait()
-            if turn:  # the first is a warm-up
+            if turn:  # the first turn is a warm-up
                 times[work.__name__].append(time.perf_counter() - start)
     moved = 2 * logits.nbytes / 1e9
     took, copied = (statistics.median(times[key]) for key in ("loss_and_grad", "copy"))
@@ -169,7 +170,7 @@ def _timing(engine: str, xp: Any) -> dict[str, float]:
 
 
 def text(report: dict[str, Any]) -> str:
-    """The report for people."""
+    """The report as text."""
     packages = ", ".join(f"{name} {version}" for name, version in report["packages"].items() if version)
     why = report["cpu engine"]["reason"]
     faster = ['faster on NumPy arrays: pip install ".[cpu]" brings Numba, which compiles these loops for this machine']

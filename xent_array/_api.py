@@ -10,7 +10,7 @@ import numpy as np
 from . import _again, _bridges, _engines
 from ._engines import Engine
 from ._problem import (
-    IGNORE_INDEX,
+    OPTIONS,
     Output,
     Problem,
     check_denominator,
@@ -18,7 +18,7 @@ from ._problem import (
     problem_of,
     problem_without_target,
 )
-from ._rows import Array, RowStats
+from ._rows import IGNORE_INDEX, Array, Asked, RowStats
 from ._typing import (
     A,
     Float,
@@ -45,27 +45,28 @@ def softmax(x: Any, *, axis: int = -1) -> Any:
 
     Parameters
     ----------
-    x : array of float16, bfloat16, float32 or float64
-        Logits, of any shape with at least one dimension; a (nested) list is taken as NumPy would take it.
-    axis : int
+    x : array_like
+        Logits of dtype float16, bfloat16, float32 or float64, with at least one dimension. A nested list is converted
+        as NumPy would convert it.
+    axis : int, default -1
         The axis of the classes.
 
     Returns
     -------
     array
-        Probabilities, in the shape, dtype, library and device of `x`. A row that is all -inf or holds +inf or
-        NaN is NaN.
+        Probabilities, with the shape, dtype, library and device of `x`. A row that is all -inf, or that contains +inf
+        or NaN, is NaN.
 
     Raises
     ------
     TypeError
-        `x` is no array, or of another dtype.
+        If `x` is not an array, or has another dtype.
     ValueError
-        `axis` is out of range, or has length 0.
+        If `axis` is out of range or has length 0.
 
     See Also
     --------
-    log_softmax : its logarithm, which does not underflow.
+    log_softmax : The logarithm of the softmax, which does not underflow.
 
     Examples
     --------
@@ -87,32 +88,33 @@ def log_softmax(x: Any, *, axis: int = -1) -> Any:
 
     .. math:: \log \sigma(x)_c = x_c - \max(x) - \log(1 + \sum_{j \ne \arg\max} e^{x_j - \max(x)})
 
-    with the last term by ``log1p``, so that a confident row keeps its small loss where
-    ``log(sum(exp))`` would round it to 0.
+    The last term is computed with ``log1p``, so that a small log-probability in a confident row is kept;
+    ``log(sum(exp(x)))`` would round it to 0.
 
     Parameters
     ----------
-    x : array of float16, bfloat16, float32 or float64
-        Logits, of any shape with at least one dimension.
-    axis : int
+    x : array_like
+        Logits of dtype float16, bfloat16, float32 or float64, with at least one dimension. A nested list is converted
+        as NumPy would convert it.
+    axis : int, default -1
         The axis of the classes.
 
     Returns
     -------
     array
-        Log-probabilities, in the shape, dtype, library and device of `x`. A logit of -inf gives -inf; a row that
-        is all -inf or holds +inf or NaN is NaN.
+        Log-probabilities, with the shape, dtype, library and device of `x`. A logit of -inf gives -inf. A row that is
+        all -inf, or that contains +inf or NaN, is NaN.
 
     Raises
     ------
     TypeError
-        `x` is no array, or of another dtype.
+        If `x` is not an array, or has another dtype.
     ValueError
-        `axis` is out of range, or has length 0.
+        If `axis` is out of range or has length 0.
 
     See Also
     --------
-    cross_entropy : for a loss there is no need of these N×C numbers.
+    cross_entropy : The loss, which does not need this N×C array.
 
     Examples
     --------
@@ -127,7 +129,7 @@ def log_softmax(x: Any, *, axis: int = -1) -> Any:
 def _softmax(x: Any, axis: int, log: bool) -> Array:
     call = None
     if x.__class__ in _again.KINDS:
-        answer, call = _again.ask("softmax", None, (axis, log, None), [x, None])
+        answer, call = _again.ask("log_softmax" if log else "softmax", Asked(axis), [x])
         if answer is not None:
             return answer[0]
     problem = problem_without_target(x, axis)
@@ -150,29 +152,30 @@ def logsumexp(x: Any, *, axis: int = -1, keepdims: bool = False) -> Any:
 
     Parameters
     ----------
-    x : array of float16, bfloat16, float32 or float64
-        Logits, of any shape with at least one dimension.
-    axis : int
+    x : array_like
+        Logits of dtype float16, bfloat16, float32 or float64, with at least one dimension. A nested list is converted
+        as NumPy would convert it.
+    axis : int, default -1
         The axis of the classes.
-    keepdims : bool
-        Keep `axis`, with length 1.
+    keepdims : bool, default False
+        Whether the result keeps `axis`, with length 1.
 
     Returns
     -------
     array
-        The shape of `x` without `axis`; float32 for 16-bit `x`, else its dtype. As in SciPy, a row with +inf gives
-        inf, a row that is all -inf gives -inf.
+        One number per row, in the shape of `x` without `axis`. The dtype is float32 for 16-bit `x` and that of `x`
+        otherwise. As in SciPy, a row that contains +inf gives inf, and a row that is all -inf gives -inf.
 
     Raises
     ------
     TypeError
-        `x` is no array, or of another dtype.
+        If `x` is not an array, or has another dtype.
     ValueError
-        `axis` is out of range, or has length 0.
+        If `axis` is out of range or has length 0.
 
     See Also
     --------
-    row_stats : the same number and the loss, from one read.
+    row_stats : The same number together with the loss, from one read of the logits.
 
     Examples
     --------
@@ -187,21 +190,6 @@ def logsumexp(x: Any, *, axis: int = -1, keepdims: bool = False) -> Any:
         stats = problem.user_stats(problem.home.composed(problem.engine.stats, problem))
         lse = stats.max + xp.log1p(stats.rest)
         return xp.expand_dims(lse, axis=problem.view.axis) if keepdims else lse
-
-
-def _has_no_option(
-    axis: Any, weight: Any, sample_weight: Any, ignore_index: Any, label_smoothing: Any, z_loss: Any, softcap: Any,
-    denominator: Any, validate: Any, engine: Any,
-) -> bool:  # fmt: skip
-    """Whether plain labels along the last axis are all that may be asked about."""
-    return (
-        (weight is None and sample_weight is None and softcap is None)
-        and (denominator is None and validate is None and engine is None)
-        and (axis.__class__ is int and axis == -1)
-        and (ignore_index.__class__ is int and ignore_index < 0)
-        and (label_smoothing.__class__ is float and label_smoothing == 0)
-        and (z_loss.__class__ is float and z_loss == 0)
-    )
 
 
 @overload
@@ -240,86 +228,99 @@ def cross_entropy(
 
     Parameters
     ----------
-    logits : array of float16, bfloat16, float32 or float64
-        Unnormalised scores, of any shape with at least one dimension; the classes lie along `axis`, everything
-        else are rows. Any strides.
-    target : array
-        Either class indices, of any integer dtype, in the shape of `logits` without `axis`; or one distribution per
-        row, float, integer or boolean, in the shape of `logits` (soft labels, one-hot; used as given, also where it
-        does not sum to 1).
-    axis : int
-        The axis of the classes; the last by default, unlike PyTorch. For images in the order (N, C, H, W) it is 1, and
-        nothing is copied for that.
-    reduction : {"mean", "sum", "none"}
-        "none" gives one loss per row. "mean" divides the sum by the number of rows that count, each taken
-        `sample_weight` times and, with class indices only, times the `weight` of its label. (With distributions and
-        `weight` the mean divides by the number of rows, as in PyTorch: the two kinds of target then differ.)
-    weight : array of shape (C,), optional
-        A weight per class; a negative one is used as it is. The weight of a class that no label names is never used,
-        not even where it is inf or NaN.
-    sample_weight : array in the shape of the rows, optional
-        A weight per row: a row of weight s counts s times. A row of weight 0 is inert, whatever it holds. Booleans are
-        a mask of the rows that count; a negative weight is used as it is.
-    ignore_index : int or None
-        Rows with this label have loss 0, gradient 0 and no share in the mean, whatever they hold. None ignores
-        nothing. For class indices only.
-    label_smoothing : float in [0, 1]
-        e in q = (1 - e)·target + e/C. Here and below, an array of no dimension is taken for a number; it is read at
-        once, which waits for the device that it is on.
-    z_loss : float, at least 0
-        z above: pulls lse(x) towards 0. It takes sample weights, never class weights.
-    softcap : float above 0, optional
-        Replaces the logits by ``softcap * tanh(logits / softcap)`` first.
-    denominator : float, or array of no dimension where the logits are, optional
-        What the mean divides by in place of its own count: the tokens of all micro-batches, or of all processes. An
-        array is never read by the host. For ``reduction="mean"`` only.
-    validate : bool, optional
-        True checks every label, also where that waits for a GPU; False checks none. By default they are checked where
-        it costs no waiting: in host memory. Under tracing (``jax.jit``) there is nothing to check. The row of a bad
-        label that is not checked is NaN.
-    engine : str, optional
-        Forces an engine by its name ("cpu", "numpy", "cuda", "generic"; ``python -m xent_array`` lists them);
-        by default the first that takes the arrays.
+    logits : array_like
+        Unnormalized scores of dtype float16, bfloat16, float32 or float64, with at least one dimension and any
+        strides. The classes lie along `axis`, and each index into the other axes is a row. The shape of the rows, here
+        and below, is the shape of `logits` without `axis`.
+    target : array_like
+        Either class indices, of any integer dtype, in the shape of the rows; or one distribution per row, of a float,
+        integer or boolean dtype, in the shape of `logits` (soft labels, one-hot). A distribution is used as given, even
+        if it does not sum to 1.
+    axis : int, default -1
+        The axis of the classes. The default is the last axis, unlike in PyTorch. For images of shape (N, C, H, W) pass
+        1; this makes no copy.
+    reduction : {"mean", "sum", "none"}, default "mean"
+        "none" returns one loss per row. "mean" divides the sum by the number of rows that are not ignored, where each
+        row counts `sample_weight` times and, with class indices only, is multiplied by the `weight` of its label. With
+        distributions and `weight`, the mean divides by the number of rows, as in PyTorch; the two kinds of target
+        therefore give different results.
+    weight : array_like or None, default None
+        A weight for each class, of shape (C,). A negative weight is used as given. The weight of a class that no label,
+        target mass or smoothing meets is never used, not even if it is inf or NaN. By default every class has weight 1.
+    sample_weight : array_like or None, default None
+        A weight for each row, in the shape of the rows: a row of weight s counts s times. A row of weight 0 has no
+        effect, whatever it contains. Booleans are a mask of the rows that count. A negative weight is used as given.
+        By default every row has weight 1.
+    ignore_index : int or None, default -100
+        Rows with this label have loss 0 and gradient 0 and are left out of the mean, whatever they contain. None
+        ignores no label. For class indices only.
+    label_smoothing : float, default 0.0
+        The number e, from 0 to 1, in q = (1 - e)·target + e/C [1]_. Here and for the other options that are numbers, a
+        0-d array may be passed too. Except for `denominator`, its value is read at once, which waits for the device it
+        is on.
+    z_loss : float, default 0.0
+        The number z, at least 0, in the formula above [2]_ [3]_, which pulls lse(x) towards 0. Sample weights multiply
+        this term; class weights never do.
+    softcap : float or None, default None
+        If given, a number above 0: the logits are first replaced by ``softcap * tanh(logits / softcap)`` [4]_.
+    denominator : float, array or None, default None
+        What the mean divides by instead of its own count, for example the number of tokens in all micro-batches or in
+        all processes. An array must be 0-d and on the device of `logits`; on a GPU, its value stays there. Only for
+        ``reduction="mean"``.
+    validate : bool or None, default None
+        True checks every label, even if that has to wait for a GPU; False checks none. By default labels are checked
+        where this involves no waiting, that is in host memory. Labels that are traced (``jax.jit``) have no values to
+        check. If a bad label is not checked, its row is NaN.
+    engine : str, Engine or None, default None
+        The engine to use, by name ("cpu", "numpy", "cuda", "generic"; ``python -m xent_array`` lists them) or as an
+        object. By default the first engine that accepts the arrays.
 
     Returns
     -------
     scalar or array
-        Float32 for 16-bit logits, else in the dtype of the logits; a scalar as the library's ``sum`` returns it, or
-        one number per row, in the shape of `logits` without `axis`. NaN for the mean over no row, as in PyTorch.
+        The reduced loss, a scalar of the kind that the library's ``sum`` returns; or with ``reduction="none"`` one loss
+        per row, in the shape of the rows. The dtype is float32 for 16-bit logits and that of the logits otherwise. The
+        mean over no rows is NaN, as in PyTorch.
 
     Raises
     ------
     TypeError
-        Arrays of different libraries (but those of NumPy go with JAX's) or devices, a dtype that is not listed above,
-        masked arrays.
+        If arrays are from different libraries (NumPy arrays may be combined with JAX logits) or on different devices,
+        if a dtype is not one of those listed above, or if an array is masked.
     ValueError
-        A shape, axis or option out of its range; or a finite weight that the arithmetic cannot hold, such as 1e39 in
-        float32. (Weights in the memory of a GPU are not looked at; they become inf.)
+        If a shape, axis or option is out of range, or if the arithmetic cannot represent a finite weight, such as 1e39
+        in float32. (Weights in the memory of a GPU are not checked; they become inf.)
     IndexError
-        A label that is no class, where labels are checked; the message names the first.
-
-    Notes
-    -----
-    A logit of -inf has probability 0, and 0·(-inf) counts 0 for any kind of target; target mass on a -inf logit
-    gives +inf. A row that is all -inf or holds +inf or NaN is NaN, and no other.
-
-    Rows are summed in float64 where the library has it. In host memory, of NumPy, PyTorch or JAX, a row's loss is the
-    same to the last bit alone, in any batch and under any number of threads.
-
-    To PyTorch's autograd the loss is one node. Where the logits require a gradient it is made along with the loss, from
-    the same read; derivatives by other arguments, and second ones, run through the plain composition. JAX
-    differentiates that composition, and keeps of the logits' size nothing but the logits.
+        If a label is not a class and labels are checked. The message names the first such label.
 
     See Also
     --------
-    cross_entropy_value_and_grad : with the gradient, for one read of the logits.
-    row_stats : the parts it is made of.
+    cross_entropy_value_and_grad : The loss and its gradient, from one read of the logits.
+    row_stats : The quantities that the loss is computed from.
+
+    Notes
+    -----
+    A logit of -inf has probability 0, and 0·(-inf) counts as 0 for any kind of target; target mass on a logit of -inf
+    gives a loss of +inf. If a row is all -inf, or contains +inf or NaN, the loss of that row, and of no other, is NaN.
+
+    Row losses are summed in float64 if the library has it. With the engines "cpu" and "numpy", which handle NumPy,
+    PyTorch and JAX arrays in host memory, the loss of a row is bitwise identical whether the row is computed alone or
+    in any batch, and with any number of threads.
+
+    In PyTorch's autograd graph the loss is a single node. If the logits require a gradient, the forward pass also
+    computes it, from the same read of the logits; for float16 logits, and on a GPU, the backward pass computes it.
+    Derivatives with respect to other arguments, and second derivatives, use a plain composition of array operations.
+    JAX always differentiates that composition; the only array of the size of the logits that it keeps is the logits.
 
     References
     ----------
-    Label smoothing: Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", 2016, section 7.
-    z-loss: de Brébisson and Vincent, "The Z-loss: a shift and scale invariant classification loss", 2016; the form
-    used here is that of Chowdhery et al., "PaLM", 2022, section 5. Softcap: Gemma Team, "Gemma 2", 2024, section 2.
+    .. [1] C. Szegedy et al., "Rethinking the Inception Architecture for Computer Vision", section 7, 2016,
+           arXiv:1512.00567.
+    .. [2] A. de Brébisson and P. Vincent, "The Z-loss: a shift and scale invariant classification loss belonging to the
+           Spherical Family", 2016, arXiv:1604.08859.
+    .. [3] A. Chowdhery et al., "PaLM: Scaling Language Modeling with Pathways", section 5, 2022, arXiv:2204.02311. The
+           z-loss here has the form given there.
+    .. [4] Gemma Team, "Gemma 2: Improving Open Language Models at a Practical Size", section 2, 2024, arXiv:2408.00118.
 
     Examples
     --------
@@ -337,39 +338,21 @@ def cross_entropy(
     >>> cross_entropy(A, np.array([[0, 1, 0], [1, 0, 0]]), reduction="none").round(3)
     array([1.417, 2.62 ])
     """
+    options = (
+        axis, reduction, weight, sample_weight, ignore_index, label_smoothing, z_loss, softcap, denominator, validate,
+        engine, None,
+    )  # fmt: skip
     if logits.__class__ is not np.ndarray and (in_graph := _bridges.in_graph()) is not None:
-        return in_graph.cross_entropy(
-            logits, target, axis=axis, reduction=reduction, weight=weight, sample_weight=sample_weight,
-            ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
-            denominator=denominator, validate=validate, engine=engine,
-        )  # fmt: skip
-    if _has_no_option(
-        axis, weight, sample_weight, ignore_index, label_smoothing, z_loss, softcap, denominator, validate, engine
-    ):
-        at_once = _engines.at_once(logits, target, reduction, None, wants_grad=False)
-        if at_once is not None:
-            return at_once[0]
+        return in_graph.cross_entropy(logits, target, Asked(*options))
+    if (at_once := _engines.at_once(logits, target, options, False)) is not None:
+        return at_once[0]
+    asked = Asked(*options)
     call = None
     if logits.__class__ in _again.KINDS:
-        options = (axis, reduction, ignore_index, label_smoothing, z_loss, softcap, validate)
-        given = [logits, target, weight, sample_weight, denominator, None]
-        answer, call = _again.ask("loss", engine, options, given)
+        answer, call = _again.ask("loss", asked, [logits, target])
         if answer is not None:
             return answer[0]
-    asked: dict[str, Any] = {
-        "axis": axis,
-        "reduction": reduction,
-        "weight": weight,
-        "sample_weight": sample_weight,
-        "ignore_index": ignore_index,
-        "label_smoothing": label_smoothing,
-        "z_loss": z_loss,
-        "softcap": softcap,
-        "denominator": denominator,
-        "validate": validate,
-        "engine": engine,
-    }
-    problem = problem_of(logits, target, **asked, differentiates="loss")
+    problem = problem_of(logits, target, asked, differentiates="loss")
     chosen = problem.engine if call is None else call.noted(problem.engine)
     with problem.home.at_work():
         if problem.home.is_recorded:
@@ -426,48 +409,74 @@ def cross_entropy_value_and_grad(
 ) -> tuple[Any, ...]:
     r"""Cross-entropy and its gradient with respect to the logits, from one read of the logits.
 
-    With :math:`p` the softmax of a row, :math:`a_k = w_k q_k` and ``scale`` all that multiplies the row (upstream
-    gradient, sample weight, 1/denominator), the gradient is
+    With :math:`p` the softmax of a row, :math:`a_k = w_k q_k`, and ``scale`` the product of everything that multiplies
+    the row (upstream gradient, sample weight, 1/denominator), the gradient is
 
     .. math:: \mathrm{scale} \, \bigl[ (\textstyle\sum_j a_j + 2 z \, \mathrm{lse}) \, p_k - a_k \bigr]
 
-    and under softcap that times :math:`1 - \tanh^2`. For the mean over plain labels it is
+    and under softcap this is multiplied by :math:`1 - \tanh^2`. For the mean over plain labels the gradient is
     :math:`(\sigma(A) - Y) / N`.
 
     Parameters
     ----------
-    logits, target, axis, reduction, weight, sample_weight
-        As in `cross_entropy`.
-    ignore_index, label_smoothing, z_loss, softcap, denominator, validate, engine
-        As in `cross_entropy`. ``reduction="none"`` gives the gradient of the sum of the rows.
-    grad_output : scalar, or for ``reduction="none"`` also an array in the shape of the rows, optional
-        The upstream gradient. It multiplies the gradient and not the loss, before the gradient is rounded to the dtype
-        of the logits: the loss scale of 16-bit training goes here, and costs nothing.
-    out : array, optional
-        Where the gradient goes, in the shape and dtype of the logits, with any strides; returned as the same object.
-        ``out=logits`` overwrites the logits and uses no second N×C array.
-    return_stats : bool
-        Return what `row_stats` would, too, from the same read.
+    logits : array_like
+        Unnormalized scores, with the classes along `axis`.
+    target : array_like
+        Class indices in the shape of the rows, or distributions in the shape of `logits`.
+    axis : int, default -1
+        The axis of the classes.
+    reduction : {"mean", "sum", "none"}, default "mean"
+        How the losses of the rows are combined. With "none", the gradient is that
+        of the sum of the rows.
+    weight : array_like or None, default None
+        A weight for each class, of shape (C,).
+    sample_weight : array_like or None, default None
+        A weight for each row, or a mask of the rows that count, in the shape of the rows.
+    ignore_index : int or None, default -100
+        The label of rows that do not count.
+    label_smoothing : float, default 0.0
+        The share of the target, from 0 to 1, that is spread evenly over all classes.
+    z_loss : float, default 0.0
+        The factor of lse² in the loss of a row, at least 0.
+    softcap : float or None, default None
+        The bound, above 0, to which the logits are capped first.
+    denominator : float, array or None, default None
+        What the mean divides by instead of its own count.
+    validate : bool or None, default None
+        Whether labels are checked; by default where this involves no waiting.
+    engine : str, Engine or None, default None
+        The engine to use; by default the first that accepts the arrays.
+    grad_output : float, array_like or None, default None
+        The upstream gradient: a number, or with ``reduction="none"`` also an array in the shape of the rows. By default
+        1. It multiplies the gradient, not the loss, before the gradient is rounded to the dtype of the logits. Loss
+        scaling for 16-bit training can therefore be done here, at no extra cost.
+    out : array or None, default None
+        The array to write the gradient to, with the shape and dtype of the logits and any strides; the same object is
+        returned. ``out=logits`` overwrites the logits and needs no second N×C array. By default a new array is made.
+    return_stats : bool, default False
+        Whether to return what `row_stats` returns as well, from the same read.
 
     Returns
     -------
     loss : scalar or array
-        As from `cross_entropy`.
+        As returned by `cross_entropy`.
     grad : array
-        In the shape, dtype, library and device of the logits. Exactly 0 in a row that does not count. From PyTorch
-        tensors loss and gradient are both detached.
+        The gradient, with the shape, dtype, library and device of the logits. It is exactly 0 in a row that does not
+        count. For PyTorch tensors both the loss and the gradient are detached.
     stats : RowStats
         Only with ``return_stats=True``. Its ``correct`` says which labels were predicted.
 
     Raises
     ------
     TypeError, ValueError, IndexError
-        As in `cross_entropy`; TypeError too for an `out` of another library or dtype, or one that can never be written
-        to (JAX); ValueError for one that is read-only, of another shape, or shares memory with an input in part.
+        As in `cross_entropy`. Also a TypeError if `out` is from another library, has another dtype, or cannot be
+        written to at all (JAX); and a ValueError if `out` is read-only, has another shape, or shares part of its memory
+        with an input.
 
     See Also
     --------
-    cross_entropy_grad : the gradient alone, also from saved `row_stats`.
+    cross_entropy : The loss alone, where all options are described in full.
+    cross_entropy_grad : The gradient alone, optionally from saved `row_stats`.
 
     Examples
     --------
@@ -481,7 +490,7 @@ def cross_entropy_value_and_grad(
     array([[ 0.33 , -0.379,  0.049],
            [-0.464,  0.243,  0.22 ]])
 
-    With what tells the accuracy:
+    With the predictions that the accuracy is computed from:
 
     >>> _, _, stats = cross_entropy_value_and_grad(A, np.array([0, 1]), return_stats=True)
     >>> stats.correct
@@ -493,57 +502,35 @@ def cross_entropy_value_and_grad(
     >>> grad is A
     True
     """
+    options = (
+        axis, reduction, weight, sample_weight, ignore_index, label_smoothing, z_loss, softcap, denominator, validate,
+        engine, grad_output,
+    )  # fmt: skip
     if logits.__class__ is not np.ndarray and not return_stats and (in_graph := _bridges.in_graph()) is not None:
-        loss, grad = in_graph.cross_entropy_value_and_grad(
-            logits, target, axis=axis, reduction=reduction, weight=weight, sample_weight=sample_weight,
-            ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
-            denominator=denominator, validate=validate, engine=engine,
-            grad_output=grad_output, out=out,
-        )  # fmt: skip
-        return loss, grad
-    upstream: Any = grad_output
-    plain = not return_stats and (upstream is None or upstream.__class__ is float)
-    if plain and _has_no_option(
-        axis, weight, sample_weight, ignore_index, label_smoothing, z_loss, softcap, denominator, validate, engine
-    ):
-        at_once = _engines.at_once(logits, target, reduction, upstream, wants_grad=True, out=out)
-        if at_once is not None:
-            return at_once
+        return in_graph.cross_entropy_value_and_grad(logits, target, Asked(*options), out)  # type: ignore[no-any-return]
+    if not return_stats and (at_once := _engines.at_once(logits, target, options, True, out)) is not None:
+        return at_once
+    asked = Asked(*options)
     call = None
     if logits.__class__ in _again.KINDS:
-        options = (axis, reduction, ignore_index, label_smoothing, z_loss, softcap, bool(return_stats), validate)
-        given = [logits, target, weight, sample_weight, denominator, grad_output, out]
-        answer, call = _again.ask("loss and grad", engine, options, given)
+        question = "loss, grad and stats" if return_stats else "loss and grad"
+        answer, call = _again.ask(question, asked, [logits, target], out=out)
         if answer is not None:
             return (*answer[:2], RowStats(*answer[2:])) if return_stats else answer
-    problem = problem_of(
-        logits,
-        target,
-        axis=axis,
-        reduction=reduction,
-        weight=weight,
-        sample_weight=sample_weight,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        softcap=softcap,
-        denominator=denominator,
-        validate=validate,
-        engine=engine,
-        grad_output=grad_output,
-    )
+    problem = problem_of(logits, target, asked)
     into = Output(problem, out)
     chosen = problem.engine if call is None else call.noted(problem.engine)
+    results: Any
     with problem.home.at_work():
         if return_stats:
             loss, grad, stats = _engines.loss_grad_and_stats(chosen, problem.rows, into.view)
-            found: tuple[Any, ...] = problem.loss(loss), into.result(grad), problem.user_stats(stats)
+            results = problem.loss(loss), into.result(grad), problem.user_stats(stats)
         else:
             loss, grad = _engines.loss_and_grad(chosen, problem.rows, into.view)
-            found = problem.loss(loss), into.result(grad)
+            results = problem.loss(loss), into.result(grad)
     if call is not None:
-        call.keep(*found[:2], *(found[2] if return_stats else ()))
-    return found
+        call.keep(*results[:2], *(results[2] if return_stats else ()))
+    return results  # type: ignore[no-any-return]
 
 
 @overload
@@ -583,29 +570,57 @@ def cross_entropy_grad(
 
     Parameters
     ----------
-    logits, target, axis, reduction, weight, sample_weight
-        As in `cross_entropy`.
-    ignore_index, label_smoothing, z_loss, softcap, denominator, validate, engine
-        As in `cross_entropy`.
-    grad_output, out
-        As in `cross_entropy_value_and_grad`.
-    stats : RowStats, optional
-        What `row_stats` returned for the same logits, target and options (which is not checked): the forward pass of an
-        automatic differentiation saves its four arrays, and the backward pass need not reduce the rows again.
+    logits : array_like
+        Unnormalized scores, with the classes along `axis`.
+    target : array_like
+        Class indices in the shape of the rows, or distributions in the shape of `logits`.
+    axis : int, default -1
+        The axis of the classes.
+    reduction : {"mean", "sum", "none"}, default "mean"
+        How the losses of the rows are combined. With "none", the gradient is that
+        of the sum of the rows.
+    weight : array_like or None, default None
+        A weight for each class, of shape (C,).
+    sample_weight : array_like or None, default None
+        A weight for each row, or a mask of the rows that count, in the shape of the rows.
+    ignore_index : int or None, default -100
+        The label of rows that do not count.
+    label_smoothing : float, default 0.0
+        The share of the target, from 0 to 1, that is spread evenly over all classes.
+    z_loss : float, default 0.0
+        The factor of lse² in the loss of a row, at least 0.
+    softcap : float or None, default None
+        The bound, above 0, to which the logits are capped first.
+    denominator : float, array or None, default None
+        What the mean divides by instead of its own count.
+    validate : bool or None, default None
+        Whether labels are checked; by default where this involves no waiting.
+    engine : str, Engine or None, default None
+        The engine to use; by default the first that accepts the arrays.
+    grad_output : float, array_like or None, default None
+        The upstream gradient: a number, or with ``reduction="none"`` also an array in the shape of the rows. By default
+        1.
+    stats : RowStats or None, default None
+        What `row_stats` returned for the same logits, target and options; that they are the same is not checked. An
+        automatic differentiation can save the first four arrays in its forward pass, and its backward pass need not
+        reduce the rows again.
+    out : array or None, default None
+        The array to write the gradient to; ``out=logits`` overwrites the logits. By default a new array is made.
 
     Returns
     -------
     array
-        In the shape, dtype, library and device of the logits.
+        The gradient, with the shape, dtype, library and device of the logits.
 
     Raises
     ------
     TypeError, ValueError, IndexError
-        As in `cross_entropy_value_and_grad`; also for `stats` that are no `RowStats` or of another shape.
+        As in `cross_entropy_value_and_grad`. Also if `stats` is not a `RowStats`, or has another shape.
 
     See Also
     --------
-    cross_entropy_value_and_grad : when the loss is wanted too.
+    cross_entropy : The loss, where all options are described in full.
+    cross_entropy_value_and_grad : The loss and the gradient together.
 
     Examples
     --------
@@ -617,36 +632,18 @@ def cross_entropy_grad(
     array([[ 0.33 , -0.379,  0.049],
            [-0.464,  0.243,  0.22 ]])
     """
+    asked = Asked(
+        axis, reduction, weight, sample_weight, ignore_index, label_smoothing, z_loss, softcap, denominator, validate,
+        engine, grad_output,
+    )  # fmt: skip
     if logits.__class__ is not np.ndarray and stats is None and (in_graph := _bridges.in_graph()) is not None:
-        return in_graph.cross_entropy_grad(
-            logits, target, axis=axis, reduction=reduction, weight=weight, sample_weight=sample_weight,
-            ignore_index=ignore_index, label_smoothing=label_smoothing, z_loss=z_loss, softcap=softcap,
-            denominator=denominator, validate=validate, engine=engine,
-            grad_output=grad_output, out=out,
-        )  # fmt: skip
+        return in_graph.cross_entropy_grad(logits, target, asked, out)
     call = None
     if logits.__class__ in _again.KINDS and (stats is None or stats.__class__ is RowStats):
-        options = (axis, reduction, ignore_index, label_smoothing, z_loss, softcap, validate)
-        given = [logits, target, weight, sample_weight, denominator, grad_output, *(stats or ())[:4], out]
-        answer, call = _again.ask("grad", engine, options, given)
+        answer, call = _again.ask("grad", asked, [logits, target, *(stats or ())[:4]], out=out)
         if answer is not None:
             return answer[0]
-    problem = problem_of(
-        logits,
-        target,
-        axis=axis,
-        reduction=reduction,
-        weight=weight,
-        sample_weight=sample_weight,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        softcap=softcap,
-        denominator=denominator,
-        validate=validate,
-        engine=engine,
-        grad_output=grad_output,
-    )
+    problem = problem_of(logits, target, asked)
     saved = None if stats is None else problem.stats(stats)
     into = Output(problem, out)
     chosen = problem.engine if call is None else call.noted(problem.engine)
@@ -675,22 +672,42 @@ def row_stats(
     validate: bool | None = None,
     engine: str | Engine | None = None,
 ) -> RowStats:
-    r"""What one read of the logits tells of every row.
+    r"""Per-row statistics from one read of the logits: the logsumexp, the loss, and what they are computed from.
 
     .. math:: \mathrm{lse} = \log \sum_k e^{x_k}, \qquad \mathrm{loss} = \sum_k w_k q_k (\mathrm{lse} - x_k)
 
     Parameters
     ----------
-    logits, target, axis, weight, sample_weight, ignore_index, label_smoothing, z_loss, softcap, validate, engine
-        As in `cross_entropy`.
+    logits : array_like
+        Unnormalized scores, with the classes along `axis`.
+    target : array_like
+        Class indices in the shape of the rows, or distributions in the shape of `logits`.
+    axis : int, default -1
+        The axis of the classes.
+    weight : array_like or None, default None
+        A weight for each class, of shape (C,).
+    sample_weight : array_like or None, default None
+        A weight for each row, or a mask of the rows that count, in the shape of the rows.
+    ignore_index : int or None, default -100
+        The label of rows that do not count.
+    label_smoothing : float, default 0.0
+        The share of the target, from 0 to 1, that is spread evenly over all classes.
+    z_loss : float, default 0.0
+        The factor of lse² in the loss of a row, at least 0. Checked, but not part of ``stats.loss``.
+    softcap : float or None, default None
+        The bound, above 0, to which the logits are capped first.
+    validate : bool or None, default None
+        Whether labels are checked; by default where this involves no waiting.
+    engine : str, Engine or None, default None
+        The engine to use; by default the first that accepts the arrays.
 
     Returns
     -------
     RowStats
-        Arrays with one number per row, in the shape of `logits` without `axis`, in the dtype of the loss: ``lse``;
-        ``loss``, without z-loss and sample weights (0 in an ignored row, NaN under a bad label); the
-        parts they are made of; and ``correct``, whether the label is the class that ``argmax(logits)`` names (where
-        the target is class indices). Hand it to `cross_entropy_grad`.
+        Arrays with one number per row, in the shape of the rows and the dtype of the loss. ``lse`` is the logsumexp.
+        ``loss`` is the loss before z-loss and sample weights; it is 0 in an ignored row whose ``lse`` is finite, and
+        NaN under a bad label. For class indices, ``correct`` says whether the label is the class that
+        ``argmax(logits)`` names. `cross_entropy_grad` accepts the whole object.
 
     Raises
     ------
@@ -699,7 +716,9 @@ def row_stats(
 
     See Also
     --------
-    logsumexp : without a target.
+    cross_entropy : The loss, where all options are described in full.
+    logsumexp : The logsumexp alone, which needs no target.
+    RowStats : The result, with every array described.
 
     Examples
     --------
@@ -714,26 +733,15 @@ def row_stats(
     >>> print(f"{np.exp(stats.loss.mean()):.3f}, {stats.correct.mean():.0%}")
     7.527, 0%
     """
+    asked = Asked(
+        axis, "none", weight, sample_weight, ignore_index, label_smoothing, z_loss, softcap, None, validate, engine
+    )
     call = None
     if logits.__class__ in _again.KINDS:
-        options = (axis, ignore_index, label_smoothing, z_loss, softcap, validate)
-        answer, call = _again.ask("stats", engine, options, [logits, target, weight, sample_weight, None])
+        answer, call = _again.ask("stats", asked, [logits, target])
         if answer is not None:
             return RowStats(*answer)
-    problem = problem_of(
-        logits,
-        target,
-        axis=axis,
-        weight=weight,
-        sample_weight=sample_weight,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        softcap=softcap,
-        validate=validate,
-        engine=engine,
-        differentiates="everything",
-    )
+    problem = problem_of(logits, target, asked, differentiates="everything")
     chosen = problem.engine if call is None else call.noted(problem.engine)
     with problem.home.at_work():
         stats = problem.user_stats(problem.home.composed(partial(_engines.row_stats, chosen), problem))
@@ -743,29 +751,55 @@ def row_stats(
 
 
 class CrossEntropyLoss:
-    r"""Cross-entropy as the textbook writes it: `forward`, then `backward`.
+    r"""Cross-entropy as an object with two steps: `forward`, then `backward`.
 
     .. math:: H(A, Y)_i = -\sum_c Y_{ic} \log \sigma(A)_{ic}, \qquad
               \partial\,\mathrm{mean}(H) / \partial A = (\sigma(A) - Y) / N
 
     Parameters
     ----------
-    weight, axis, reduction, sample_weight, ignore_index, label_smoothing, z_loss, softcap
-        As in `cross_entropy`.
-    denominator, validate, engine
-        As in `cross_entropy`.
+    weight : array_like or None, default None
+        A weight for each class, of shape (C,).
+    axis : int, default -1
+        The axis of the classes.
+    reduction : {"mean", "sum", "none"}, default "mean"
+        How the losses of the rows are combined.
+    sample_weight : array_like or None, default None
+        A weight for each row, or a mask of the rows that count, in the shape of the rows.
+    ignore_index : int or None, default -100
+        The label of rows that do not count.
+    label_smoothing : float, default 0.0
+        The share of the target, from 0 to 1, that is spread evenly over all classes.
+    z_loss : float, default 0.0
+        The factor of lse² in the loss of a row, at least 0.
+    softcap : float or None, default None
+        The bound, above 0, to which the logits are capped first.
+    denominator : float, array or None, default None
+        What the mean divides by instead of its own count.
+    validate : bool or None, default None
+        Whether labels are checked; by default where this involves no waiting.
+    engine : str, Engine or None, default None
+        The engine to use; by default the first that accepts the arrays.
 
-    Notes
-    -----
-    The gradient comes from `backward`, not from automatic differentiation: to ask PyTorch for one of this loss is a
-    RuntimeError. Under autograd use `cross_entropy`, or the module `xent_array.torch.CrossEntropyLoss`.
-
-    `forward` keeps a reference to A and Y and a few numbers per row, never an N×C array of its own: do not change A
-    between the two. An object is not thread-safe; use one per thread, or the functions.
+    Raises
+    ------
+    TypeError, ValueError
+        If an option has the wrong type or is out of range.
 
     See Also
     --------
-    cross_entropy_value_and_grad : both at once, for half the work.
+    cross_entropy : The function, where all options are described in full.
+    cross_entropy_value_and_grad : The loss and the gradient together, for half the work.
+    xent_array.torch.CrossEntropyLoss : A PyTorch module, for use with autograd.
+
+    Notes
+    -----
+    The gradient comes from `backward`, not from automatic differentiation: asking PyTorch's autograd for a gradient of
+    this loss raises a RuntimeError. With autograd, use `cross_entropy` or the module
+    `xent_array.torch.CrossEntropyLoss`.
+
+    `forward` keeps references to A and Y and a few numbers per row, but no N×C array of its own, so A must not change
+    before `backward`. An object is not thread-safe: use one per thread, or use the functions.
 
     Examples
     --------
@@ -796,45 +830,65 @@ class CrossEntropyLoss:
         validate: bool | None = None,
         engine: str | Engine | None = None,
     ) -> None:
-        check_options(reduction, ignore_index, label_smoothing, z_loss, softcap, validate)
+        self._asked = Asked(
+            axis, reduction, weight, sample_weight, ignore_index, label_smoothing, z_loss, softcap, denominator,
+            validate, engine,
+        )  # fmt: skip
+        check_options(*(getattr(self._asked, name) for name in OPTIONS))
         check_denominator(denominator, reduction)
         if engine is not None:
             _engines.named(engine)
-        self._options: dict[str, Any] = {
-            "weight": weight,
-            "axis": axis,
-            "reduction": reduction,
-            "sample_weight": sample_weight,
-            "ignore_index": ignore_index,
-            "label_smoothing": label_smoothing,
-            "z_loss": z_loss,
-            "softcap": softcap,
-            "denominator": denominator,
-            "validate": validate,
-            "engine": engine,
-        }
         self._saved: tuple[Problem, RowStats] | None = None
 
     def __repr__(self) -> str:
-        given = ", ".join(f"{name}={value!r}" for name, value in self._options.items() if value is not None)
+        given = ", ".join(f"{name}={value!r}" for name, value in self._asked._asdict().items() if value is not None)
         return f"{type(self).__name__}({given})"
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_saved": None}  # a copy starts before its first forward
 
     def forward(self, A: Values, Y: Values, *, sample_weight: Values | None = None) -> Any:
-        """The loss of logits `A` under target `Y`, detached from any automatic differentiation; see `backward`.
+        """The loss of logits `A` under target `Y`, detached from any automatic differentiation.
+
+        Calling the object does the same.
 
         Parameters
         ----------
-        A, Y
-            `logits` and `target` as in `cross_entropy`.
-        sample_weight
-            Of this batch, in place of the object's own.
+        A : array_like
+            Unnormalized scores, the `logits` of `cross_entropy`.
+        Y : array_like
+            Class indices or distributions, the `target` of `cross_entropy`.
+        sample_weight : array_like or None, default None
+            A weight for each row of this batch, used instead of the object's own. By default the object's own is used.
+
+        Returns
+        -------
+        scalar or array
+            As returned by `cross_entropy`.
+
+        Raises
+        ------
+        TypeError, ValueError, IndexError
+            As in `cross_entropy`.
+
+        See Also
+        --------
+        CrossEntropyLoss.backward : The gradient of this loss.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from xent_array import CrossEntropyLoss
+        >>> A = np.array([[2, 1, 0.1], [0.1, 2, 1.9]])
+        >>> sce = CrossEntropyLoss(reduction="sum")
+        >>> print(f"{sce.forward(A, np.array([1, 0])):.3f}")
+        4.037
+        >>> print(f"{sce.forward(A, np.array([1, 0]), sample_weight=np.array([1, 0.5])):.3f}")
+        2.727
         """
         self._saved = None
-        options = self._options if sample_weight is None else self._options | {"sample_weight": sample_weight}
-        problem = problem_of(A, Y, **options)
+        asked = self._asked if sample_weight is None else self._asked._replace(sample_weight=sample_weight)
+        problem = problem_of(A, Y, asked)
         with problem.home.at_work():
             stats, loss = _engines.stats_and_loss(problem.engine, problem.rows)
             self._saved = problem, stats
@@ -843,17 +897,43 @@ class CrossEntropyLoss:
     __call__ = forward
 
     def backward(self, grad_output: Values | float | None = None, out: Any = None) -> Any:
-        """The gradient with respect to the `A` of the last `forward`.
+        """The gradient of the last `forward`'s loss with respect to its `A`.
 
         Parameters
         ----------
-        grad_output, out
-            As in `cross_entropy_value_and_grad`. After ``out=A`` the logits are gone: `forward` must come first again.
+        grad_output : float, array_like or None, default None
+            The upstream gradient: a number, or with ``reduction="none"`` also an array in the shape of the rows. By
+            default 1.
+        out : array or None, default None
+            The array to write the gradient to, with the shape and dtype of `A` and any strides. ``out=A`` overwrites
+            the logits; another `backward` then needs another `forward` first. By default a new array is made.
+
+        Returns
+        -------
+        array
+            The gradient, with the shape, dtype, library and device of `A`.
 
         Raises
         ------
         RuntimeError
-            No `forward` came before.
+            If there was no `forward` before, or if the logits of the last one have been overwritten by ``out=A``.
+        TypeError, ValueError
+            If `grad_output` or `out` does not fit, as in `cross_entropy_value_and_grad`.
+
+        See Also
+        --------
+        CrossEntropyLoss.forward : The loss, which must be computed first.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from xent_array import CrossEntropyLoss
+        >>> A = np.array([[2, 1, 0.1], [0.1, 2, 1.9]])
+        >>> sce = CrossEntropyLoss()
+        >>> loss = sce.forward(A, np.array([1, 0]))
+        >>> sce.backward(grad_output=10).round(2)
+        array([[ 3.3 , -3.79,  0.49],
+               [-4.64,  2.43,  2.2 ]])
         """
         if self._saved is None:
             raise RuntimeError("backward() needs the logits of a forward(): call forward(A, Y) first")

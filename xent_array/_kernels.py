@@ -1,7 +1,7 @@
-"""The CUDA sources: found, put together as one text per kernel, compiled by CuPy when they are first launched.
+"""The CUDA sources: found, assembled into one text per kernel, and compiled by CuPy on first launch.
 
-A text is a file of kernels/ with its local includes in place, and one line at the end that names the one kernel that
-is wanted: plain `extern "C"` names and no options, which every CuPy keeps in its cache on disk.
+A text is a file of kernels/ with its local includes inlined, and one last line that instantiates the kernel. There are
+only plain `extern "C"` names and no compiler options: every version of CuPy caches those on disk.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 _INCLUDE = re.compile(r'^#include "(.+)"$')
-# How CuPy, the loader it uses, NVRTC and CUDA say that something is not installed; their exceptions are of many types,
-# which they share with a full disk and an exhausted GPU.
+# What CuPy, its loader, NVRTC and CUDA say when something is not installed. The types of their exceptions do not tell:
+# a full disk and an exhausted GPU raise the same.
 _MISSING = re.compile(
     r"(?i)fail(ed|ure) (to load|to open|to find|finding) .*(nvrtc|cudart|CUDA headers)"
     r'|cannot open source file "[^"]*\.h"|cudaErrorInsufficientDriver'
@@ -24,7 +24,7 @@ _MISSING = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """One kernel: the file it is made from, its name, and the line that instantiates it."""
+    """One kernel: its file, its name, and the line that instantiates it."""
 
     file: str
     name: str
@@ -36,7 +36,7 @@ class Kernel:
 
 
 def kernel(file: str, macro: str, words: str, *parameters: object) -> Kernel:
-    """The kernel that `macro` of `file` makes with these parameters; `words` are the start of its name."""
+    """The kernel that `macro` of `file` defines with these parameters; `words` begin its name."""
     given = [str(p).lower() if isinstance(p, bool) else str(p) for p in parameters]
     name = "_".join(("xent", words, *given)).lower()
     return Kernel(file, name, f"{macro}({', '.join((name, *given))})")
@@ -54,12 +54,12 @@ def folder() -> Path:
 
 @cache
 def source(file: str) -> str:
-    """A file with the local files it includes in place of the lines that do so, each once.
+    """A file with its local includes inlined, each once.
 
-    CuPy's cache does not know what an included file says, so nothing is left to include. And what is handed over is
-    ASCII, because CuPy writes it to a file in the encoding of the locale, which may have no Σ, and which some NVRTC
-    switch to ASCII themselves. Only comments hold such characters. Each becomes one "?", so that the lines and columns
-    of a compiler's message are those of the file.
+    CuPy's cache does not look into included files, so there must be none left. The text is ASCII, because CuPy writes
+    it to a file in the encoding of the locale, which may have no Σ, and because some versions of NVRTC switch the
+    locale to ASCII themselves. Only comments hold other characters. Each becomes one "?", so that the lines and columns
+    in a compiler's message are those of the file.
     """
     return "\n".join(_lines(file, set())).encode("ascii", "replace").decode("ascii")
 
@@ -77,7 +77,7 @@ def _lines(file: str, seen: set[str]) -> Iterator[str]:
 
 @cache
 def compiled(kernel: Kernel, device: int) -> Any:
-    """The kernel as CuPy launches it on a device; compiled, or taken from CuPy's cache, at the first call."""
+    """The kernel as CuPy launches it on a device: compiled, or taken from CuPy's cache, on the first call."""
     import cupy
 
     raw = cupy.RawKernel(kernel.text, kernel.name)
@@ -91,7 +91,7 @@ def compiled(kernel: Kernel, device: int) -> Any:
 
 
 def _advice(cupy: Any) -> str:
-    """What to install where NVRTC, the CUDA headers or the driver are not there."""
+    """What to install if NVRTC, the CUDA headers or the driver are missing."""
     major, driver = (v() // 1000 for v in (cupy.cuda.runtime.runtimeGetVersion, cupy.cuda.runtime.driverGetVersion))
     if driver == 0:
         return "there is no NVIDIA driver here, or none that CuPy finds."

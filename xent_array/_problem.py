@@ -1,4 +1,4 @@
-"""From what users pass to `Rows`, and back: every check, the view of any axis as rows, the caller's `out`."""
+"""From what users pass to `Rows` and back: all checks, the view of any axis as rows, and the caller's `out`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from . import _bridges, _engines
 from ._bridges import Home
 from ._engines import Engine
 from ._rows import (
+    IGNORE_INDEX,
     Array,
+    Asked,
     DType,
     Rows,
     RowStats,
@@ -33,7 +35,6 @@ from ._rows import (
     widest,
 )
 
-IGNORE_INDEX = -100
 _ARITHMETIC = {"float16": "float32", "bfloat16": "float32", "float32": "float32", "float64": "float64"}
 _NUMPY = {name: np.dtype(name) for name in ("float32", "float64")}
 _INTEGERS = frozenset(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))
@@ -47,29 +48,29 @@ class View(NamedTuple):
     shape: tuple[int, ...]  # of the logits
     axis: int
     row_shape: tuple[int, ...]  # without the class axis
-    order: tuple[int, ...] | None  # outer, class and inner axes, where that is not their order already
+    order: tuple[int, ...] | None  # outer, class and inner axes; None if they are in that order already
     flat: tuple[int, int, int]  # (outer, C, inner)
 
     def logits(self, xp: Any, array: Array, copy: bool | None = None) -> Array:
-        """(outer, C, inner) of anything in the shape of the logits, without a copy where strides allow."""
+        """An array in the shape of the logits, viewed as (outer, C, inner); no copy if the strides allow it."""
         if self.order is not None:
             array = xp.permute_dims(array, self.order)
         return _reshaped(xp, array, self.flat) if copy is None else xp.reshape(array, self.flat, copy=copy)
 
     def rows(self, xp: Any, array: Array) -> Array:
-        """(outer, inner) of anything in the shape of the rows."""
+        """An array in the shape of the rows, viewed as (outer, inner)."""
         if self.order is not None:
             array = xp.permute_dims(array, self._row_order)
         return _reshaped(xp, array, self.flat[::2])
 
     def from_logits(self, xp: Any, array: Array) -> Array:
-        """Back from (outer, C, inner)."""
+        """An array (outer, C, inner), back in the shape of the logits."""
         if self.order is None:
             return _reshaped(xp, array, self.shape)
         return _unpermuted(xp, array, self.shape, self.order)
 
     def from_rows(self, xp: Any, array: Array) -> Array:
-        """Back from (outer, inner); a NumPy array without dimensions becomes a scalar, as NumPy itself does it."""
+        """An array (outer, inner), back in the shape of the rows; as in NumPy, its 0-d arrays become scalars."""
         if self.order is None:
             array = _reshaped(xp, array, self.row_shape)
         else:
@@ -78,7 +79,7 @@ class View(NamedTuple):
 
     @property
     def row_order(self) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-        """The user's shape of the rows, and the order in which (outer, inner) has them, where that is another."""
+        """The user's shape of the rows and the order of its axes in (outer, inner); None if the order is the same."""
         if self.order is None or self._row_order == tuple(range(len(self.row_shape))):
             return None
         return self.row_shape, self._row_order
@@ -99,7 +100,7 @@ def _unpermuted(xp: Any, array: Array, shape: tuple[int, ...], order: tuple[int,
 
 
 def _conversion(given: Any, role: str, dtype: str, library: Any = np) -> str:
-    """How its owner writes the conversion of an array, or of a list that goes with arrays of `library`."""
+    """Code that converts an array, or a list passed along with arrays of `library`, for use in an error message."""
     if not hasattr(given, "dtype"):
         return f"numpy.array({role}, dtype={dtype!r})" if library is np else f"xp.asarray({role}, dtype=xp.{dtype})"
     if hasattr(given, "astype"):
@@ -108,9 +109,9 @@ def _conversion(given: Any, role: str, dtype: str, library: Any = np) -> str:
 
 
 def _view(logits: Array, axis: int, role: str) -> View:
-    """Row axes that vary faster than the class in memory are inner, all others outer, each from slow to fast.
+    """Row axes that vary faster in memory than the class axis are inner, all others outer, each from slow to fast.
 
-    So any axis order of a contiguous array is a view: (N, C, H, W) over channels-last memory has dense rows.
+    Any axis order of a contiguous array is therefore a view: (N, C, H, W) in channels-last memory has dense rows.
     """
     try:
         axis = operator.index(axis)
@@ -119,7 +120,7 @@ def _view(logits: Array, axis: int, role: str) -> View:
         raise TypeError(f"axis must be an integer, got {axis!r}") from None
     try:
         view = _ordered_view(tuple(logits.shape), axis, role)
-    except TypeError:  # of lengths that are symbols, which cannot be hashed
+    except TypeError:  # symbolic lengths cannot be hashed
         view = _ordered_view.__wrapped__(tuple(logits.shape), axis, role)
     shape, axis, strides = view.shape, view.axis, getattr(logits, "strides", None)
     if strides is None or shape[axis] == 1 or logits.flags.c_contiguous:
@@ -137,7 +138,7 @@ def _view(logits: Array, axis: int, role: str) -> View:
 
 @lru_cache(maxsize=256)
 def _ordered_view(shape: tuple[int, ...], axis: int, role: str) -> View:
-    """The view of axes that lie in memory as they are named."""
+    """The view for axes that lie in memory in the order of the shape."""
     if not shape:
         raise ValueError(f"{role} must have at least one dimension, the classes; got a scalar, of shape ()")
     if not -len(shape) <= axis < len(shape):
@@ -150,32 +151,32 @@ def _ordered_view(shape: tuple[int, ...], axis: int, role: str) -> View:
 
 
 class Problem(NamedTuple):
-    """A checked problem, the engine for it, and the way back to the user's shapes."""
+    """A checked problem, its engine, and the way back to the user's shapes."""
 
     rows: Rows
     view: View
     engine: Engine
-    inputs: dict[str, Any]  # the arrays that the user passed, by name
+    inputs: dict[str, Any]  # the user's arrays, by name
     home: Home
 
     def loss(self, loss: Array) -> Array:
-        """What an engine returned as the loss, as the user gets it."""
+        """The loss that an engine returned, in the form that the user receives."""
         return self.home.give(self.view.from_rows(self.rows.xp, loss) if self.rows.reduction == "none" else loss)
 
     def logits(self, made: Array) -> Array:
-        """What an engine returned in the shape of the logits, as the user gets it."""
+        """An engine's result in the shape of the logits, in the form that the user receives."""
         return self.home.give(self.view.from_logits(self.rows.xp, made))
 
     def per_row(self, made: Array) -> Array:
-        """What an engine returned with one number per row, as the user gets it."""
+        """An engine's result with one number per row, in the form that the user receives."""
         return self.home.give(self.view.from_rows(self.rows.xp, made))
 
     def user_stats(self, stats: RowStats) -> RowStats:
-        """What an engine returned as the stats, as the user gets them."""
+        """The stats that an engine returned, in the form that the user receives."""
         return RowStats(*(None if part is None else self.per_row(part) for part in stats))
 
     def stats(self, stats: RowStats) -> RowStats:
-        """Stats that the user kept, checked and as the engine takes them."""
+        """Stats that the user passed, checked and in the form that an engine takes."""
         if not isinstance(stats, RowStats):
             raise TypeError(f"stats must be what row_stats returned, got {_described(stats)}")
         acc, view = self.rows.acc, self.view
@@ -187,7 +188,7 @@ class Problem(NamedTuple):
         )
 
     def with_upstream(self, grad_output: Any) -> Problem:
-        """The same problem under an upstream gradient."""
+        """The same problem with an upstream gradient."""
         rows, view, value = self.rows, self.view, _host_number(_detached(grad_output))
         upstream: Any
         if isinstance(value, numbers.Real):
@@ -207,9 +208,9 @@ class Problem(NamedTuple):
         return self._replace(rows=rows._replace(upstream=upstream), inputs=inputs)
 
     def check_held(self, given: Any, taken: Array, role: str) -> None:
-        """Raises ValueError where a finite number is infinite in the dtype of the arithmetic, if looking is free.
+        """Raises ValueError if a finite number became infinite in the dtype of the arithmetic, if checking is free.
 
-        In lists that has been looked at before.
+        Lists have been checked before.
         """
         name = _dtype_name(taken.dtype)
         may_be_lost = not isinstance(given, (list, tuple)) and _dtype_name(getattr(given, "dtype", "")) != name
@@ -218,7 +219,7 @@ class Problem(NamedTuple):
 
 
 def _check_all_held(xp: Any, given: Array, taken: Array, role: str) -> None:
-    """Raises ValueError for the first number that is finite in `given`, and infinite in `taken`."""
+    """Raises ValueError for the first number that is finite in `given` but infinite in `taken`."""
     with quiet(xp):
         lost = ~xp.isfinite(taken)
         if not bool(xp.any(lost)):
@@ -236,12 +237,12 @@ def _check_all_held(xp: Any, given: Array, taken: Array, role: str) -> None:
 
 
 def _host_number(value: Any) -> Any:
-    """The number in a NumPy array (), which goes with every library; anything else as it is."""
+    """The number in a 0-d NumPy array, which can be combined with any library; anything else unchanged."""
     return value[()] if isinstance(value, np.ndarray) and value.shape == () else value
 
 
 def _float(value: Any, role: str) -> float:
-    """A real number as Python's own; an integer may be too large for that."""
+    """A real number as a Python float; an integer may be too large for that."""
     try:
         return float(value)
     except OverflowError:
@@ -249,13 +250,13 @@ def _float(value: Any, role: str) -> float:
 
 
 def _check_number(value: Any, role: str) -> None:
-    """Raises TypeError for what is no number, and no array that might be one."""
+    """Raises TypeError for anything that is neither a number nor an array that might hold one."""
     if not hasattr(value, "dtype") and not hasattr(value, "__array__"):
         raise TypeError(f"{role} must be a number or an array of no dimension, got {_described(value)}")
 
 
 def _check_held(xp: Any, value: float, role: str, acc: DType, divides: bool = False) -> None:
-    """Raises ValueError for a finite number, or one that `divides`, whose inverse, the arithmetic cannot hold."""
+    """Raises ValueError if the arithmetic cannot hold a finite number or, if it `divides`, its inverse."""
     info = xp.finfo(acc)
     too_small = divides and 0 < abs(value) < float(info.smallest_normal)
     if too_small or (math.isfinite(value) and abs(value) > float(info.max)):
@@ -265,7 +266,7 @@ def _check_held(xp: Any, value: float, role: str, acc: DType, divides: bool = Fa
 
 
 def problem_without_target(x: Array, axis: int) -> Problem:
-    """The problem that the softmax, its logarithm and logsumexp ask about."""
+    """The problem of softmax, log_softmax and logsumexp."""
     given, x = x, _array(x, "x")
     home = _home(x, [], None, "everything")
     x = home.lend(x)
@@ -273,11 +274,11 @@ def problem_without_target(x: Array, axis: int) -> Problem:
     acc = _arithmetic(xp, x, "x", given)
     view = _view(x, axis, "x")
     rows = Rows(xp, view.logits(xp, x), acc)
-    return Problem(rows, view, home.engine(_engines.pick(rows, None)), {}, home)
+    return Problem(rows, view, home.engine(_engines.pick(rows, None, is_lent=home.bridge is not None)), {}, home)
 
 
 def _home(logits: Array, others: list[Any], engine: str | Engine | None, differentiates: str) -> Home:
-    """Where the engine is to work: on the arrays themselves, or on their memory as another library's arrays."""
+    """Where the engine is to work: on the arrays themselves, or on their memory as arrays of another library."""
     xp = namespace(logits)
     bridge = None if xp is np else _bridges.named(xp.__name__)
     if bridge is None or not _engines.may_borrow(engine):
@@ -286,26 +287,12 @@ def _home(logits: Array, others: list[Any], engine: str | Engine | None, differe
     return Home(logits, xp, bridge if why_not is None else None, differentiates, why_not or "")
 
 
-def problem_of(
-    logits: Any,
-    target: Any,
-    *,
-    axis: int,
-    weight: Any,
-    sample_weight: Any,
-    ignore_index: Any,
-    label_smoothing: Any,
-    z_loss: Any,
-    softcap: Any,
-    validate: bool | None,
-    engine: str | Engine | None,
-    reduction: str = "none",
-    denominator: Any = None,
-    grad_output: Any = None,
-    differentiates: str = "nothing",
-) -> Problem:
-    """Every check there is, once; what a library must be able to differentiate of the answer, `_bridges` says."""
-    options = check_options(reduction, ignore_index, label_smoothing, z_loss, softcap, validate)
+def problem_of(logits: Any, target: Any, asked: Asked, differentiates: str = "nothing") -> Problem:
+    """Makes every check, once. What the library must be able to differentiate is explained in `_bridges`."""
+    axis, reduction, weight, sample_weight, ignore_index, *numbers_asked, denominator, validate, engine, grad_output = (
+        asked
+    )
+    options = check_options(reduction, ignore_index, *numbers_asked, validate)
     given, logits = logits, _array(logits, "logits")
     detach = differentiates == "nothing"
     if detach and not isinstance(logits, np.ndarray):
@@ -331,33 +318,37 @@ def problem_of(
                 )
             ignore_index = None
         elif ignore_index is not None:
-            ignore_index = operator.index(ignore_index)  # an integer of any size, not of NumPy
+            ignore_index = operator.index(ignore_index)  # a Python integer, which has no size limit
             low, high = _integer_range(target_dtype)
             if not low <= ignore_index <= high:
-                ignore_index = None  # no label can be that; PyTorch wraps it to one that can
+                ignore_index = None  # no label can have that value; PyTorch would wrap it to one that can
         class_weight, row_weight = weight, sample_weight
         if weight is not None:
             class_weight = _real(weight, "weight", home, acc, (view.flat[1],), "one number per class,")
         if sample_weight is not None:
             row_weight = _real_rows(sample_weight, "sample_weight", home, acc, view, may_be_mask=True)
+        label_smoothing, z_loss, softcap = options
         rows = Rows(
-            xp,
-            view.logits(xp, logits),
-            acc,
-            view.rows(xp, target) if is_labels else view.logits(xp, target),
-            class_weight,
-            None if row_weight is None else view.rows(xp, row_weight),
-            ignore_index,
-            *options,
-            reduction,
+            xp=xp,
+            logits=view.logits(xp, logits),
+            acc=acc,
+            target=view.rows(xp, target) if is_labels else view.logits(xp, target),
+            weight=class_weight,
+            sample_weight=None if row_weight is None else view.rows(xp, row_weight),
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            softcap=softcap,
+            reduction=reduction,
             row_order=view.row_order,
         )
         if denominator is not None:
             rows = rows._replace(denominator=_denominator(denominator, rows, home))
-        chosen = home.engine(_engines.pick(rows, engine, home.about))
+        chosen = home.engine(_engines.pick(rows, engine, home.about, is_lent=home.bridge is not None))
         if is_labels and validate is not False and (validate or chosen.reads_labels_free(rows)):
             with quiet(xp):
-                rows = Rows(*rows[:-1], _all_labels_count(target, view.flat[1], ignore_index, row_weight))
+                counts = _all_labels_count(target, view.flat[1], ignore_index, row_weight)
+                rows = rows._replace(all_labels_count=counts)
         inputs = {"logits": logits, "target": target}
         inputs |= {"weight": home.lend(weight), "sample_weight": home.lend(sample_weight)}
         problem = Problem(rows, view, chosen, inputs, home)
@@ -369,7 +360,7 @@ def problem_of(
 
 
 def _denominator(value: Any, rows: Rows, home: Home) -> Array | float:
-    """What the mean is to be divided by, checked: a number, or an array () where the logits live."""
+    """What the caller wants the mean to divide by, checked: a number, or a 0-d array on the device of the logits."""
     check_denominator(value, rows.reduction)
     value = _host_number(value)
     if not isinstance(value, numbers.Real):
@@ -385,25 +376,25 @@ def _denominator(value: Any, rows: Rows, home: Home) -> Array | float:
 
 
 def check_denominator(value: Any, reduction: str) -> None:
-    """Raises ValueError for one beside another reduction than the mean."""
+    """Raises ValueError for a denominator with another reduction than the mean."""
     if value is not None and reduction != "mean":
         raise ValueError(f"denominator is what the mean divides by; it goes with no reduction={reduction!r}")
 
 
-_OPTIONS = ("reduction", "ignore_index", "label_smoothing", "z_loss", "softcap", "validate")
+OPTIONS = ("reduction", "ignore_index", "label_smoothing", "z_loss", "softcap", "validate")
 
 
 def check_options(*options: Any) -> tuple[float, float, float | None]:
-    """Checked: what is in _OPTIONS, in that order. Returns the three numbers."""
-    options = tuple(map(_without_dimension, options, _OPTIONS))
+    """Checks the options named in OPTIONS, given in that order, and returns the three numbers among them."""
+    options = tuple(map(_without_dimension, options, OPTIONS))
     try:
         return _checked_options(*options)
-    except TypeError:  # also where something cannot be hashed
+    except TypeError:  # also raised if an option cannot be hashed
         return _checked_options.__wrapped__(*options)
 
 
 def _without_dimension(value: Any, role: str) -> Any:
-    """The number in an array (), which is read here and now; anything else as it is."""
+    """The number in a 0-d array, which is read immediately; anything else unchanged."""
     if isinstance(value, (float, int, str, np.generic)) or value is None or getattr(value, "shape", None) != ():
         return value
     if getattr(value, "requires_grad", False):
@@ -413,7 +404,7 @@ def _without_dimension(value: Any, role: str) -> Any:
     return value.item() if hasattr(value, "item") else value.__index__() if "int" in str(value.dtype) else float(value)
 
 
-@lru_cache(maxsize=256, typed=True)  # 1 is an ignore_index, and True and 1.0 are none
+@lru_cache(maxsize=256, typed=True)  # 1 is a valid ignore_index; True and 1.0 are not
 def _checked_options(
     reduction: str,
     ignore_index: int | None,
@@ -438,7 +429,7 @@ def _checked_options(
 
 
 def _is_integer(value: Any) -> bool:
-    """Whether `value` is an integer of any library; True and False, which Python counts with, are none."""
+    """Whether `value` is an integer of any library; True and False do not count as integers."""
     if isinstance(value, (bool, np.bool_)):
         return False
     try:
@@ -456,7 +447,7 @@ def _number(value: Any, role: str) -> float:
 
 
 def _array(value: Any, role: str, like: Array | None = None) -> Array:
-    """`value` as an array: of the library and on the device of `like`, where that is given."""
+    """`value` as an array; if `like` is given, an array of its library and on its device."""
     given = value
     if isinstance(value, np.ndarray):
         if type(value) is not np.ndarray:
@@ -493,12 +484,12 @@ def _array(value: Any, role: str, like: Array | None = None) -> Array:
 
 
 def _lent(value: Any, role: str, home: Home) -> Array:
-    """`value` as an array for the engine, of what goes with the user's logits."""
+    """`value` as an array that the engine can take, checked against the user's logits."""
     return home.lend(_array(value, role, home.logits))
 
 
 def _from_list(value: Any, role: str, like: Array | None) -> Array:
-    """Lists and numbers as NumPy takes them, in the library of `like`."""
+    """Lists and numbers, converted as NumPy would convert them, in the library of `like`."""
     try:
         as_numpy = np.asarray(value)
     except ValueError as error:  # ragged
@@ -509,16 +500,16 @@ def _from_list(value: Any, role: str, like: Array | None) -> Array:
             raise ValueError(f"{role} holds integers that no dtype holds")
         raise TypeError(f"{role} must be numbers, got a list that holds {', '.join(sorted(kinds))}")
     xp = np if like is None else namespace(like)
-    dtype = index_dtype(xp) if as_numpy.size == 0 and role == "target" else None  # NumPy takes [] for floats
+    dtype = index_dtype(xp) if as_numpy.size == 0 and role == "target" else None  # NumPy would make [] a float array
     if xp is np:
         return as_numpy if dtype is None else as_numpy.astype(dtype)
-    if dtype is None and as_numpy.dtype.kind == "f":  # not what the library takes floats for by default
+    if dtype is None and as_numpy.dtype.kind == "f":  # rather than the library's default float dtype
         dtype = getattr(xp, _ARITHMETIC[_dtype_name(like.dtype)])  # type: ignore[union-attr]
     return xp.asarray(as_numpy.tolist(), dtype=dtype, device=device(like))
 
 
 def _from_protocol(value: Any, role: str) -> Array:
-    """What says itself how it becomes a NumPy array, as tables do, where that is a plain one of numbers."""
+    """An array from an object that NumPy can convert, such as a table column, if the result is plain and numeric."""
     made, advice = None, ""
     is_categorical = str(getattr(value, "dtype", "")) == "category"
     if hasattr(value, "__array__") and not isinstance(value, type) and not is_categorical:
@@ -556,17 +547,17 @@ def _described(value: Any) -> str:
 
 
 def _dtype_name(dtype: DType) -> str:
-    """'float32' for the float32 of any library."""
+    """The name of a dtype of any library, such as 'float32'."""
     return _numpy_name(dtype) if isinstance(dtype, np.dtype) else str(dtype).rpartition(".")[2].rstrip("'>")
 
 
 @lru_cache(maxsize=64)
 def _numpy_name(dtype: DType) -> str:
-    return str(dtype.name)  # worked out anew each time it is asked for
+    return str(dtype.name)  # NumPy computes it anew on every access
 
 
 def _arithmetic(xp: Any, logits: Array, role: str, given: Any) -> DType:
-    """The dtype of the arithmetic for logits that were `given` as an array, or as something that became one."""
+    """The dtype of the arithmetic for logits; `given` is what the user passed, an array or not."""
     name = _dtype_name(logits.dtype)
     if name not in _ARITHMETIC:
         converts = name in _INTEGERS or name == "object"
@@ -578,15 +569,15 @@ def _arithmetic(xp: Any, logits: Array, role: str, given: Any) -> DType:
 
 @lru_cache(maxsize=len(_INTEGERS))
 def _integer_range(name: str) -> tuple[int, int]:
-    """The smallest and the largest number of an integer dtype."""
+    """The smallest and the largest value of an integer dtype."""
     bits = int(name.partition("int")[2])
     return (0, (1 << bits) - 1) if name[0] == "u" else (-(1 << (bits - 1)), (1 << (bits - 1)) - 1)
 
 
 def _check_target(target: Array, name: str, view: View, given: Any, library: Any) -> bool:
-    """Whether `target`, of the dtype `name`, holds class indices; else it is a distribution per row.
+    """Whether `target`, whose dtype is called `name`, holds class indices; otherwise it is one distribution per row.
 
-    It was `given` as an array of `library`, or as something that became one.
+    The user passed it as `given`: an array of `library`, or something that was converted to one.
     """
     shape = tuple(target.shape)
     if shape == view.row_shape:
@@ -615,13 +606,13 @@ def _check_target(target: Array, name: str, view: View, given: Any, library: Any
 def _real(
     value: Any, role: str, home: Home, acc: DType, shape: tuple[int, ...], words: str, may_be_mask: bool = False
 ) -> Array:
-    """An array of real numbers, checked, in the dtype of the arithmetic; of a mask, 0 and 1."""
+    """An array of real numbers, checked, in the dtype of the arithmetic; a mask becomes 0 and 1."""
     is_list = isinstance(value, (list, tuple))
     listed = _from_list(value, role, None) if is_list else value
     value = _array(value, role, home.logits)
     is_numpy = is_list or (isinstance(value, np.ndarray) and home.library is not np)
     if is_numpy and listed.dtype == np.float64 and "32" in _dtype_name(acc):
-        with np.errstate(all="ignore"):  # which other libraries would make in their own dtype at once
+        with np.errstate(all="ignore"):  # other libraries would convert it before it could be checked
             _check_all_held(np, listed, listed.astype(np.float32), role)
     name = _dtype_name(value.dtype)
     if name not in _INTEGERS and name not in _ARITHMETIC and not (may_be_mask and name in _BOOLEANS):
@@ -635,19 +626,22 @@ def _real(
 
 
 def _real_rows(value: Any, role: str, home: Home, acc: DType, view: View, may_be_mask: bool = False) -> Array:
-    """An array of one real number per row, checked, in the user's shape."""
+    """An array with one real number per row, checked, in the user's shape."""
     return _real(value, role, home, acc, view.row_shape, "the shape of the rows,", may_be_mask)
 
 
 def _all_labels_count(target: Array, classes: int, ignore_index: int | None, row_weight: Array | None) -> bool:
-    """Raises IndexError at the first label that is no class, of the rows that count; else, whether every row does."""
+    """Whether it is certain that every label is a class and none is ignored.
+
+    Raises IndexError for the first label, among the rows that count, that is not a class.
+    """
     if is_traced(target) or 0 in target.shape:
-        return False  # there is nothing to read
+        return False  # there are no values to read
     name, target = _dtype_name(target.dtype), _on_host(target)
     xp = namespace(target)
-    if xp is np:  # a third of the time of min and max where there are few labels
+    if xp is np:  # takes a third of the time of min and max if there are few labels
         low, high = target.item(target.argmin()), target.item(target.argmax())
-    else:  # few libraries compare every integer dtype
+    else:  # few libraries can compare every integer dtype
         target = signed(xp, target)
         low, high = int(xp.min(target)), int(xp.max(target))
     if low >= 0 and high < classes:
@@ -665,7 +659,7 @@ def _all_labels_count(target: Array, classes: int, ignore_index: int | None, row
         where = ", ".join(str(int(k)) for k in np.unravel_index(first, target.shape))
         label = int(xp.reshape(target, (-1,))[first])
         smallest, largest = _integer_range(name)
-        label += 0 if label >= smallest else largest + 1  # wrapped above
+        label += 0 if label >= smallest else largest + 1  # undo the wrapping by `signed`
         allowed = "" if ignore_index is None else f", or ignore_index={ignore_index}"
         only = " (the logits have one class)" if classes == 1 else ""
         raise IndexError(
@@ -676,7 +670,7 @@ def _all_labels_count(target: Array, classes: int, ignore_index: int | None, row
 
 
 def _on_host(array: Array) -> Array:
-    """What is in host memory as an array of NumPy, so that no library traces how it is looked at."""
+    """An array in host memory as a NumPy array, so that no library traces the reading of it; others unchanged."""
     if not isinstance(array, np.ndarray):
         with suppress(AttributeError, BufferError, RuntimeError, TypeError, ValueError):
             return np.from_dlpack(array)
@@ -684,7 +678,7 @@ def _on_host(array: Array) -> Array:
 
 
 def _detached(value: Any) -> Any:
-    """Without the record of a library that differentiates: these functions give the gradient themselves."""
+    """`value` without its autograd history: the functions that detach return the gradient themselves."""
     detach = getattr(value, "detach", None)
     return value if detach is None else detach()
 
@@ -693,7 +687,7 @@ def _detached(value: Any) -> Any:
 
 
 def _shared_memory(one: Array, two: Any) -> str:
-    """How much memory two arrays share, element for element: "all", "some" or "none"."""
+    """How two arrays share memory: "all" if element for element, else "some" or "none"."""
     if one is two:
         return "all"
     if two is None or (
@@ -706,7 +700,7 @@ def _shared_memory(one: Array, two: Any) -> str:
     if a == b:
         return "all"
     if isinstance(one, np.ndarray) and isinstance(two, np.ndarray):
-        try:  # exact, where that is not too hard a sum
+        try:  # exact, unless that takes too much work
             some = np.shares_memory(one, two, max_work=100_000)  # type: ignore[arg-type]
             return "some" if some else "none"
         except np.exceptions.TooHardError:
@@ -715,7 +709,7 @@ def _shared_memory(one: Array, two: Any) -> str:
 
 
 def _overlaps_itself(array: Array) -> bool:
-    """Whether elements may lie on each other: some axis takes smaller steps than the faster ones reach."""
+    """Whether elements may overlap: some axis has a smaller step than the range that faster axes cover."""
     extent = _extent(array)
     if extent is None:
         return False
@@ -736,7 +730,7 @@ class _Extent(NamedTuple):
 
 
 def _extent(array: Any) -> _Extent | None:
-    """The bytes an array lies in, by whichever of the usual ways it tells them; None where it has none."""
+    """The bytes that an array occupies, from whichever of the usual interfaces it has; None if it has none."""
     if array is None or 0 in getattr(array, "shape", (0,)) or is_traced(array):
         return None
     strides: tuple[int, ...]
@@ -761,7 +755,7 @@ def _extent(array: Any) -> _Extent | None:
 
 
 class Output:
-    """The caller's `out`, checked; its view as (outer, C, inner), where there is one; and the gradient in the end."""
+    """The caller's `out`, checked, with its view as (outer, C, inner) if there is one; finally, the gradient."""
 
     def __init__(self, problem: Problem, out: Array | None) -> None:
         self.problem, self.out = problem, out
@@ -803,11 +797,11 @@ class Output:
                 raise ValueError(
                     f"out shares memory with {role}; it must be the logits exactly, or memory apart from every input"
                 )
-        with suppress(ValueError, NotImplementedError, AttributeError):  # else the gradient is made apart and copied
+        with suppress(ValueError, NotImplementedError, AttributeError):  # otherwise the gradient is copied
             self.view = view.logits(xp, self.target, copy=False)
 
     def result(self, grad: Array) -> Array:
-        """The gradient where the caller wants it."""
+        """The gradient, stored where the caller wants it."""
         if self.out is None:
             return self.problem.logits(grad)
         if self.view is None:

@@ -1,8 +1,8 @@
-"""The canonical problem, its answer, and what is said of them once for every engine.
+"""The canonical problem, its answer, and the arithmetic on them that all engines share.
 
-`Rows` describes softmax cross-entropy on logits viewed as (outer, C, inner); `RowStats` is what one read of
-the logits tells of each row. The functions below hold the arithmetic that does not touch the logits: which
-labels count, what multiplies a row, what divides the sum, how two parts of a row become one.
+`Rows` describes softmax cross-entropy on logits viewed as (outer, C, inner). `RowStats` holds what one read of the
+logits yields for each row. The functions below hold the arithmetic that does not touch the logits: which labels count,
+what multiplies a row, what divides the sum, and how two parts of a row are merged.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ def namespace(array: Array) -> Any:
     """The Array-API functions of the library that made `array` (NumPy 2 is its own Array-API namespace)."""
     if isinstance(array, (np.ndarray, np.generic)):
         return np
-    # array_namespace makes an array of JAX to see whether it knows its own, which a transfer guard may forbid.
+    # For JAX, array_namespace creates an array as a test, which a transfer guard may forbid.
     return array.__array_namespace__() if is_jax_array(array) else array_namespace(array)
 
 
-# Of the Array API 2023.12: what is asked of a library beside its dtypes and what its arrays do themselves.
+# What a library must have of the Array API 2023.12, beside dtypes and the methods of its arrays.
 FUNCTIONS = (
     "__array_namespace_info__", "abs", "any", "arange", "argmax", "asarray", "astype", "concat", "exp", "expand_dims",
     "finfo", "iinfo", "isfinite", "log1p", "max", "maximum", "min", "ones", "ones_like", "permute_dims", "reshape",
@@ -38,50 +38,50 @@ FUNCTIONS = (
 
 @cache
 def lacks(xp: Any) -> list[str]:
-    """The functions among these that a library has not."""
+    """The names in FUNCTIONS that a library does not have."""
     return [name for name in FUNCTIONS if not hasattr(xp, name)]
 
 
 def place(array: Array) -> Any:
-    """The device of an array, or the set of those it is spread over; None where its library may still choose."""
-    if not hasattr(array, "__dlpack_device__"):  # of JAX under a transformation; of Dask
+    """The device of an array, or the set of devices it is spread over; None while its library may still choose one."""
+    if not hasattr(array, "__dlpack_device__"):  # JAX under a transformation; Dask
         return None
     if not hasattr(array, "sharding"):
         return _device(array)
-    devices = array.sharding.device_set if array.committed else ()  # of JAX, which moves what is not committed
+    devices = array.sharding.device_set if array.committed else ()  # JAX moves arrays that are not committed
     return frozenset(devices) if len(devices) > 1 else next(iter(devices), None)
 
 
 def device(array: Array) -> Any:
-    """Where to make an array that meets `array`; None for the library to choose."""
+    """The device on which to create an array that will be combined with `array`; None lets the library choose."""
     there = place(array)
     return None if isinstance(there, frozenset) else there
 
 
 def is_traced(array: Array) -> bool:
-    """Whether an array stands for numbers that are not there (tracing, a meta device), not yet there, or recorded."""
+    """Whether an array has no values to read: it is traced, lazy, recorded, or on a meta device."""
     if isinstance(array, np.ndarray):
         return False
-    if not hasattr(array, "__dlpack_device__"):  # of JAX under a transformation; of Dask
+    if not hasattr(array, "__dlpack_device__"):  # JAX under a transformation; Dask
         return True
     if not hasattr(array, "data_ptr"):
         return False
     torch, recorder = sys.modules["torch"], sys.modules.get("torch.fx.experimental.proxy_tensor")
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or (recorder and recorder.get_proxy_mode()):
         return True
-    try:  # a fake tensor keeps its numbers where a meta tensor does; one that a function transform wraps, nowhere
+    try:  # a fake tensor's storage is that of a meta tensor; a tensor wrapped by a function transform has none
         return array.untyped_storage().device.type == "meta" or (array.data_ptr() == 0 and 0 not in array.shape)
     except RuntimeError:
         return True
 
 
 def index_dtype(xp: Any, where: Any = None) -> DType:
-    """The signed integers that the library indexes with on the device `where`."""
+    """The signed integer dtype that the library uses for indexing on the device `where`."""
     return np.intp if xp is np else xp.__array_namespace_info__().default_dtypes(device=where)["indexing"]
 
 
 def signed(xp: Any, target: Array) -> Array:
-    """Labels as integers with a sign, one for one: what is beyond those becomes negative, and is no class either."""
+    """Labels as signed integers, one for one; those that are too large become negative, which are no classes either."""
     dtype = index_dtype(xp, device(target))
     if xp.iinfo(target.dtype).bits > xp.iinfo(dtype).bits:
         dtype = xp.int64
@@ -89,16 +89,16 @@ def signed(xp: Any, target: Array) -> Array:
 
 
 def is_ignored(xp: Any, index: Array, ignore_index: int) -> Array:
-    """Which labels, as `signed` gives them, are `ignore_index`, an integer that their own dtype holds."""
+    """Which labels, as returned by `signed`, equal `ignore_index`, an integer that their original dtype can hold."""
     largest = int(xp.iinfo(index.dtype).max)
     return index == (ignore_index if ignore_index <= largest else ignore_index - 2 * (largest + 1))
 
 
 def quiet(xp: Any) -> AbstractContextManager[Any]:
-    """Where the library is to calculate in silence: infinities and NaN are answers here.
+    """A context in which the library calculates without warnings: here infinities and NaN are results.
 
-    To JAX, a number that meets an array on a device is a transfer, which its guard may forbid; those are ours, and no
-    array of the user's is among them.
+    For JAX, a Python number combined with an array on a device is a transfer, which JAX's transfer guard may forbid.
+    These transfers are our own, never of a user's array, so they are allowed.
     """
     if xp.__name__ == "jax.numpy":
         allowed: AbstractContextManager[Any] = sys.modules["jax"].transfer_guard("allow")
@@ -107,22 +107,45 @@ def quiet(xp: Any) -> AbstractContextManager[Any]:
 
 
 def nan_unless(xp: Any, good: Array, values: Array) -> Array:
-    """`values`, and NaN where `good` is false; where all are good no NaN is made, which a debugger might wait for."""
+    """`values`, with NaN where `good` is false.
+
+    If all are good, no NaN is created, because a debugger might stop at one.
+    """
     if xp is np:
-        return np.where(good, values, values.dtype.type(np.nan))  # whose sign is no processor's choice
+        return np.where(good, values, values.dtype.type(np.nan))  # with the same sign on every processor
     with quiet(xp):
         return xp.where(good, values, xp.zeros_like(values)) / xp.astype(good, values.dtype)
 
 
-class Rows(NamedTuple):
-    """One problem: N = outer·inner rows of C logits each, and everything that is asked about them.
+IGNORE_INDEX = -100
 
-    Shapes: logits (outer, C, inner); target (outer, inner) for class indices, (outer, C, inner) for
-    distributions, None to ask for the softmax alone; weight (C,); sample_weight and a per-row upstream (outer, inner).
-    `acc` is the dtype of the arithmetic and of the loss. `denominator` is what the mean divides by, where the caller
-    says so: a number, or an array () in the widest dtype. `row_order` is the user's shape of the rows, and the order of
-    its axes that makes them (outer, inner); None where they are in that order anyhow. `all_labels_count` is True where
-    it is already known that every label is a class and none is ignored; False promises nothing.
+
+class Asked(NamedTuple):
+    """The options of a call, as the user passed them."""
+
+    axis: Any = -1
+    reduction: Any = "mean"
+    weight: Any = None
+    sample_weight: Any = None
+    ignore_index: Any = IGNORE_INDEX
+    label_smoothing: Any = 0.0
+    z_loss: Any = 0.0
+    softcap: Any = None
+    denominator: Any = None
+    validate: Any = None
+    engine: Any = None
+    grad_output: Any = None
+
+
+class Rows(NamedTuple):
+    """One problem: N = outer·inner rows of C logits each, with the target and all options.
+
+    Shapes: logits (outer, C, inner); target (outer, inner) for class indices, (outer, C, inner) for distributions, None
+    for the softmax alone; weight (C,); sample_weight and a per-row upstream (outer, inner). `acc` is the dtype of the
+    arithmetic and of the loss. `denominator` is what the mean divides by if the caller chose it: a number, or a 0-d
+    array in the widest dtype. `row_order` holds the user's shape of the rows and the order in which its axes form
+    (outer, inner); None if they are in that order already. `all_labels_count` is True if it is already known that every
+    label is a class and none is ignored; False means nothing is known.
     """
 
     xp: Any
@@ -162,26 +185,58 @@ class Rows(NamedTuple):
 
 
 class RowStats(NamedTuple):
-    """What one read of the logits tells of each row, free of cancellation, mergeable over disjoint classes.
+    """Per-row statistics, as returned by `row_stats`: above all the logsumexp ``lse`` and the ``loss`` of each row.
 
-    With ``m`` the largest (capped) logit of a row and ``a`` its weighted, smoothed target:
+    With ``x`` the logits of a row after softcap, ``m`` the largest of them, and ``a`` the weighted and smoothed target,
+    ``lse = log(sum(exp(x_k)))`` and ``loss = sum(a_k * (lse - x_k))``. Both are computed from four stored parts, which
+    are free of cancellation and can be merged over disjoint sets of classes. Every array has one number per row, in the
+    shape of the rows (that of the logits without the class axis).
+
+    Parameters
+    ----------
+    max : array
+        ``m``, in the dtype of the loss, as are the next three.
+    rest : array
+        ``sum(exp(x_k - m))`` over every class but the first one that holds ``m``.
+    gap : array
+        ``sum(a_k * (m - x_k))``.
+    mass : array
+        ``sum(a_k)``.
+    correct : array of bool or None, default None
+        Whether the label is the class that ``argmax`` of the logits names, the first if several are largest. False in a
+        row that is ignored, has a bad label or is NaN. None if the target is a distribution.
 
     Attributes
     ----------
-    max : array
-        m
-    rest : array
-        ``sum(exp(x_k - m))`` over every class but the (first) one that holds m
-    gap : array
-        ``sum(a_k * (m - x_k))``
-    mass : array
-        ``sum(a_k)``
-    correct : array of bool, or None
-        Whether the label is the class of the largest logit, the first of them where there are several, as ``argmax``
-        takes it; False in a row that is ignored, has a bad label or is NaN. None where the target is a distribution.
+    lse : array
+        The logsumexp, ``max + tail``. NaN in a row that is all -inf, or that contains +inf or NaN.
+    loss : array
+        The loss before z-loss and sample weights, ``gap + mass * tail``. NaN under a bad label.
+    p_max : array
+        The probability of the first class that holds ``m``, ``1 / (1 + rest)``.
+    tail : array
+        ``log1p(rest)``.
 
-    The first four have one number per row, in the dtype of the loss. ``lse``, ``loss`` and the others below follow
-    from them. As a named tuple they are saved by ``ctx.save_for_backward(*stats)`` and are a JAX pytree.
+    See Also
+    --------
+    row_stats : Returns these statistics.
+    cross_entropy_grad : Accepts them in place of a second reduction.
+
+    Notes
+    -----
+    The parameters are the stored fields; the attributes are computed on access. As a named tuple, an object can be
+    saved with ``ctx.save_for_backward(*stats)`` and restored with ``RowStats(*saved)``, and is a JAX pytree.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from xent_array import RowStats, row_stats
+    >>> stats = row_stats(np.array([[2, 1, 0.1], [0.1, 2, 1.9]]), np.array([1, 1]))
+    >>> stats.lse.round(3), stats.loss.round(3), stats.correct
+    (array([2.417, 2.72 ]), array([1.417, 0.72 ]), array([False,  True]))
+    >>> saved = tuple(stats)
+    >>> RowStats(*saved).max
+    array([2., 2.])
     """
 
     max: Array
@@ -192,7 +247,7 @@ class RowStats(NamedTuple):
 
     @property
     def tail(self) -> Array:
-        """``log1p(rest)``, so that ``lse = max + tail``; NaN in a row that is all -inf or holds +inf or NaN."""
+        """``log1p(rest)``, so that ``lse = max + tail``; NaN in a row that is all -inf or contains +inf or NaN."""
         xp = namespace(self.max)
         return nan_unless(xp, xp.isfinite(self.max), xp.log1p(self.rest))
 
@@ -203,12 +258,12 @@ class RowStats(NamedTuple):
 
     @property
     def loss(self) -> Array:
-        """``sum(a_k * (lse - x_k))`` of each row: before z-loss, ignored rows and sample weights."""
+        """``sum(a_k * (lse - x_k))`` of each row: the loss before z-loss and sample weights."""
         return self.gap + self.mass * self.tail
 
     @property
     def p_max(self) -> Array:
-        """The probability of the (first) largest class, ``1 / (1 + rest)``."""
+        """The probability of the first class with the largest logit, ``1 / (1 + rest)``."""
         xp = namespace(self.max)
         with quiet(xp):
             return nan_unless(xp, xp.isfinite(self.max), 1 / (1 + self.rest))
@@ -217,12 +272,12 @@ class RowStats(NamedTuple):
 def merge(one: RowStats, two: RowStats) -> RowStats:
     """The stats of rows whose classes are split over two parts.
 
-    A part that is all -inf changes nothing unless it holds target mass; 0·inf counts 0.
+    A part that is all -inf changes nothing unless it holds target mass; 0·inf counts as 0.
     """
     xp = namespace(one.max)
     first = one.max >= two.max
     zero = xp.zeros_like(one.max)
-    half = xp.where(one.max == two.max, zero, xp.abs(one.max / 2 - two.max / 2))  # the whole may be beyond the range
+    half = xp.where(one.max == two.max, zero, xp.abs(one.max / 2 - two.max / 2))  # the difference itself may overflow
     low_rest, low_mass = xp.where(first, two.rest, one.rest), xp.where(first, two.mass, one.mass)
     return RowStats(
         max=xp.maximum(one.max, two.max),
@@ -233,11 +288,11 @@ def merge(one: RowStats, two: RowStats) -> RowStats:
 
 
 class Labels(NamedTuple):
-    """Class indices that are safe to read with, and which of them count."""
+    """Class indices that are safe to index with, and which of them count."""
 
-    index: Array  # int, inside [0, C) everywhere
-    valid: Array | None  # bool: a class was named; None: all of them
-    ignored: Array | None  # bool: the row is ignored; None: no row
+    index: Array  # int, within [0, C) everywhere
+    valid: Array | None  # bool: the label is a class; None: all of them are
+    ignored: Array | None  # bool: the row is ignored; None: no row is
 
 
 def labels(rows: Rows) -> Labels:
@@ -251,7 +306,7 @@ def labels(rows: Rows) -> Labels:
 
 
 def row_factor(rows: Rows, known: Labels | None) -> Array | None:
-    """What multiplies a row's loss: its sample weight, 0 if ignored, NaN under a bad label. None where all are 1."""
+    """What multiplies a row's loss: its sample weight, 0 if ignored, NaN for a bad label; None if 1 in every row."""
     xp, factor = rows.xp, rows.sample_weight
     if known is None or known.valid is None:
         return factor
@@ -261,17 +316,17 @@ def row_factor(rows: Rows, known: Labels | None) -> Array | None:
 
 
 def denominator(rows: Rows, known: Labels | None, factor: Array | None, wide: DType) -> Array | float:
-    """What the mean divides by: the rows that count, each with its sample weight and the class weight of its label.
+    """What the mean divides by: the caller's denominator, if there is one.
 
-    Or what the caller wants it to divide by.
+    Otherwise the number of rows that count, each multiplied by its sample weight and the class weight of its label.
     """
     if rows.denominator is not None:
         return rows.denominator
     xp = rows.xp
     count = rows.shape[0] * rows.shape[1]
-    if factor is None and (known is None or rows.weight is None) and isinstance(count, int):  # else it is a symbol
+    if factor is None and (known is None or rows.weight is None) and isinstance(count, int):  # else it is symbolic
         return float(count)
-    # In the wide dtype, which has room for a product of two weights.
+    # In the wide dtype, where a product of two weights does not overflow.
     if factor is None:
         counted = xp.ones(rows.shape, dtype=wide, device=device(rows.logits))
     else:
@@ -280,13 +335,13 @@ def denominator(rows: Rows, known: Labels | None, factor: Array | None, wide: DT
         of_label = xp.reshape(xp.take(rows.weight, xp.reshape(known.index, (-1,))), known.index.shape)
         counted = xp.where(counted == 0, counted, counted * xp.astype(of_label, wide, copy=False))
     if known is not None and known.valid is not None:
-        # A bad label makes its own row NaN, and leaves the gradient of the others alone.
+        # A bad label makes its own row NaN and must not change the gradient of the others.
         counted = xp.where(known.valid, counted, xp.zeros_like(counted))
     return xp.sum(in_order(rows, counted), dtype=wide)
 
 
 def in_order(rows: Rows, values: Array) -> Array:
-    """One number per row, one after another as the user has them, so that no sum depends on how they lie in memory."""
+    """Values per row as one sequence in the user's order, so that no sum depends on the layout in memory."""
     if rows.row_order is not None:
         shape, order = rows.row_order
         values = rows.xp.reshape(values, tuple(shape[k] for k in order))
@@ -295,7 +350,7 @@ def in_order(rows: Rows, values: Array) -> Array:
 
 
 def divide(xp: Any, value: Array | float, by: Array | float) -> Array | float:
-    """``value / by``, NaN where `by` is 0: a mean over nothing."""
+    """``value / by``, or NaN if `by` is 0, as in a mean over nothing."""
     if isinstance(by, float):
         return value * xp.nan if by == 0 else value / by
     return nan_unless(xp, by != 0, value / xp.where(by == 0, xp.ones_like(by), by))
@@ -323,7 +378,7 @@ def row_loss(rows: Rows, stats: RowStats, factor: Array | None) -> Array:
 
 
 def reduce_loss(rows: Rows, loss: Array, divisor: Array | float | None, wide: DType) -> Array:
-    """Row losses to what the caller asked for, summed in the dtype `wide`."""
+    """The row losses reduced as the caller asked, summed in the dtype `wide`."""
     if rows.reduction == "none":
         return loss
     total = rows.xp.sum(in_order(rows, loss), dtype=wide)
@@ -331,20 +386,20 @@ def reduce_loss(rows: Rows, loss: Array, divisor: Array | float | None, wide: DT
 
 
 def widest(rows: Rows) -> DType:
-    """The dtype that row losses and weights are summed in: float64 where the library and its device have it."""
+    """The dtype in which row losses and weights are summed: float64 if the library has it on this device."""
     there = rows.xp.__array_namespace_info__().dtypes(device=device(rows.logits), kind="real floating")
     return there.get("float64", rows.acc)
 
 
 def terms(rows: Rows) -> tuple[Array | None, Array | float | None]:
-    """(row factor, divisor of the mean or None): all that targets and weights say, before any logit is read."""
+    """(row factor, divisor of the mean or None): what targets and weights determine before any logit is read."""
     known = labels(rows) if rows.has_labels else None
     factor = row_factor(rows, known)
     return factor, denominator(rows, known, factor, widest(rows)) if rows.reduction == "mean" else None
 
 
 def hits(rows: Rows) -> Array:
-    """Whether the label of each row is the first class of the largest logit; of rows that count and are not NaN."""
+    """Whether the label of each row is the first class with the largest logit (for rows that count and are not NaN)."""
     xp = rows.xp
     index = labels(rows).index
     at = xp.argmax(xp.astype(rows.logits, rows.acc, copy=False), axis=1)
@@ -352,9 +407,9 @@ def hits(rows: Rows) -> Array:
 
 
 def marked(rows: Rows, stats: RowStats, hit: Array | None = None) -> RowStats:
-    """The stats with a gap of NaN, and so a loss of NaN, under a bad label; and which rows are `correct`.
+    """The stats as users see them: `correct` is set, and under a bad label the gap, and so the loss, is NaN.
 
-    `hit` is what `hits` says, where it is known already.
+    `hit` is the result of `hits`, if it is known already.
     """
     if not rows.has_labels:
         return stats
@@ -368,6 +423,6 @@ def marked(rows: Rows, stats: RowStats, hit: Array | None = None) -> RowStats:
 
 
 def finish(rows: Rows, stats: RowStats) -> Array:
-    """The loss, from the stats of its rows."""
+    """The loss, computed from the stats of its rows."""
     factor, divisor = terms(rows)
     return reduce_loss(rows, row_loss(rows, stats, factor), divisor, widest(rows))

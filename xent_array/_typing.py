@@ -1,4 +1,4 @@
-"""What the public functions take and give, for type checkers."""
+"""Types of the arguments and results of the public functions, for type checkers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ._engines import Engine
 
 
 class SupportsShape(Protocol):
-    """An array of any library; the Array API has no common base class."""
+    """An array of any library; the Array API defines no common base class."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -21,15 +21,15 @@ class SupportsShape(Protocol):
 
 
 class SupportsArray(Protocol):
-    """What becomes a NumPy array, such as a column of a table."""
+    """Anything that converts itself to a NumPy array, such as a column of a table."""
 
     def __array__(self) -> npt.NDArray[Any]: ...
 
 
 A = TypeVar("A", bound=SupportsShape)
-NumPyLike: TypeAlias = npt.NDArray[Any] | Sequence[Any]  # gives NumPy arrays
+NumPyLike: TypeAlias = npt.NDArray[Any] | Sequence[Any]  # the results are NumPy arrays
 Values: TypeAlias = SupportsShape | SupportsArray | Sequence[Any]
-Scalar: TypeAlias = float | SupportsShape  # an array of no dimension
+Scalar: TypeAlias = float | SupportsShape  # or a 0-d array
 Floats: TypeAlias = npt.NDArray[Any]
 Float: TypeAlias = np.floating[Any]
 Reduction: TypeAlias = Literal["none", "mean", "sum"]
@@ -37,7 +37,7 @@ Reduced: TypeAlias = Literal["mean", "sum"]
 
 
 class Options(TypedDict, total=False):
-    """The keywords of `cross_entropy` beside `reduction`."""
+    """The keyword arguments of `cross_entropy` other than `reduction`."""
 
     axis: int
     weight: Values | None
@@ -52,7 +52,7 @@ class Options(TypedDict, total=False):
 
 
 class GradOptions(Options, total=False):
-    """Those of `cross_entropy_value_and_grad`."""
+    """The keyword arguments of `cross_entropy_value_and_grad` other than `reduction` and `return_stats`."""
 
     grad_output: Values | float | None
     out: Any

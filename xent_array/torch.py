@@ -1,19 +1,20 @@
-"""The loss as a module of PyTorch."""
+"""Cross-entropy as a PyTorch module."""
 
 from __future__ import annotations
 
 import torch
 
 from ._api import cross_entropy
-from ._bridges import _torch_operations as _torch_operations  # which exported programs name
-from ._problem import IGNORE_INDEX, check_options
+from ._bridges import _torch_operations as _torch_operations  # exported programs refer to these
+from ._problem import check_options
+from ._rows import IGNORE_INDEX
 from ._typing import Reduction
 
 __all__ = ["CrossEntropyLoss"]
 
 
 class CrossEntropyLoss(torch.nn.Module):
-    r"""`torch.nn.CrossEntropyLoss` on the fused engines, with two options more.
+    r"""`torch.nn.CrossEntropyLoss` on the fused engines, with the additional options `z_loss` and `softcap`.
 
     With :math:`x` the logits of one row, :math:`q` its target distribution after smoothing and :math:`w` the class
     weights, the loss of the row is
@@ -23,38 +24,40 @@ class CrossEntropyLoss(torch.nn.Module):
 
     Parameters
     ----------
-    weight : tensor of shape (C,), optional
-        A weight per class; a buffer, which moves with the module and is in its `state_dict`.
-    ignore_index : int
-        Rows with this label have loss 0, gradient 0 and no share in the mean. For class indices only; with
-        distributions a negative one is not looked at.
-    reduction : {"mean", "sum", "none"}
-        As in PyTorch: the mean over class indices divides by the weights of the labels that count, the mean over
-        distributions by the number of rows.
-    label_smoothing : float in [0, 1]
-        e in q = (1 - e)·target + e/C.
-    z_loss : float, at least 0
-        z above: pulls lse(x) towards 0.
-    softcap : float above 0, optional
-        Replaces the logits by ``softcap * tanh(logits / softcap)`` first.
+    weight : tensor or None, default None
+        A weight for each class, of shape (C,). It is a buffer: it moves with the module and is part of its
+        `state_dict`. By default every class has weight 1.
+    ignore_index : int, default -100
+        Rows with this label have loss 0 and gradient 0 and are left out of the mean. For class indices only; with
+        distributions, a negative value has no effect.
+    reduction : {"mean", "sum", "none"}, default "mean"
+        As in PyTorch: "none" returns one loss per row; the mean over class indices divides by the sum of the weights of
+        the labels that count, and the mean over distributions by the number of rows.
+    label_smoothing : float, default 0.0
+        The number e, from 0 to 1, in q = (1 - e)·target + e/C.
+    z_loss : float, default 0.0
+        The number z, at least 0, in the formula above, which pulls lse(x) towards 0.
+    softcap : float or None, default None
+        If given, a number above 0: the logits are first replaced by ``softcap * tanh(logits / softcap)``.
 
     Raises
     ------
     TypeError, ValueError
-        An option of the wrong kind, or out of its range.
+        If an option has the wrong type or is out of range.
 
     See Also
     --------
-    xent_array.cross_entropy : the function, which takes weights per row and any axis of the classes.
-    xent_array.CrossEntropyLoss : for arrays of any library, without automatic differentiation.
+    xent_array.cross_entropy : The function, which also takes weights per row and any axis of the classes.
+    xent_array.CrossEntropyLoss : For arrays of any library, without automatic differentiation.
 
     Notes
     -----
-    Loss and gradients are PyTorch's but for rounding, and for this: the loss of 16-bit logits is float32, `weight` may
-    be of any dtype, class indices of any integer dtype; a label that is no class is an IndexError on a CPU, and on a
-    GPU makes its row NaN. Of the arguments, `size_average` and `reduce` are left out.
+    The loss and the gradients are those of PyTorch up to rounding, with these differences: the loss of 16-bit logits is
+    float32; `weight` may have any dtype, and class indices any integer dtype; a label that is not a class raises an
+    IndexError on a CPU, and makes its row NaN on a GPU. The arguments `size_average` and `reduce` do not exist.
 
-    To load a program that `torch.export` saved, import this module first: it holds the operations that are named there.
+    Before loading a program saved by `torch.export`, import this module: it registers the operations that the program
+    refers to.
 
     Examples
     --------
@@ -93,7 +96,7 @@ class CrossEntropyLoss(torch.nn.Module):
         self.softcap = softcap
 
     def extra_repr(self) -> str:
-        """The options that are given."""
+        """The options that are not None, as `repr` shows them."""
         names = ("ignore_index", "reduction", "label_smoothing", "z_loss", "softcap")
         given = {name: getattr(self, name) for name in names}
         return ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
@@ -103,21 +106,35 @@ class CrossEntropyLoss(torch.nn.Module):
 
         Parameters
         ----------
-        input : tensor of float16, bfloat16, float32 or float64
-            Logits, of shape (C,), (N, C) or (N, C, d1, …).
+        input : tensor
+            Logits of dtype float16, bfloat16, float32 or float64, of shape (C,), (N, C) or (N, C, d1, …).
         target : tensor
-            Class indices of shape (), (N,) or (N, d1, …), or a distribution per row in the shape of `input`.
+            Class indices, of any integer dtype and of shape (), (N,) or (N, d1, …); or one distribution per row, of a
+            floating dtype, in the shape of `input`.
 
         Returns
         -------
         tensor
-            A scalar, or with ``reduction="none"`` the loss of each row, in the shape of class indices; float32 for
-            16-bit logits, else in the dtype of `input`.
+            A scalar; or with ``reduction="none"`` one loss per row, in the shape of class indices. The dtype is float32
+            for 16-bit logits and that of `input` otherwise.
 
         Raises
         ------
         TypeError, ValueError, IndexError
-            As in `xent_array.cross_entropy`, whose `logits` are the `input`.
+            As in `xent_array.cross_entropy`, where `input` is called `logits`. Also a TypeError if `input` is not a
+            tensor, or if a target in the shape of `input` is not floating.
+
+        See Also
+        --------
+        xent_array.cross_entropy : The function, where all options are described in full.
+
+        Examples
+        --------
+        >>> import torch
+        >>> from xent_array.torch import CrossEntropyLoss
+        >>> logits = torch.tensor([[2, 1, 0.1], [0.1, 2, 1.9]])
+        >>> CrossEntropyLoss(reduction="none").forward(logits, torch.tensor([1, -100]))
+        tensor([1.4170, 0.0000])
         """
         if not isinstance(input, torch.Tensor):
             raise TypeError(f"input must be a tensor, got {type(input).__name__}")

@@ -1,30 +1,31 @@
-"""Arrays of other libraries on the engines of NumPy and CuPy, in the memory where they are.
+"""Arrays of other libraries on the engines of NumPy and CuPy, without leaving their own memory.
 
-A bridge is a module for one library, which says what of its arrays that memory can be had of:
+A bridge is a module for one library. It defines how the memory of that library's arrays is borrowed:
 
-    refuses(arrays, role) -> str | None   why these arrays cannot be lent: traced, spread over devices; None if they can
-    at_work(logits)                       where to calculate: what `_rows.quiet` says, and on the library's stream
-    lend(array, dtype) -> Array           the same memory as an array of NumPy or CuPy; converted, if a dtype is named
-    give(array, logits) -> Array          an array of the library in the memory of what an engine made
+    refuses(arrays, role) -> str | None   why these arrays cannot be lent (traced, spread over devices), or None
+    at_work(logits)                       the context to calculate in: as `_rows.quiet`, and on the library's stream
+    lend(array, dtype) -> Array           the same memory as a NumPy or CuPy array; converted if a dtype is given
+    give(array, logits) -> Array          an array of the library in the memory of an engine's result
     written(array)                        tell the library that its array was written to
     engine(found, logits)                 the engine as it works for this library, on its stream and with its memory
-    records(logits) -> bool               whether the library is about to differentiate by them
+    records(logits) -> bool               whether the library is about to differentiate with respect to the logits
     recorded(problem, call)               the loss as one step of the library's automatic differentiation
-    detached_loss(loss, logits)           a loss that says, where it is to be differentiated, that it cannot be
-    at_once(own, ...)                     what `_engines.at_once` asks, with `own` the engine's answer for NumPy arrays
+    detached_loss(loss, logits)           a loss that raises an error if the library tries to differentiate it
+    at_once(own, ...)                     the answer to `_engines.at_once`; `own` is the engine's, for NumPy arrays
 
-`written` is asked only of arrays that can be, and `recorded` where `records` said so. A bridge may also have these:
+`written` is only called for arrays that can be written to, and `recorded` only if `records` returned True. A bridge may
+also define these:
 
-    beside(array, logits, is_lent)        an array of NumPy that goes with the logits, lent or not; a bridge without
-                                          this takes none
-    composed(answer, problem)             `answer(rows)`, an engine's, of arrays that were not lent: whatever records it
-                                          step by step is to keep nothing of the size of the logits but what the user
-                                          passed
+    beside(array, logits, is_lent)        a NumPy array passed along with the logits, lent or not; a bridge without this
+                                          accepts none
+    composed(answer, problem)             `answer(rows)`, an engine's, for arrays that were not lent. If it is recorded
+                                          step by step, the record must keep no array of the size of the logits except
+                                          those that the user passed
 
-The arrays of a call go across one by one, after the checks that name them, and the results come back: what lies
-between is a problem of NumPy or CuPy arrays like any other. `role` says what the library must be able to
-differentiate: "loss", the loss by the logits, which `recorded` does; "nothing", where the gradient is ours; or
-"everything", which no bridge can do while any array is recorded.
+The arrays of a call are lent one by one, after the checks that name them, and the results are given back; in between,
+the problem is one of NumPy or CuPy arrays like any other. `role` says what the library must be able to differentiate:
+"loss", the loss with respect to the logits, which `recorded` provides; "nothing", where the gradient is ours; or
+"everything", which no bridge can provide while any array is recorded.
 """
 
 from __future__ import annotations
@@ -41,14 +42,14 @@ import numpy as np
 
 from .._rows import Array, quiet
 
-_MODULES = {"array_api_compat.torch": "._torch", "jax.numpy": "._jax"}  # by the library's namespace
+_MODULES = {"array_api_compat.torch": "._torch", "jax.numpy": "._jax"}  # by the namespace of the library
 
-KINDS: dict[type, ModuleType] = {}  # the bridge for each kind of array that `at_once` knows, as far as they were met
+KINDS: dict[type, ModuleType] = {}  # the bridge for each array type that `at_once` has met
 
 
 @cache
 def named(namespace: str) -> ModuleType | None:
-    """The bridge for the arrays of a library; none where its installed version lacks what the bridge imports."""
+    """The bridge for the arrays of a library; None if its installed version lacks what the bridge imports."""
     if namespace not in _MODULES:
         return None
     try:
@@ -59,7 +60,7 @@ def named(namespace: str) -> ModuleType | None:
 
 @cache
 def optional(module: str) -> Any:
-    """A module that a bridge makes use of where it is installed; None where it is not."""
+    """A module that a bridge uses if it is installed; None if it is not."""
     try:
         return import_module(module)
     except ImportError:
@@ -67,7 +68,7 @@ def optional(module: str) -> Any:
 
 
 def in_graph() -> Any:
-    """The public functions as a compiler that is at work is to see them; None where there is none."""
+    """The public functions in the form that a running compiler must see; None if no compiler is running."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.compiler.is_compiling():
         from . import _torch_operations
@@ -77,60 +78,60 @@ def in_graph() -> Any:
 
 
 def takes_numpy(library: Any) -> bool:
-    """Whether arrays of NumPy go with those of the library, as they do in its own functions."""
+    """Whether NumPy arrays may be combined with those of the library, as in its own functions."""
     return hasattr(named(library.__name__), "beside")
 
 
 class Home:
-    """Where the logits of a call are, and what an engine is given of them: themselves, or their memory."""
+    """Where the logits of a call are, and what an engine receives: the arrays themselves, or their memory."""
 
     def __init__(self, logits: Array, library: Any, bridge: ModuleType | None, role: str, why_not: str = "") -> None:
         self.logits, self.library, self.bridge = logits, library, bridge
         self.of_library = named(library.__name__)
         self.is_recorded = role == "loss" and bridge is not None and bridge.records(logits)
-        self.about = f" (their memory cannot be borrowed: {why_not})" if why_not else ""  # where an engine declines
+        self.about = f" (their memory cannot be borrowed: {why_not})" if why_not else ""  # said if an engine declines
         if bridge is not None:
             self.about = f", in the memory of arrays of {library.__name__}"
 
     def at_work(self) -> AbstractContextManager[Any]:
-        """Where to calculate for the user: in silence, and on the stream of the library."""
+        """The context to calculate in for the user: without warnings, and on the library's stream."""
         return quiet(self.library) if self.bridge is None else self.bridge.at_work(self.logits)
 
     def lend(self, array: Array, dtype: str | None = None) -> Array:
-        """An array of the user, checked, for the engine; of few numbers, in the dtype of that name, if there is one."""
+        """A checked array of the user, for the engine; small arrays are converted to the dtype named, if one is."""
         if isinstance(array, np.ndarray) and (beside := getattr(self.of_library, "beside", None)) is not None:
             array = beside(array, self.logits, self.bridge is not None)
         return array if self.bridge is None else self.bridge.lend(array, dtype)
 
     def refuses_out(self, out: Array) -> str | None:
-        """Why the engine cannot write to the memory of an array of the user; None if it can."""
+        """Why the engine cannot write to the memory of a user's array; None if it can."""
         return None if self.bridge is None else self.bridge.refuses([out], "nothing")
 
     def give(self, array: Array) -> Array:
-        """A result of the engine for the user."""
+        """A result of the engine, for the user."""
         return array if self.bridge is None else self.bridge.give(array, self.logits)
 
     def written(self, array: Array) -> None:
-        """The engine has written to the memory of an array of the user."""
+        """Called after the engine has written to the memory of a user's array."""
         if self.bridge is not None:
             self.bridge.written(array)
 
     def engine(self, found: Any) -> Any:
-        """The engine that was found, as it works here."""
+        """The chosen engine, as it works here."""
         return found if self.bridge is None else self.bridge.engine(found, self.logits)
 
     def composed(self, answer: Callable[[Any], Any], problem: Any) -> Any:
-        """What an engine answers to the rows of a problem; the library may record its steps."""
+        """An engine's answer for the rows of a problem, whose steps the library may record."""
         own = None if self.bridge is not None else getattr(self.of_library, "composed", None)
         return answer(problem.rows) if own is None else own(answer, problem)
 
-    def recorded(self, problem: Any, call: tuple[Any, Any, dict[str, Any]]) -> Any:
-        """The loss of a call (its logits, target and options) that the library can differentiate."""
+    def recorded(self, problem: Any, call: tuple[Any, Any, Any]) -> Any:
+        """The loss of a call (logits, target, what was asked) in a form that the library can differentiate."""
         assert self.bridge is not None
         return self.bridge.recorded(problem, call)
 
 
 def detached_loss(loss: Any, logits: Any, library: Any) -> Any:
-    """A loss that automatic differentiation cannot go through; where that matters, it says so."""
+    """A loss that automatic differentiation cannot pass through; if that matters, it raises an error there."""
     bridge = named(library.__name__)
     return loss if bridge is None else bridge.detached_loss(loss, logits)

@@ -1,8 +1,8 @@
-"""JAX: arrays in host memory as NumPy arrays, those of a GPU as CuPy arrays.
+"""JAX: arrays in host memory as NumPy arrays, those on a GPU as CuPy arrays.
 
-An array is lent where it has numbers, on one device, and nothing else is to see every step. Under a transformation it
-has none: there the plain composition is at work, which JAX differentiates, batches and compiles like any code, and of
-which a backward pass keeps the logits and a few numbers per row.
+An array is lent if it has values, is on one device, and nothing else must see every step. Under a transformation it has
+no values: there the plain composition runs, which JAX differentiates, batches and compiles like any other code, and
+whose backward pass keeps the logits and a few numbers per row.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import numpy as np
 from jax import numpy as jnp
 
 from .._engines import Engine
-from .._engines._memory import LARGE
+from .._engines.cpu.memory import LARGE
 from .._rows import Array, device, is_traced, place
 from . import KINDS, optional
 
 if TYPE_CHECKING:
     from .._problem import Problem
 
-_config: Any = jax.config  # whose attributes no checker of types knows
-_CUDA = 2  # as DLPack numbers the kinds of devices
+_config: Any = jax.config  # its attributes are unknown to type checkers
+_CUDA = 2  # DLPack's number for this kind of device
 _REDUCTIONS = frozenset({"argmax", "reduce_max", "reduce_sum"})
 
 
@@ -67,7 +67,7 @@ def lend(array: Any, dtype: str | None = None) -> Array:
 
 
 def _make_room(array: Any) -> None:
-    """Make JAX let go of memory that nobody holds any more, which it does when it is given some: see `_memory`."""
+    """Make JAX release memory that is no longer referenced, which it does when it receives an array: see `_memory`."""
     with jax.transfer_guard("allow"), jax.default_device(_device(array)):
         jax.device_put(np.float32(0))
 
@@ -76,7 +76,7 @@ def beside(array: Array, logits: Any, is_lent: bool) -> Any:
     if is_lent and not _is_on_cuda(logits):
         return array
     if array.dtype.kind not in "biufV" or array.dtype.itemsize > 8:
-        return array  # which is to be refused by its name
+        return array  # to be refused later, with its name
     dtype = jax.dtypes.canonicalize_dtype(array.dtype.newbyteorder("="))
     if dtype.kind in "iu" and array.size:
         low, high = int(array.min()), int(array.max())
@@ -85,17 +85,20 @@ def beside(array: Array, logits: Any, is_lent: bool) -> Any:
             raise ValueError(
                 f"{found} in an array of NumPy is beyond {dtype}, which is what JAX has without jax_enable_x64"
             )
-    # Not as a step of what is being traced, so that labels can be looked at there too.
+    # Not as a step of the traced function, so that labels can be checked there too.
     with jax.ensure_compile_time_eval(), jax.transfer_guard("allow"), np.errstate(all="ignore"):
         return jnp.asarray(array.astype(dtype, copy=False), device=device(logits))
 
 
 def give(array: Array, logits: Any) -> Any:
-    """By `device_put`, which copies nothing that starts at 64 bytes, and unlike others compiles nothing per shape."""
+    """Through `device_put`, which does not copy memory aligned to 64 bytes.
+
+    Unlike the alternatives it compiles nothing for each shape.
+    """
     if isinstance(array, (np.ndarray, np.generic)):
         with jax.transfer_guard("allow"):
             return _put(np.asarray(array), logits)
-    _cupy().cuda.get_current_stream().synchronize()  # what was lent may be gone as soon as this returns
+    _cupy().cuda.get_current_stream().synchronize()  # lent memory may be freed as soon as this returns
     return jax.dlpack.from_dlpack(array)
 
 
@@ -111,14 +114,14 @@ def engine(found: Engine, logits: Any) -> Engine:
 
 
 def records(logits: Any) -> bool:
-    return False  # where there is anything to record, the arrays are traced
+    return False  # if there is anything to record, the arrays are traced
 
 
 def composed(answer: Callable[[Any], Any], problem: Problem) -> Any:
-    """The answer as one step that is made again in the backward pass, but for what was reduced over the classes."""
+    """The answer as one step, which the backward pass recomputes except for the reductions over the classes."""
     logits, target = problem.home.logits, problem.inputs.get("target")
     if not any(is_traced(array) for array in (logits, *problem.inputs.values()) if array is not None):
-        return answer(problem.rows)  # spread over devices, or under a debugger: nothing differentiates it
+        return answer(problem.rows)  # spread over devices, or debugged: not differentiated
 
     def again(logits: Any, target: Any) -> Any:
         view, rows = problem.view, problem.rows
@@ -134,18 +137,15 @@ def _is_small(primitive: Any, *_: Any, **__: Any) -> bool:
     return primitive.name in _REDUCTIONS
 
 
-def at_once(own: Any, logits: Any, target: Any, reduction: str, upstream: Any, wants_grad: bool, out: Any) -> Any:
-    """The plainest question in few steps, of labels with 32 bits too, which are what JAX has without 64."""
+def at_once(own: Any, logits: Any, target: Any, options: tuple[Any, ...], wants_grad: bool, out: Any) -> Any:
+    """The simplest call in few steps; also for 32-bit labels, which JAX has by default."""
     if out is not None or not isinstance(target, (jax.Array, np.ndarray)) or refuses([logits, target], "nothing"):
         return None
     if isinstance(target, jax.Array) and None not in (here := (place(target), place(logits))) and here[0] != here[1]:
         return None
     if _device(logits).platform != "cpu":
         return None
-    label = lend(target)
-    if label.dtype == np.int32:
-        label = label.astype(np.intp)
-    answer = own(lend(logits), label, reduction, upstream, wants_grad, None)
+    answer = own(lend(logits), lend(target), options, wants_grad, None)
     if answer is None:
         return None
     with jax.transfer_guard("allow"):

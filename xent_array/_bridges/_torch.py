@@ -1,8 +1,8 @@
-"""PyTorch: tensors in host memory as NumPy arrays, those of a GPU as CuPy arrays, and the loss as one autograd node.
+"""PyTorch: tensors in host memory as NumPy arrays, those on a GPU as CuPy arrays, and the loss as one autograd node.
 
-A tensor is lent where it has memory of its own on one device, and nothing stands between it and that memory: no
-transform, no tracer, no subclass, no mode that wants to see every operation. The rest stays with the plain
-composition, which PyTorch records and differentiates like any code.
+A tensor is lent if it has memory of its own on one device and nothing stands between it and that memory: no transform,
+tracer, subclass, or mode that must see every operation. All other tensors use the plain composition, which PyTorch
+records and differentiates like any other code.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.autograd.graph import increment_version
 from .. import _api, _engines
 from .._engines import Engine
 from .._engines.cuda import MOST_CLASSES, OLDEST, Cuda, Cupy, Launcher
-from .._rows import Array, RowStats, is_traced
+from .._rows import Array, Asked, RowStats, is_traced
 from . import KINDS, optional
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ _LENT = {getattr(torch, name) for name in ("bool", "bfloat16", "float16", "float
 
 
 def _is_watched() -> bool:
-    """Whether something wants to see every operation: a mode, a tracer, a transform, forward-mode differentiation."""
+    """Whether something must see every operation: a mode, a tracer, a transform, or forward-mode differentiation."""
     return (
         _len_torch_dispatch_stack() > 0
         or _are_functorch_transforms_active()
@@ -128,15 +128,15 @@ def records(logits: Any) -> bool:
 
 
 class _Held:
-    """What a node keeps from its forward pass: the gradient, or the stats to make it from; and the call."""
+    """What a node keeps from its forward pass: the gradient, or the stats to compute it from, and the call."""
 
     def __init__(self, loss: Any, grad: Any, stats: RowStats | None, call: tuple[Any, Any, dict[str, Any]]) -> None:
         self.loss, self.grad, self.stats = loss, grad, stats
         _, self.target, self.options = call
-        self.names: list[str] = []  # of the tensors that autograd holds, where the options had them
+        self.names: list[str] = []  # of the options whose tensors autograd holds
 
     def tensors(self) -> list[Any]:
-        """The tensors of the call, for autograd to hold instead."""
+        """The tensors of the call, which autograd holds from now on."""
         found = []
         if isinstance(self.target, torch.Tensor):
             found.append(self.target)
@@ -150,22 +150,22 @@ class _Held:
         return found
 
     def call(self, tensors: list[Any]) -> tuple[Any, dict[str, Any]]:
-        """Target and options, with the tensors as autograd gives them back; labels have been looked at."""
+        """Target and options, with the tensors as autograd returns them; the labels have been checked before."""
         target = self.target if len(tensors) == len(self.names) else tensors.pop(0)
         return target, {**self.options, **dict(zip(self.names, tensors, strict=True)), "validate": False}
 
 
 class _Loss(torch.autograd.Function):
-    """The loss as one node, whose gradient is there already, or whose stats are.
+    """The loss as one node, which holds its gradient or the stats to compute it from.
 
-    Autograd watches the tensors it was made of: one that was changed in place since then is an error, as everywhere.
+    Autograd watches the tensors that it was computed from: as everywhere, changing one in place is an error.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Any, held: _Held) -> Any:
         ctx.held = held
         ctx.save_for_backward(logits, *held.tensors())
-        loss, held.loss = held.loss, None  # which leads to ctx
+        loss, held.loss = held.loss, None  # the loss refers to ctx
         return loss
 
     @staticmethod
@@ -176,7 +176,7 @@ class _Loss(torch.autograd.Function):
         if torch.is_grad_enabled() or _is_watched() or is_legacy_batchedtensor(grad_output):
             return _differentiable(logits, *held.call(tensors), grad_output), None
         if held.stats is None:
-            if grad is None:  # a second time it is made, and scaled, as it was the first: the same to the last bit
+            if grad is None:  # computed and scaled again as the first time, hence bitwise identical
                 target, options = held.call([*tensors])
                 grad = _api.cross_entropy_value_and_grad(logits, target, **options)[1]
             grad = _scaled(grad, grad_output, held.options)
@@ -187,10 +187,10 @@ class _Loss(torch.autograd.Function):
 
 
 def _scaled(grad: Any, grad_output: Any, options: dict[str, Any]) -> Any:
-    """The gradient times the one from above, in its place; None where it must be made anew.
+    """The gradient multiplied by the upstream gradient, in place; None if it must be computed again.
 
-    That is so where a factor is 0, infinite or NaN: a product would then make NaN of what is 0, or the other way. And
-    in 16 bits, which would be rounded twice.
+    It must be if a factor is 0, infinite or NaN, where a product would turn a 0 into NaN or a NaN into 0; and in 16
+    bits, where the product would be rounded a second time.
     """
     if grad_output.dim() == 0 and options["reduction"] != "none":
         factor = grad_output.item()
@@ -206,7 +206,7 @@ def _scaled(grad: Any, grad_output: Any, options: dict[str, Any]) -> Any:
 
 
 def _differentiable(logits: Any, target: Any, options: dict[str, Any], grad_output: Any) -> Any:
-    """The gradient as an expression that autograd can differentiate once more."""
+    """The gradient as an expression that autograd can differentiate again."""
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         x = logits if logits.requires_grad else logits.detach().requires_grad_()
@@ -214,14 +214,14 @@ def _differentiable(logits: Any, target: Any, options: dict[str, Any], grad_outp
         return torch.autograd.grad(loss, x, grad_output, create_graph=again)[0]
 
 
-def recorded(problem: Problem, call: tuple[Any, Any, dict[str, Any]]) -> Any:
-    """The loss of a call, `call` its logits, target and options.
+def recorded(problem: Problem, call: tuple[Any, Any, Asked]) -> Any:
+    """The loss of a call; `call` is its logits, target and options.
 
-    The gradient is made along with it, out of the same read of the logits. Where half precision would lose digits of it
-    before it is scaled from above, or looking at what comes from above would make a GPU wait, it is the stats that are
-    kept.
+    The gradient is computed along with it, from the same read of the logits. The stats are kept instead if half
+    precision would lose digits of the gradient before it is scaled, or if looking at the upstream gradient would make a
+    GPU wait.
     """
-    logits, engine, rows = call[0], problem.engine, problem.rows
+    (logits, target, asked), engine, rows = call, problem.engine, problem.rows
     grad = stats = None
     if logits.dtype is torch.float16 or _gpu(logits) is not None:
         found, loss = _engines.stats_and_loss(engine, rows)
@@ -229,11 +229,16 @@ def recorded(problem: Problem, call: tuple[Any, Any, dict[str, Any]]) -> Any:
     else:
         loss, made = _engines.loss_and_grad(engine, rows, None)
         grad = problem.logits(made)
-    return _Loss.apply(logits, _Held(problem.loss(loss), grad, stats, call))
+    return _Loss.apply(logits, _Held(problem.loss(loss), grad, stats, (logits, target, _options(asked))))
+
+
+def _options(asked: Asked) -> dict[str, Any]:
+    """Those of the loss, by name."""
+    return {name: value for name, value in asked._asdict().items() if name != "grad_output"}
 
 
 class _Detached(torch.autograd.Function):
-    """A loss that was made of detached logits, as a node that says so where a gradient is asked for."""
+    """A loss computed from detached logits, as a node that raises an error if a gradient is asked for."""
 
     @staticmethod
     def forward(logits: Any, loss: Any) -> Any:
@@ -259,26 +264,25 @@ def detached_loss(loss: Any, logits: Any) -> Any:
     return _Detached.apply(logits, loss) if isinstance(logits, torch.Tensor) and records(logits) else loss
 
 
-def at_once(own: Any, logits: Any, target: Any, reduction: str, upstream: Any, wants_grad: bool, out: Any) -> Any:
-    """The plainest question in few steps: of host memory, without options, and of a kind that was met before."""
+def at_once(own: Any, logits: Any, target: Any, options: tuple[Any, ...], wants_grad: bool, out: Any) -> Any:
+    """The answer in one step, for tensors in host memory that nothing but autograd watches."""
     if type(target) is not torch.Tensor or out is not None or _is_watched():
         return None
-    if logits.dtype not in _AT_ONCE or target.dtype is not torch.int64:
+    if logits.dtype not in _AT_ONCE or target.is_floating_point():
         return None
     if any(tensor.layout is not torch.strided or not tensor.is_cpu or tensor.is_nested for tensor in (logits, target)):
         return None
     if not logits.is_contiguous() or logits.is_neg():
         return None
     as_node = not wants_grad and records(logits)
-    answer = own(logits.detach().numpy(), target.numpy(), reduction, upstream, wants_grad or as_node, None)
+    answer = own(logits.detach().numpy(), target.numpy(), options, wants_grad or as_node, None)
     if answer is None:
         return None
     loss, grad = answer
     loss = torch.from_numpy(loss if isinstance(loss, np.ndarray) else np.asarray(loss))
     grad = None if grad is None else torch.from_numpy(grad)
     if as_node:
-        call = logits, target, {"axis": -1, "reduction": reduction}
-        return _Loss.apply(logits, _Held(loss, grad, None, call)), None
+        return _Loss.apply(logits, _Held(loss, grad, None, (logits, target, _options(Asked(*options))))), None
     return loss, grad
 
 
@@ -286,7 +290,7 @@ def at_once(own: Any, logits: Any, target: Any, reduction: str, upstream: Any, w
 
 
 def _gpu(tensor: Any) -> int | None:
-    """The number of the GPU of NVIDIA's that a tensor is on."""
+    """The index of the NVIDIA GPU that a tensor is on, or None."""
     return tensor.get_device() if tensor.is_cuda and torch.version.hip is None else None
 
 
@@ -300,12 +304,12 @@ def _bfloat16() -> Any:
 
 @cache
 def _memory() -> Any:
-    """The memory of a tensor, which it keeps alive; `give` finds the tensor by it."""
+    """A class for the memory of a tensor; it keeps the tensor alive, and `give` finds the tensor through it."""
     return type("Memory", (_cupy().cuda.UnownedMemory,), {"tensor": None})
 
 
 def _as_cupy(tensor: Any, gpu: int) -> Array:
-    """The memory of a tensor as an array of CuPy."""
+    """The memory of a tensor as a CuPy array."""
     size = tensor.element_size()
     name = str(tensor.dtype).removeprefix("torch.")
     dtype = np.dtype(_bfloat16() if name == "bfloat16" else name)
@@ -319,12 +323,12 @@ def _as_cupy(tensor: Any, gpu: int) -> Array:
 
 
 class Borrowing:
-    """A launcher for tensors, whose room comes from PyTorch."""
+    """A launcher for tensors, which allocates through PyTorch."""
 
     def __init__(self, launcher: Launcher, logits: Any) -> None:
         self._device = logits.device
         self.declines, self.look, self.copy, self.on = launcher.declines, launcher.look, launcher.copy, launcher.on
-        self.chip, self.processors, self.ready = launcher.chip, launcher.processors, launcher.ready
+        self.chip, self.multiprocessors, self.ready = launcher.chip, launcher.multiprocessors, launcher.ready
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
         kind = getattr(torch, np.dtype(dtype).name)

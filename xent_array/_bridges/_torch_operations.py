@@ -1,7 +1,8 @@
-"""PyTorch's compilers are shown one operation for the loss, one for its gradient, and one for both.
+"""What PyTorch's compilers see: one operation for the loss, one for its gradient, and one for both.
 
-So that `torch.compile` and `torch.export` need not look into the public functions, which these operations call in the
-end. Each says what shapes it gives, for tensors without numbers; the loss says that its gradient is the other one.
+With them `torch.compile` and `torch.export` need not trace the public functions, which the operations call in the end.
+Each operation states the shapes of its results, for tensors without values; that of the loss states that its gradient
+is the other operation.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _ARGUMENTS = (
     " bool? validate, str? engine"
 )
 _NAMES = tuple(argument.rpartition(" ")[2] for argument in _ARGUMENTS.split(","))
-_TENSORS = _ARGUMENTS.count("Tensor")  # are the first of them
+_TENSORS = _ARGUMENTS.count("Tensor")  # tensors come first among the arguments
 
 
 def _operation(name: str, before: str, returns: str) -> Callable[[Callable[..., Any]], Any]:
@@ -28,7 +29,7 @@ def _operation(name: str, before: str, returns: str) -> Callable[[Callable[..., 
 
 
 def _call(function: Callable[..., Any], given: tuple[Any, ...], **more: Any) -> Any:
-    """A public function, by the arguments of an operation."""
+    """Call a public function with the arguments of an operation."""
     named = dict(zip(_NAMES, given, strict=True))
     divisor, denominator = named.pop("divisor"), named.pop("denominator")
     named["denominator"] = divisor if denominator is None else denominator
@@ -88,35 +89,33 @@ def _grad_of_operation(ctx: Any, grad_output: Any) -> tuple[Any, ...]:
 _loss_operation.register_autograd(_grad_of_operation, setup_context=_keep)
 
 
-def _arguments(logits: Any, target: Any, denominator: Any, options: dict[str, Any]) -> tuple[Any, ...]:
-    """Those of a public function, for an operation."""
+def _arguments(logits: Any, target: Any, asked: Any) -> tuple[Any, ...]:
+    """The arguments of a public function, in the form of an operation's."""
+    denominator = asked.denominator
     divides = isinstance(denominator, torch.Tensor)
-    given = {"logits": logits, "target": target, **options}
+    given = dict(zip(asked._fields, asked, strict=True))
+    given["logits"], given["target"] = logits, target
     given["denominator"] = denominator if divides else None
     given["divisor"] = None if divides or denominator is None else float(denominator)
     return tuple([given[name] for name in _NAMES])
 
 
 def _detached(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Those of a function that gives the gradient itself."""
+    """The arguments of a function that returns the gradient itself."""
     return tuple([value.detach() if isinstance(value, torch.Tensor) else value for value in arguments])
 
 
-def cross_entropy(logits: Any, target: Any, denominator: Any, **options: Any) -> Any:
-    return _loss_operation(*_arguments(logits, target, denominator, options))
+def cross_entropy(logits: Any, target: Any, asked: Any) -> Any:
+    return _loss_operation(*_arguments(logits, target, asked))
 
 
-def cross_entropy_grad(logits: Any, target: Any, denominator: Any, grad_output: Any, out: Any, **options: Any) -> Any:
-    arguments = _detached(_arguments(logits, target, denominator, options))
-    grad = _grad_operation(_above(grad_output, logits), *arguments)
+def cross_entropy_grad(logits: Any, target: Any, asked: Any, out: Any) -> Any:
+    grad = _grad_operation(_above(asked.grad_output, logits), *_detached(_arguments(logits, target, asked)))
     return grad if out is None else _filled(out, grad)
 
 
-def cross_entropy_value_and_grad(
-    logits: Any, target: Any, denominator: Any, grad_output: Any, out: Any, **options: Any
-) -> tuple[Any, Any]:
-    arguments = _detached(_arguments(logits, target, denominator, options))
-    loss, grad = _both_operation(_above(grad_output, logits), *arguments)
+def cross_entropy_value_and_grad(logits: Any, target: Any, asked: Any, out: Any) -> tuple[Any, Any]:
+    loss, grad = _both_operation(_above(asked.grad_output, logits), *_detached(_arguments(logits, target, asked)))
     return loss, grad if out is None else _filled(out, grad)
 
 
@@ -126,7 +125,7 @@ def _filled(out: Any, grad: Any) -> Any:
 
 
 def _above(grad_output: Any, logits: Any) -> Any:
-    """The upstream gradient as a tensor, with the digits of a number."""
+    """The upstream gradient as a tensor; a number becomes float64, so that it keeps its digits."""
     is_number = isinstance(grad_output, (int, float))
     if is_number:
         return torch.full((), grad_output, dtype=torch.float64, device=logits.device)

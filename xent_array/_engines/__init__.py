@@ -1,42 +1,45 @@
-"""What an engine is, which ones there are, and how one is picked.
+"""What an engine is, which engines there are, and how one is picked.
 
-An engine is a module, or any object, that answers `Rows` for one kind of array:
+An engine is a module, or any object, that solves `Rows` for one kind of array. It must have:
 
-    name                           its word, as in ``engine="cpu"``
+    name                           the name by which users select it, as in ``engine="cpu"``
     declines(rows) -> str | None   why it cannot take these arrays; None if it can
-    reads_labels_free(rows)        whether looking at every label costs no synchronisation
-    stats(rows) -> RowStats        one read of the logits
-    grad(rows, stats, out)         the gradient in the shape (outer, C, inner), written to `out` if that is given
+    reads_labels_free(rows)        whether every label can be read without synchronization
+    stats(rows) -> RowStats        the statistics of each row, from one read of the logits
+    grad(rows, stats, out)         the gradient, of shape (outer, C, inner), written to `out` if that is given
 
-It may also have these of its own; where it does not, the functions below compose them:
+It may also have the following. Where it does not, the functions below compose the result, or do without:
 
-    borrows                        True: it may be given the memory of other libraries' arrays as its own (`_bridges`)
-    loss(rows)                     the reduced loss, or one per row
-    loss_and_grad(rows, out)       both, for the price of one read and one write
-    grad_alone(rows, out)          the gradient, where nobody wants the loss and no stats are there
-    stats_and_loss(rows)           the stats, and the loss as `loss` gives it
-    row_stats(rows)                the stats as users see them: `correct`, and a gap of NaN under a bad label
-    loss_grad_and_stats(rows, out) all three, for the price of one read and one write; the stats as from `row_stats`
-    softmax(rows, log)             softmax or log-softmax of every row
-    noting()                       (the same engine for one call, its tape): `_again.py` repeats what is on it
-    at_once(logits, target, ...)   the answer to the plainest question, see the function below; None if it is not that
+    borrows                        True if it can work on the memory of other libraries' arrays (see `_bridges`)
+    loss(rows)                     the reduced loss, or one loss per row
+    loss_and_grad(rows, out)       both, at the cost of one read and one write
+    grad_alone(rows, out)          the gradient, if the loss is not wanted and there are no stats
+    stats_and_loss(rows)           the stats, and the loss as `loss` returns it
+    row_stats(rows)                the stats as users see them: with `correct`, and a gap of NaN under a bad label
+    loss_grad_and_stats(rows, out) all three, at the cost of one read and one write; the stats as from `row_stats`
+    softmax(rows, log)             the softmax or log-softmax of every row
+    noting()                       (the same engine for one call, a tape of its launches), which `_again.py` replays
+    kinds                          the classes of the arrays that it may take; without it, it may take any
+    at_once(logits, target, options, wants_grad, out)   the answer from a user's own arguments; see the function below
 
-Rows are canonical and checked: an engine never sees an axis or a user's mistake. A label that is no class has no
-target (a = 0) and a row factor of NaN; `_rows` says what the factor, the divisor and the scale of a row are.
-A row whose scale is 0 has gradient exactly 0.
+Rows are canonical and checked: an engine never sees an axis or a user's mistake. A label that is not a class has no
+target (a = 0) and a row factor of NaN; `_rows` defines the factor, the divisor and the scale of a row. A row whose
+scale is 0 has a gradient of exactly 0.
 """
 
 from __future__ import annotations
 
 from typing import Any, Protocol
 
+import numpy as np
+
 from .. import _bridges, _rows
-from .._rows import Array, Rows, RowStats
+from .._rows import Array, Asked, Rows, RowStats
 from . import cpu, cuda, generic
 
 
 class Engine(Protocol):
-    """What every engine has; see above for what it means."""
+    """What every engine must have, as described above."""
 
     name: str
 
@@ -46,7 +49,7 @@ class Engine(Protocol):
     def grad(self, rows: Rows, stats: RowStats, out: Array | None = None) -> Array: ...
 
 
-ENGINES: dict[str, Engine] = {  # in the order they are tried
+ENGINES: dict[str, Engine] = {  # in the order in which they are tried
     "cpu": cpu.engine,
     "numpy": cpu.numpy_engine,
     "cuda": cuda.engine,
@@ -54,16 +57,22 @@ ENGINES: dict[str, Engine] = {  # in the order they are tried
 }
 
 
+_ENGINE = Asked._fields.index("engine")
+
+
 def may_borrow(engine: str | Engine | None) -> bool:
-    """Whether the engine that is asked for may be one that takes the memory of other libraries' arrays."""
+    """Whether the requested engine may be one that works on the memory of other libraries' arrays."""
     return engine is None or getattr(named(engine), "borrows", False)
 
 
-def pick(rows: Rows, engine: str | Engine | None, about: str = "") -> Engine:
-    """The engine that was asked for, or the first of ENGINES that takes these rows; `about` them, else, is said too."""
+def pick(rows: Rows, engine: str | Engine | None, about: str = "", is_lent: bool = False) -> Engine:
+    """The requested engine, or the first of ENGINES that takes these rows. `about` is appended to an error message.
+
+    If the memory of the rows `is_lent` by another library, engines that borrow come first.
+    """
     if engine is None:
         reasons = []
-        for found in ENGINES.values():
+        for found in sorted(ENGINES.values(), key=lambda each: is_lent and not getattr(each, "borrows", False)):
             reason = found.declines(rows)
             if reason is None:
                 return found
@@ -89,21 +98,31 @@ def named(engine: str | Engine) -> Engine:
 
 
 def at_once(
-    logits: Any, target: Any, reduction: str, upstream: float | None, wants_grad: bool, out: Any = None
+    logits: Any, target: Any, options: tuple[Any, ...], wants_grad: bool, out: Any = None
 ) -> tuple[Array, Array | None] | None:
-    """Loss and gradient without a look at options, because there are none: in small batches, looking costs most.
+    """Loss and gradient in one step, from the user's own arguments, by the engine that would be picked.
 
-    The first engine is asked with what the user passed as logits, target and out, classes along the last axis. None,
-    and nothing written, where it does not know at once that all is well: then the way through every check is gone.
+    This is for small batches, where the checks take most of the time. Returns None, with nothing written, if the engine
+    cannot tell at once that all arguments are valid; every check is then made.
     """
-    own = getattr(next(iter(ENGINES.values())), "at_once", None)
+    kind = logits.__class__
+    bridge = _bridges.KINDS.get(kind)
+    engine: Any = None
+    if options[_ENGINE] is not None:
+        engine = named(options[_ENGINE])
+    else:
+        for engine in ENGINES.values():
+            kinds = getattr(engine, "kinds", None)
+            is_lent = bridge is not None and np.ndarray in (kinds or ()) and getattr(engine, "borrows", False)
+            if kinds is None or kind in kinds or is_lent:
+                break
+    own = getattr(engine, "at_once", None)
     if own is None:
         return None
-    bridge = _bridges.KINDS.get(logits.__class__)
     answer: tuple[Array, Array | None] | None = (
-        own(logits, target, reduction, upstream, wants_grad, out)
+        own(logits, target, options, wants_grad, out)
         if bridge is None
-        else bridge.at_once(own, logits, target, reduction, upstream, wants_grad, out)
+        else bridge.at_once(own, logits, target, options, wants_grad, out)
     )
     return answer
 
@@ -149,7 +168,7 @@ def loss_grad_and_stats(engine: Engine, rows: Rows, out: Array | None) -> tuple[
     if own is not None:
         loss, grad, stats = own(rows, out)
         return loss, grad, stats
-    stats = row_stats(engine, rows)  # before the gradient may take the place of the logits
+    stats = row_stats(engine, rows)  # before the gradient may overwrite the logits
     return _rows.finish(rows, stats), engine.grad(rows, stats, out), stats
 
 

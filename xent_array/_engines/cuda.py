@@ -1,12 +1,13 @@
-"""CuPy arrays: the kernels of kernels/, launched by a plan.
+"""CuPy arrays: a plan, and launches of the kernels in kernels/.
 
-`plan` turns the shape of a problem into launch numbers: pure Python, and the only source of both what a kernel is
-compiled with and how it is launched. `Cuda` turns `Rows` into arguments and at most three launches: the divisor of a
-mean (it stays on the device; two launches where very many rows are counted), the rows, the sum of their losses. Nothing
-here waits for the device. Beside them there are only copies of what the kernels do not read as it is.
+`plan` turns the shape of a problem into launch numbers. It is pure Python, and the only source both of the parameters a
+kernel is compiled with and of its grid. `Cuda` turns `Rows` into kernel arguments and at most three launches: the
+divisor of a mean (which stays on the device; two launches when there are very many rows), the rows, and the sum of
+their losses. Nothing here waits for the device. The only other work on the device is to copy arrays whose layout or
+dtype the kernels cannot read.
 
-Everything that touches CuPy goes through a `Launcher`, so that the tests can put an emulation in its place; and a
-`Tape`, which notes what a call has launched, for the next call of its kind (`_again.py`).
+Everything that touches CuPy goes through a `Launcher`, so that the tests can put an emulator in its place, and so that
+a `Tape` can record what a call launches, for the next call of the same kind (`_again.py`).
 """
 
 from __future__ import annotations
@@ -29,42 +30,48 @@ from .._rows import Array, Rows, RowStats
 
 DTYPES = {"float16": ("f16", 2), "bfloat16": ("bf16", 2), "float32": ("float", 4), "float64": ("double", 8)}
 LABELS = {"int8": 1, "uint8": 2, "int16": 3, "uint16": 4, "int32": 5, "uint32": 6, "int64": 7, "uint64": 8}
-OF_LOGITS, OF_FLOAT32 = 9, 10  # these and LABELS: enum Target in problem.cuh
+OF_LOGITS, OF_FLOAT32 = 9, 10  # with LABELS: enum Target in problem.cuh
 JOBS = ("LOSS_AND_GRAD", "LOSS", "STATS", "GRAD", "STATS_AND_GRAD", "LOG_SOFTMAX")  # enum Job
+# The kernel families (kernels/README.md says which takes what, and why). A row belongs to one thread; to a few lanes of
+# a warp; to a block or cluster, which holds it in registers or streams it; or is split over independent blocks. COLUMNS
+# is for classes that lie apart: each thread has several neighbouring rows.
+FAMILIES = ("TINY", "WARP", "BLOCK", "STREAM", "SPLIT", "COLUMNS")
+HOLDING = ("WARP", "BLOCK")  # hold a row in registers, as vectors of 16 bytes
+MANY_ROWS = ("TINY", "COLUMNS")  # at least 32 rows per warp
 VARIANTS = ("PLAIN", "SMOOTH", "SOFT", "GENERAL", "CAPPED", "CAPPED_GENERAL")  # enum Variant
 OLDEST = 75  # compute capability 7.5
-MOST_CLASSES = 1 << 31  # and above, which 32-bit indices do not reach
+MOST_CLASSES = 1 << 31  # 32-bit indices do not reach further
 
-TINY = 128  # bytes of a row: up to here a row is one thread's
-TINY_EACH = ((12, 2), (TINY, 1))  # bytes of a row without options, and how many of them a thread has
-TINY_CAPPED = 48  # classes, of the variant that keeps most of each: more would spill
-CAPPED_BY_CLASS = ("CAPPED", "CAPPED_GENERAL")  # which tiny.cu takes alike
+TINY_BYTES = 128  # longest row for TINY
+TINY_EACH = ((12, 2), (TINY_BYTES, 1))  # bytes of a row without options, rows per thread
+TINY_CAPPED = 48  # most classes with softcap, which keeps most registers per class: more would spill
+CAPPED_BY_CLASS = ("CAPPED", "CAPPED_GENERAL")  # one variant to tiny.cu
 TINY_THREADS, WARP_THREADS = 128, 128
-NEIGHBOURS = 8  # rows side by side that make it worth reading them so: a sector of 32 bytes
-# Classes apart: warps that share a row, classes held by a thread, bytes of an access, launch bounds: as many blocks as
-# its registers allow. More classes are shared by more warps.
+NEIGHBOURS = 8  # adjacent rows that make COLUMNS worth while: 8 float32 are a sector of 32 bytes
+# COLUMNS: warps that share a row, classes per thread, bytes of an access, launch bounds (as many blocks as the
+# registers allow). The more classes, the more warps.
 COLUMNS = (
     (1, 2, 16, (128, 9)), (1, 4, 16, (128, 5)), (1, 12, 8, (128, 5)), (1, 20, 8, (128, 5)), (1, 24, 8, (128, 5)),
     (8, 4, 16, (256, 3)), (8, 12, 8, (256, 2)), (8, 20, 8, (256, 3)), (8, 24, 8, (256, 2)),
 )  # fmt: skip
-# Still more are streamed: classes of the row, and as above. Two blocks of up to 1024 classes on each SM, or one of
-# 2048, find in L2 what they read again for a gradient; beyond, memory is read twice.
+# COLUMNS with more classes than that streams them: most classes, then as above. With up to 1024 classes two blocks on
+# each SM, with 2048 one, find in L2 what a gradient reads again; beyond that, memory is read twice.
 STREAMED = ((1024, 16, 16, 4, (512, 2)), (1 << 31, 16, 16, 4, (512, 1)))
-# Rows in lanes of a warp: bytes of the row, vectors per thread, lanes. The fewest threads that hold a row do the least
-# that is not per logit.
+# WARP: bytes of the row, vectors per thread, lanes. The fewer threads hold a row, the less work there is that is not
+# per logit.
 WARP_ROWS = ((64, 1, 4), (128, 2, 4), (256, 4, 4), (512, 8, 4), (1024, 8, 8), (2048, 8, 16), (4096, 8, 32))
-ALONE = 128  # threads of the longest row that a block holds for a loss
-# Bytes of longer rows, and blocks of ALONE threads that read one for a loss.
+ALONE = 128  # threads of the longest row that BLOCK takes for a loss, and of every block of STREAM for a loss
+# STREAM for a loss: bytes of the row, blocks of its cluster.
 STREAMING = ((128 << 10, 1), (256 << 10, 4), (1 << 62, 8))
-AHEAD = 6 << 20  # bytes of logits between what is read and what is prefetched, where a gradient is written
-# Rows of more bytes are read in parts, each by a block: where there are clusters, or else by what is wanted; bytes of a
-# part, or a multiple of them where there would be more parts than that; threads of what merges them.
+AHEAD = 6 << 20  # prefetch distance in bytes of logits, where a gradient is written
+# SPLIT: longer rows than this many bytes, with clusters; without, for a loss and for a gradient. Bytes of a part (a
+# multiple of it, if there would be more than MOST_PARTS); threads of the block that merges a row's parts.
 WHOLE, WHOLE_LOSS, WHOLE_GRAD = 1 << 20, 128 << 10, 256 << 10
 PART, MOST_PARTS, MERGE_THREADS = 64 << 10, 1024, 128
 SUM_THREADS, SUM_BLOCKS = 1024, 128
-PARTIALS = (2 * SUM_BLOCKS + 1,)  # doubles: two for each block, after the ticket
-# Rows up to which one block sums them; up to which one cluster does, where there are any; and where there are none, up
-# to which one block counts them faster than a second launch begins.
+PARTIALS = (2 * SUM_BLOCKS + 1,)  # float64: a ticket, then two for each block
+# Most rows that one block sums; that one cluster sums, if there are clusters; and, if there are none, that one block
+# counts in less time than a second launch takes to start.
 SUM_ALONE, SUM_TOGETHER, COUNT_ALONE = 1 << 13, 1 << 16, 1 << 15
 SUM_CLUSTER = 8
 
@@ -74,41 +81,39 @@ SUM_CLUSTER = 8
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How the rows of one problem are spread over the device."""
+    """How the rows of one problem map to blocks and threads."""
 
-    family: (
-        str  # W, B, O: lanes, a block, a block again and again; S: blocks apart; T: a thread; P: warps, each many rows
-    )
+    family: str  # see FAMILIES
     rows: int
     classes: int
     dtype: str
     chip: int
     variant: str
-    vectors: int  # of 16 bytes, held by a thread; in P classes, of each of its rows
-    lanes: int  # that share a row; 0: the block, or the cluster; in P one of each warp
-    cluster: int  # blocks that share a row, and speak to each other; 0: they do not
-    stream: bool  # whether the row is read in several pieces, and once more for a gradient
+    vectors: int  # of 16 bytes per thread; COLUMNS: classes per thread, of each of its rows
+    lanes: int  # threads of a warp that share a row; 0: the whole block or cluster; COLUMNS: warps that share a row
+    cluster: int  # blocks that share a row in one cluster; 0 (SPLIT): independent blocks share it
+    stream: bool  # whether the row is read in several pieces, and a second time for a gradient
     threads: int
     blocks: int
     rows_per_block: int
-    even: bool  # whether rows are evenly spaced, and what has a number per class is aligned like the logits
+    even: bool  # whether rows are evenly spaced, and arrays with a number per class are aligned like the logits
     bound: tuple[int, int]  # __launch_bounds__
-    width: int = 1  # in P neighbouring rows that one access moves; in T rows of a thread
-    parts: int = 1  # in which a row is read, each by a block of its own
-    part: int = 0  # classes of one
+    width: int = 1  # COLUMNS: adjacent rows per access; TINY: rows per thread
+    parts: int = 1  # of a row, each read by a block of its own
+    part: int = 0  # classes per part
 
     def over_rows(self, job: str) -> list[tuple[str, Plan]]:
-        """The launches over the rows that a job takes: itself; in parts, their stats, then what follows from them."""
+        """(job, plan) of each launch over the rows: one, or for SPLIT the stats of the parts, then the gradient."""
         if self.parts == 1:
             return [(job, self)]
         steps = [] if job == "GRAD" else ["STATS"]
         if writes_grad(job):
             steps.append("LOG_SOFTMAX" if job == "LOG_SOFTMAX" else "GRAD")
-        how: dict[str, Any] = {"layout": "rows", "variant": self.variant, "even": self.even}
+        how: dict[str, Any] = {"layout": "rows", "variant": self.variant, "access": 4 if self.even else 1}
         return [(step, plan(self.rows, self.classes, self.dtype, self.chip, job=step, **how)) for step in steps]
 
     def kernels(self, job: str) -> list[Kernel]:
-        """Of all launches, but the sums."""
+        """Of all launches of a job except the sums."""
         steps = self.over_rows(job)
         merged = [merge_kernel(self.dtype)] if self.parts > 1 and steps[0][0] == "STATS" else []
         return [chosen.kernel(step) for step, chosen in steps] + merged
@@ -116,24 +121,24 @@ class Plan:
     def kernel(self, job: str) -> Kernel:
         """Of one launch over the rows."""
         ctype = DTYPES[self.dtype][0]
-        if self.family == "T":
+        if self.family == "TINY":
             rows = self.classes, self.width
-            return _kernels.kernel("tiny.cu", "XE_TINY", "T", ctype, job, self.variant, *rows, *self.bound)
-        if self.family == "P":
+            return _kernels.kernel("tiny.cu", "XE_TINY", "TINY", ctype, job, self.variant, *rows, *self.bound)
+        if self.family == "COLUMNS":
             held = self.width, self.vectors, self.lanes, self.stream
-            return _kernels.kernel("columns.cu", "XE_COLUMNS", "P", ctype, job, self.variant, *held, *self.bound)
+            return _kernels.kernel("columns.cu", "XE_COLUMNS", "COLUMNS", ctype, job, self.variant, *held, *self.bound)
         how = self.vectors, self.lanes, self.cluster, self.stream, self.even
         return _kernels.kernel("rows.cu", "XE_ROWS", self.family, ctype, job, self.variant, *how, *self.bound)
 
-    def begins(self, job: str, processors: int) -> tuple[int, int]:
-        """(how many blocks are on the device at a time, how many rows further on each prefetches; 0: none).
+    def prefetching(self, job: str, multiprocessors: int) -> tuple[int, int]:
+        """(blocks resident on the device, prefetch distance in rows; 0: no prefetch).
 
-        Blocks that come later find there what they need of memory, in W and B: labels; and the logits where a gradient
-        is written, few enough ahead that the cache still has them when they are read.
+        WARP and BLOCK kernels prefetch for later blocks: the labels and, where a gradient is written, the logits, at a
+        distance small enough that L2 still has them when they are read.
         """
-        if self.family not in "WB":
+        if self.family not in HOLDING:
             return 0, 0
-        first = processors * (self.bound[0] * self.bound[1] // self.threads)
+        first = multiprocessors * (self.bound[0] * self.bound[1] // self.threads)
         ahead = first // self.cluster * self.rows_per_block
         if writes_grad(job):
             if self.chip < 90:
@@ -142,30 +147,30 @@ class Plan:
         return first, max(ahead, 1)
 
     def words(self) -> str:
-        """Who works on a row, and what is launched."""
+        """Which threads work on a row, and the size of the grid, for `--explain`."""
         held = f"{self.vectors} vectors of 16 bytes in each thread"
         alone = self.cluster == 1
         who = {
-            "W": f"{self.lanes} lanes hold a row, {held}",
-            "B": f"{'a block holds' if alone else f'{self.cluster} blocks hold'} a row, {held}",
-            "O": f"{'a block streams' if alone else f'{self.cluster} blocks stream'} a row, {held} at a time"
-            " (a gradient reads the row again, from cache where it fits)",
-            "S": f"{self.parts} blocks read a row in parts of {self.part:,} classes, {held} at a time, and one more"
-            " merges their stats (a gradient reads the row again, from cache where it fits)",
-            "T": f"a thread holds {'a row' if self.width == 1 else f'{self.width} rows'}, in registers",
-            "P": f"a thread of each of {self.lanes} warps" if self.lanes > 1 else "a thread",
+            "WARP": f"{self.lanes} lanes of a warp hold a row, {held}",
+            "BLOCK": f"{'a block holds' if alone else f'{self.cluster} blocks hold'} a row, {held}",
+            "STREAM": f"{'a block streams' if alone else f'{self.cluster} blocks stream'} a row, {held} at a time"
+            " (a gradient reads the row again, from L2 if it fits)",
+            "SPLIT": f"{self.parts} blocks read a row in parts of {self.part:,} classes, {held} at a time, and one more"
+            " merges their stats (a gradient reads the row again, from L2 if it fits)",
+            "TINY": f"a thread holds {'a row' if self.width == 1 else f'{self.width} rows'}, in registers",
+            "COLUMNS": f"a thread of each of {self.lanes} warps" if self.lanes > 1 else "a thread",
         }[self.family]
-        if self.family == "P":
+        if self.family == "COLUMNS":
             who += f" {'streams' if self.stream else 'holds'} {self.width} neighbouring rows, {self.vectors} classes"
             who += " at a time (a gradient reads them again)" if self.stream else " at most"
         return f"  {self.family}: {who}\n  {self.blocks:,} blocks of {self.threads} threads"
 
     def bytes(self, job: str) -> int:
-        """What must move between the device's memory and the chip: the logits, the gradient, the numbers per row."""
+        """Bytes that must move between DRAM and the chip: the logits, the gradient, the numbers per row."""
         itemsize = DTYPES[self.dtype][1]
         accumulator = max(4, itemsize)
         steps = self.over_rows(job)
-        if steps != [(job, self)]:  # and the stats of the parts, which are written and read
+        if steps != [(job, self)]:  # also the stats of the parts, written once and read once
             of_parts = 8 * accumulator * self.rows * self.parts if steps[0][0] == "STATS" else 0
             return of_parts + sum(chosen.bytes(step) for step, chosen in steps)
         numbers = {"STATS": 4, "GRAD": 3, "STATS_AND_GRAD": 5}.get(job, 1)
@@ -176,20 +181,19 @@ class Plan:
 @lru_cache(maxsize=1024)
 def plan(
     rows: int, classes: int, dtype: str, chip: int = 90, *,
-    layout: str = "flat", variant: str = "PLAIN", job: str = "LOSS_AND_GRAD", even: bool = True, width: int = 4,
+    layout: str = "flat", variant: str = "PLAIN", job: str = "LOSS_AND_GRAD", access: int = 4,
 ) -> Plan:  # fmt: skip
     """The plan for N = `rows` rows of C = `classes` logits.
 
-    A row's sums are made in an order that follows from C, dtype, chip, the kind of options, whether the classes lie
-    side by side, the job, and where in 16 bytes the row starts; N only says how many blocks
-    there are.
+    The order in which a row is summed depends on C, dtype, chip, kind of options, layout, job, and the row's alignment
+    to 16 bytes. It does not depend on N, which only sets the number of blocks.
 
-    layout: "flat" where rows and classes lie side by side, "rows" where classes do, "columns" where they do not.
-    job: of JOBS; what writes no gradient is spread otherwise.
-    even: whether rows are evenly spaced, and what is written or read beside the logits is aligned as they are.
-    width: how many neighbouring rows one access may move, where classes lie apart; it changes no sum.
+    layout: "flat" if rows and classes are contiguous, "rows" if only the classes are, "columns" if they are not.
+    job: of JOBS; those that write no gradient have plans of their own.
+    access: how many adjacent numbers one access may move. In the layout "columns" they belong to as many rows, which
+    changes no sum. In the others it is 1 unless rows are evenly spaced, and all arrays are aligned like the logits.
     """
-    itemsize = DTYPES[dtype][1]
+    itemsize, even = DTYPES[dtype][1], layout == "columns" or access > 1
 
     def spread(
         family: str, vectors: int, lanes: int, threads: int, bound: tuple[int, int],
@@ -202,27 +206,27 @@ def plan(
         )  # fmt: skip
 
     size = classes * itemsize
-    if layout == "flat" and size <= TINY and not (variant in CAPPED_BY_CLASS and classes > TINY_CAPPED):
+    if layout == "flat" and size <= TINY_BYTES and not (variant in CAPPED_BY_CLASS and classes > TINY_CAPPED):
         variant = {"SMOOTH": "GENERAL", "SOFT": "GENERAL", "CAPPED": "CAPPED_GENERAL"}.get(variant, variant)
         each = next(each for limit, each in TINY_EACH if size <= limit) if variant == "PLAIN" else 1
         bound = TINY_THREADS, _tiny_blocks(classes, each, itemsize, chip, variant)
-        return spread("T", 0, 1, TINY_THREADS, bound, width=each)
+        return spread("TINY", 0, 1, TINY_THREADS, bound, width=each)
     if layout == "columns":
         variant = "GENERAL" if variant == "SOFT" else variant
-        warps, held, width, (threads, blocks), stream = _columns(classes, itemsize, chip, variant, width)
-        if stream and itemsize == 2 and width == 1:  # need more registers, as do options, and stats beside a gradient
+        warps, held, width, (threads, blocks), stream = _columns(classes, itemsize, chip, variant, access)
+        if stream and itemsize == 2 and width == 1:  # needs more registers, as do options, and stats with a gradient
             blocks = 1
         elif itemsize == 8:
             blocks = max(1, blocks * 2 // 3)
         elif blocks > 2 and (variant != "PLAIN" or job == "STATS_AND_GRAD"):
             blocks -= -(-blocks // 5)
         blocks = min(blocks, (1024 if chip < 80 else 1536) // threads)
-        return spread("P", held, warps, threads, (threads, blocks), stream=stream, width=width)
+        return spread("COLUMNS", held, warps, threads, (threads, blocks), stream=stream, width=width)
     if size > (WHOLE if chip >= 90 else WHOLE_GRAD if writes_grad(job) else WHOLE_LOSS):
-        variant = {"SMOOTH": "GENERAL", "SOFT": "GENERAL"}.get(variant, variant)  # neither has class weights
+        variant = {"SMOOTH": "GENERAL", "SOFT": "GENERAL"}.get(variant, variant)  # SPLIT compiles neither
         vectors, most, blocks = _held(itemsize, variant, job, chip, even)
         part = -(-size // (PART * MOST_PARTS)) * PART
-        found = spread("S", vectors, 0, ALONE, (ALONE, most * blocks // ALONE), cluster=0, stream=True)
+        found = spread("SPLIT", vectors, 0, ALONE, (ALONE, most * blocks // ALONE), cluster=0, stream=True)
         parts = -(-size // part)
         return replace(found, parts=parts, part=part // itemsize, blocks=rows * parts)
     vectors, most, blocks = _held(itemsize, variant, job, chip, even)
@@ -231,45 +235,45 @@ def plan(
             fewer = max(1, wanted // vectors)
             held, lanes = wanted // fewer, lanes * fewer
             several = most * blocks // WARP_THREADS
-            # Of few lanes each has more than one element of head and tail, and needs registers for them.
+            # With few lanes, each has more than one element of head and tail, which takes registers.
             if writes_grad(job):
                 several -= lanes < (6 if job == "LOSS_AND_GRAD" else 2 * (16 // itemsize - 1))
                 several -= itemsize == 2 and chip < 80
             else:
                 several -= lanes < 6 and itemsize == 2
-            return spread("W", held, lanes, WARP_THREADS, (WARP_THREADS, several))
+            return spread("WARP", held, lanes, WARP_THREADS, (WARP_THREADS, several))
     threads = _whole_warps(-(-size // (16 * vectors)))
     if threads <= ALONE:
-        return spread("B", vectors, 0, threads, (most, blocks))
-    if not writes_grad(job):  # which is read once anyhow
+        return spread("BLOCK", vectors, 0, threads, (most, blocks))
+    if not writes_grad(job):  # a loss reads the row only once, streamed or not
         cluster = next(cluster for limit, cluster in STREAMING if size <= limit) if chip >= 90 else 1
-        return spread("O", vectors, 0, ALONE, (ALONE, most * blocks // ALONE), cluster, stream=True)
+        return spread("STREAM", vectors, 0, ALONE, (ALONE, most * blocks // ALONE), cluster, stream=True)
     plain = variant in ("PLAIN", "SMOOTH") and (itemsize == 4 or (itemsize == 2 and 80 <= chip < 100))
     if plain and job == "LOSS_AND_GRAD" and even and chip >= 90:
         most = 512 if variant == "PLAIN" and threads > most else 384
-    tall = (16, 512) if plain else (vectors, most * blocks)  # one block on each SM, whose threads have more registers
+    tall = (16, 512) if plain else (vectors, most * blocks)  # one block per SM, whose threads have more registers
     clusters = (1, 2, 4, 8) if chip >= 90 else (1,)
     for cluster in clusters:
         threads = _whole_warps(-(-size // (16 * vectors * cluster)))
         if threads <= most:
-            return spread("B", vectors, 0, threads, (most, blocks), cluster)
+            return spread("BLOCK", vectors, 0, threads, (most, blocks), cluster)
         if most == 512 and cluster == 1 and threads <= 1024:
-            return spread("B", vectors, 0, threads, (1024, 1))
+            return spread("BLOCK", vectors, 0, threads, (1024, 1))
         threads = _whole_warps(-(-size // (16 * tall[0] * cluster)))
-        # Two blocks on a multiprocessor work for each other. A cluster must do without where registers are short, and
-        # does where there is little to calculate.
+        # Two blocks on an SM hide each other's latency. A cluster of the largest size has no choice, and where there is
+        # little arithmetic one block is enough.
         if threads <= tall[1] and (cluster == clusters[-1] or (plain and (itemsize == 4 or most < 512))):
-            return spread("B", tall[0], 0, threads, (tall[1], 1), cluster)
+            return spread("BLOCK", tall[0], 0, threads, (tall[1], 1), cluster)
     vectors, most, blocks = _held(itemsize, variant, job, chip, even)
-    return spread("O", vectors, 0, most, (most, blocks), cluster, stream=True)
+    return spread("STREAM", vectors, 0, most, (most, blocks), cluster, stream=True)
 
 
 def _columns(
     classes: int, itemsize: int, chip: int, variant: str, width: int
 ) -> tuple[int, int, int, tuple[int, int], bool]:
-    """(warps, classes per thread, rows per access, launch bounds, streamed or not) where classes lie apart."""
+    """(warps, classes per thread, rows per access, launch bounds, whether it streams) of COLUMNS."""
     by_class = variant in ("GENERAL", "CAPPED_GENERAL")
-    # What registers hold without spilling.
+    # What fits the registers without spilling.
     most = 12 if by_class or (itemsize == 2 and chip < 80) else 24
     widest = min(2 if by_class else 4, (8 if by_class else 16) // itemsize)
     streamed = STREAMED[by_class or itemsize == 8 :]
@@ -279,7 +283,7 @@ def _columns(
             continue
         if wide <= width:
             return warps, held, wide, bound, False
-        # Two kernels for all that must be read row by row: few classes are added up otherwise.
+        # Unaligned rows are read one by one, by two kernels only: few classes are summed differently from many.
         if held == most or (warps, held) == (1, 4):
             return warps, held, 1, bound, False
     warps, held, access, bound = next(line[1:] for line in streamed if classes <= line[0])
@@ -289,7 +293,7 @@ def _columns(
 
 
 def _held(itemsize: int, variant: str, job: str, chip: int, even: bool) -> tuple[int, int, int]:
-    """(vectors that a thread holds of a row, most threads of a block, such blocks of an SM): that nothing spills."""
+    """(vectors per thread, most threads per block, blocks per SM) that do not spill."""
     if itemsize == 8:
         return 8, 256, 2
     if variant in ("GENERAL", "CAPPED_GENERAL"):
@@ -300,7 +304,7 @@ def _held(itemsize: int, variant: str, job: str, chip: int, even: bool) -> tuple
         return 8, 320 if job == "STATS_AND_GRAD" else 384, 2
     if variant == "SOFT" and (not even or job == "STATS_AND_GRAD"):
         return 8, 320, 2
-    # 16 bits are converted by hand on the oldest chips, and take the compiler more registers on the newest.
+    # 16-bit numbers are converted in software on sm_75, and cost the compiler more registers on the newest chips.
     if not writes_grad(job):
         return 8, 384 if variant == "SOFT" or (itemsize == 2 and chip < 80) else 512, 2
     more = itemsize == 2 and not 80 <= chip < 100
@@ -308,9 +312,9 @@ def _held(itemsize: int, variant: str, job: str, chip: int, even: bool) -> tuple
 
 
 def _tiny_blocks(classes: int, each: int, itemsize: int, chip: int, variant: str) -> int:
-    """How many blocks of tiny.cu a multiprocessor shall have: as its registers hold, by what is kept of each class.
+    """How many blocks of TINY to ask for per SM: as many as the registers allow that a row's classes need.
 
-    Of more than 32 classes what is packed lies beside what is not.
+    With more than 32 classes the packed and the unpacked logits are live at the same time.
     """
     words = max(4, itemsize) // 4
     arrays, spare = {"PLAIN": (1, 36), "GENERAL": (2, 52), "CAPPED_GENERAL": (3, 76)}[variant]
@@ -323,11 +327,11 @@ def _whole_warps(threads: int) -> int:
     return -(-threads // 32) * 32
 
 
-# Bytes of a row that between them meet every plan: each limit that there is lies just at or above one of them.
+# Bytes of a row that together meet every plan: each limit above is at, or just below, one of them.
 SIZES = sorted(
     {int(base * step) // 16 * 16 for base in (1 << k for k in range(6, 22)) for step in (1, 1.25, 1.5, 1.75)}
 )
-# tiny.cu is compiled for each number of classes: these stand for all of them.
+# TINY is compiled for each number of classes; these stand for all of them.
 FEW = (1, 2, 3, 10, 16, 21, 32, 64)
 LAYOUTS = ("flat", "rows", "columns")
 
@@ -335,71 +339,72 @@ LAYOUTS = ("flat", "rows", "columns")
 def catalogue(
     chip: int, variant: str, jobs: tuple[str, ...] = JOBS, even: tuple[bool, ...] = (True, False)
 ) -> Iterator[Kernel]:
-    """Every kernel that a plan can ask for on a chip, and the sums: what there is to compile.
+    """Every kernel that a plan can ask for on a chip, and the sums.
 
-    But of tiny.cu, which has one for every number of classes, those of FEW.
+    Of TINY, which is compiled for every number of classes, only those with a number in FEW.
     """
     seen: set[Kernel] = set()
     for dtype, (_, itemsize) in DTYPES.items():
         for job in jobs if variant == "PLAIN" else set(jobs) - {"LOG_SOFTMAX"}:
-            for classes in meeting_every_plan(itemsize):
-                for layout, evenly, width in itertools.product(LAYOUTS, even, (1, 4)):
-                    if not evenly and is_even_anyhow(job, variant):
+            for classes in classes_for_every_plan(itemsize):
+                for layout, access in itertools.product(LAYOUTS, (1, 4)):
+                    if layout != "columns" and (access > 1) not in even:
                         continue
-                    how: dict[str, Any] = {"layout": layout, "variant": variant, "job": job}
-                    how |= {"even": evenly, "width": width}
+                    if layout != "columns" and access == 1 and is_always_even(job, variant):
+                        continue
+                    how: dict[str, Any] = {"layout": layout, "variant": variant, "job": job, "access": access}
                     found = plan(1, classes, dtype, chip, **how)
-                    if found.variant == variant and is_named(found):
+                    if found.variant == variant and is_in_catalogue(found):
                         seen.update(found.kernels(job))
         if variant == "PLAIN":
             seen |= {sums_kernel(dtype, cluster) for cluster in ((1, SUM_CLUSTER) if chip >= 90 else (1,))}
     yield from sorted(seen, key=lambda kernel: kernel.name)
 
 
-def meeting_every_plan(itemsize: int) -> list[int]:
-    """How many classes."""
+def classes_for_every_plan(itemsize: int) -> list[int]:
+    """Numbers of classes that together meet every plan."""
     return sorted({*(size // itemsize for size in SIZES), *FEW})
 
 
-def is_named(plan: Plan) -> bool:
-    """Whether the catalogue has the kernels of a plan."""
-    return plan.family != "T" or plan.classes in FEW
+def is_in_catalogue(plan: Plan) -> bool:
+    """Whether the catalogue lists the kernels of a plan."""
+    return plan.family != "TINY" or plan.classes in FEW
 
 
-def is_even_anyhow(job: str, variant: str) -> bool:
-    """Whether there is nothing beside the logits that could be aligned otherwise."""
+def is_always_even(job: str, variant: str) -> bool:
+    """Whether no array beside the logits could be aligned differently."""
     return not writes_grad(job) and variant in ("PLAIN", "SMOOTH", "CAPPED")
 
 
 def writes_grad(job: str) -> bool:
-    """Or what takes its place."""
+    """Whether a job writes a gradient, or log-softmax in its place."""
     return job not in ("STATS", "LOSS")
 
 
 @lru_cache(maxsize=1024)
 def _chosen(
-    job: str, rows: int, classes: int, dtype: str, chip: int, layout: str, variant: str, even: bool, width: int
+    job: str, rows: int, classes: int, dtype: str, chip: int, layout: str, variant: str, access: int
 ) -> tuple[Plan, Kernel]:
-    how: dict[str, Any] = {"layout": layout, "variant": variant, "job": job, "even": even, "width": width}
+    how: dict[str, Any] = {"layout": layout, "variant": variant, "job": job, "access": access}
     chosen = plan(rows, classes, dtype, chip, **how)
     return chosen, chosen.kernel(job)
 
 
 @cache
 def merge_kernel(dtype: str) -> Kernel:
-    return _kernels.kernel("merge.cu", "XE_MERGE", "M", DTYPES[dtype][0])
+    return _kernels.kernel("merge.cu", "XE_MERGE", "MERGE", DTYPES[dtype][0])
 
 
 @cache
 def sums_kernel(dtype: str, cluster: int) -> Kernel:
-    return _kernels.kernel("sums.cu", "XE_SUMS", "D", "double" if dtype == "float64" else "float", cluster)
+    return _kernels.kernel("sums.cu", "XE_SUMS", "SUMS", "double" if dtype == "float64" else "float", cluster)
 
 
 # The engine
 
 
 class Problem(NamedTuple):
-    """The argument of the kernels over rows: what problem.cuh has as a struct, field for field."""
+    """The argument of the kernels over rows: field for field the struct in problem.cuh."""
 
     logits: Array
     logits_outer: int
@@ -419,7 +424,7 @@ class Problem(NamedTuple):
     inner: int
     ignores: int
     ignore_index: int
-    scale: int  # and what else is a number of the arithmetic's dtype: the bits of it
+    scale: int  # like every number in the dtype of the arithmetic: its bits
     upstream: Array | None
     upstream_step: int
     loss: Array | None
@@ -444,7 +449,7 @@ class Problem(NamedTuple):
 
 
 class Sum(NamedTuple):
-    """The argument of sums.cu, likewise."""
+    """The argument of sums.cu: field for field its struct."""
 
     target: Array | None
     kind: int
@@ -472,8 +477,8 @@ class Sum(NamedTuple):
 
 
 Words = Any  # array.array("Q"): an argument as a kernel gets it, 8 bytes for each field
-Slots = Sequence[tuple[int, int]]  # (which word is a pointer, to which array of a sequence)
-Run = Callable[[Words, Slots, Sequence[Array]], None]  # launches; the arrays are for who must know what may be touched
+Slots = Sequence[tuple[int, int]]  # (index of a word that is a pointer, index of the array it points to)
+Run = Callable[[Words, Slots, Sequence[Array]], None]  # launches; an emulator must know which memory may be touched
 
 
 @cache
@@ -482,8 +487,8 @@ def _form(argument: Any) -> struct.Struct:
     return struct.Struct("=" + "".join(code.get(kind, "Q") for kind in get_type_hints(argument).values()))
 
 
-def _taken_apart(argument: Problem | Sum) -> tuple[Words, Slots, list[Array]]:
-    """The words of an argument, with 0 in place of its pointers; where those belong; and the arrays they point to."""
+def _packed(argument: Problem | Sum) -> tuple[Words, Slots, list[Array]]:
+    """The words of an argument, its pointers 0; the slots of those pointers; and the arrays they point to."""
     numbers = [value if isinstance(value, (int, float)) else 0 for value in argument]
     places = [at for at, value in enumerate(argument) if value is not None and not isinstance(value, (int, float))]
     kind: Any = type(argument)
@@ -492,13 +497,13 @@ def _taken_apart(argument: Problem | Sum) -> tuple[Words, Slots, list[Array]]:
 
 
 def _word(dtype: Any, value: float) -> int:
-    """The word whose first bytes are the number in that dtype."""
+    """The number in that dtype, as the low bytes of a word."""
     with np.errstate(all="ignore"):
         return int.from_bytes(np.asarray(value).astype(dtype).tobytes().ljust(8, b"\0"), sys.byteorder, signed=True)
 
 
 def send(run: Run, words: Words, slots: Slots, pointers: Sequence[int], arrays: Sequence[Array]) -> None:
-    """One launch. The words are copied: another thread may launch the same."""
+    """One launch, with a copy of the words: another thread may be launching the same."""
     words = words[:]
     for at, k in slots:
         words[at] = pointers[k]
@@ -510,11 +515,11 @@ class Launcher(Protocol):
 
     def declines(self, rows: Rows) -> str | None: ...
     def chip(self, array: Array) -> int: ...  # compute capability, times ten
-    def processors(self, array: Array) -> int: ...  # how many its device has
-    def on(self, array: Array) -> AbstractContextManager[Any]: ...  # makes the device of the array current
+    def multiprocessors(self, array: Array) -> int: ...  # of the array's device
+    def on(self, array: Array) -> AbstractContextManager[Any]: ...  # makes the array's device current
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array: ...
     def copy(self, array: Array, to: Array) -> None: ...
-    def look(self, array: Array) -> tuple[int, Hashable]: ...  # (its pointer, all else that a launch may depend on)
+    def look(self, array: Array) -> tuple[int, Hashable]: ...  # (its pointer, all else a launch may depend on)
     def ready(self, kernel: Kernel, blocks: int, threads: int, cluster: int = 1) -> Run: ...
 
 
@@ -529,7 +534,7 @@ class Cupy:
     def chip(self, array: Array) -> int:
         return _chip(array.device.id)
 
-    def processors(self, array: Array) -> int:
+    def multiprocessors(self, array: Array) -> int:
         return _processors(array.device.id)
 
     def on(self, array: Array) -> AbstractContextManager[Any]:
@@ -548,11 +553,11 @@ class Cupy:
         return pointer, (array.shape, array.strides, array.dtype, memory.device_id, pointer % 16)
 
     def ready(self, kernel: Kernel, blocks: int, threads: int, cluster: int = 1) -> Run:
-        function = _kernels.compiled(kernel, _cupy().cuda.runtime.getDevice())  # the cluster is compiled into it
+        function = _kernels.compiled(kernel, _cupy().cuda.runtime.getDevice())  # the cluster size is compiled in
         grid, block = (blocks,), (threads,)
 
         def run(words: Words, slots: Slots, arrays: Sequence[Array]) -> None:
-            # A NumPy array of size 1 is an argument by value: CUDA copies as many bytes as the kernel's struct has.
+            # CuPy passes a NumPy array of size 1 by value: CUDA copies as many bytes as the kernel's struct has.
             function(grid, block, (np.frombuffer(words, _void(8 * len(words))),))
 
         return run
@@ -581,7 +586,7 @@ def _processors(device: int) -> int:
 
 
 class Noted(NamedTuple):
-    """A launch of a tape."""
+    """One launch on a tape."""
 
     run: Run
     words: Words
@@ -590,13 +595,13 @@ class Noted(NamedTuple):
 
 
 class Tape:
-    """A launcher that notes what is asked of another one: room for arrays, launches, and whether there was more."""
+    """A launcher that passes everything on to another, and records allocations, launches, and whether it copied."""
 
     def __init__(self, launcher: Launcher) -> None:
         self._launcher = launcher
         self.declines, self.on, self.look = launcher.declines, launcher.on, launcher.look
-        self.chip, self.processors = launcher.chip, launcher.processors
-        self.rooms: list[Array] = []
+        self.chip, self.multiprocessors = launcher.chip, launcher.multiprocessors
+        self.buffers: list[Array] = []
         self.launches: list[Noted] = []
         self.copies = False
 
@@ -605,8 +610,8 @@ class Tape:
         self._launcher.copy(array, to)
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        self.rooms.append(self._launcher.empty(shape, dtype))
-        return self.rooms[-1]
+        self.buffers.append(self._launcher.empty(shape, dtype))
+        return self.buffers[-1]
 
     def ready(self, kernel: Kernel, blocks: int, threads: int, cluster: int = 1) -> Run:
         run = self._launcher.ready(kernel, blocks, threads, cluster)
@@ -618,12 +623,12 @@ class Tape:
         return noted
 
 
-# The kinds of arrays that the engine takes, as far as they were met, and how it looks at them: see _again.py.
+# For each type of array the engine has met, the function that looks at it: see _again.py.
 KINDS: dict[type, Callable[[Array], tuple[int, Hashable]]] = {}
 
 
 class _Mean(NamedTuple):
-    """The divisor of the sum, as a number or on the device, and what multiplies the gradient, likewise."""
+    """The divisor of the sum, and the factor of the gradient: each a number, or on the device."""
 
     divisor: float = 1.0
     divisor_at: Array | None = None
@@ -633,7 +638,7 @@ class _Mean(NamedTuple):
 
 
 class Cuda:
-    """The engine, over one launcher."""
+    """The engine, on one launcher."""
 
     name = "cuda"
     borrows = True
@@ -656,7 +661,7 @@ class Cuda:
         return False
 
     def noting(self) -> tuple[Cuda, Tape]:
-        """The same engine, for one call; and the tape of what it does."""
+        """The same engine for one call, and the tape that records it."""
         tape = Tape(self.launcher)
         return Cuda(tape), tape
 
@@ -711,12 +716,12 @@ class Cuda:
             return self._rows("LOG_SOFTMAX" if log else "LOSS_AND_GRAD", rows, _Mean())
 
     def _stats(self, rows: Rows, with_correct: bool = False) -> RowStats:
-        """Room for them; for `correct` where it is wanted and there are labels."""
+        """New arrays for stats; for `correct` only if it is wanted and there are labels."""
         correct = self.launcher.empty(rows.shape, "bool") if with_correct and rows.has_labels else None
         return RowStats(*(self._empty(rows, rows.shape) for _ in range(4)))._replace(correct=correct)
 
     def _partials(self, rows: Rows) -> Array | None:
-        """Room for the sums of blocks and their ticket, where the losses are more than one block or cluster adds."""
+        """A new array for the sums of blocks and their ticket, if one block or cluster cannot sum so many losses."""
         count = rows.shape[0] * rows.shape[1]
         most = SUM_TOGETHER if self.launcher.chip(rows.logits) >= 90 else SUM_ALONE
         return self.launcher.empty(PARTIALS, "float64") if rows.reduction != "none" and count > most else None
@@ -732,7 +737,7 @@ class Cuda:
         out: Array | None = None,
         partials: Array | None = None,
     ) -> Any:
-        """One launch over the rows; returns the gradient, if the job makes one."""
+        """One launch over the rows (several for SPLIT); returns the gradient, if the job makes one."""
         xp, dtype = rows.xp, rows.logits.dtype.name
         outer, classes, inner = rows.logits.shape
         logits, grad, layout = rows.logits, None, _layout(rows.logits)
@@ -753,8 +758,9 @@ class Cuda:
             ]
             variant = _variant(rows, kind)
             even = inner == 1 and _is_even(rows, variant, placed)
-            count, width = rows.shape[0] * rows.shape[1], _width(logits, grad) if layout == "columns" else 1
-            chosen, kernel = _chosen(job, count, classes, dtype, chip, layout, variant, even, width)
+            count = rows.shape[0] * rows.shape[1]
+            access = _width(logits, grad) if layout == "columns" else 4 if even else 1
+            chosen, kernel = _chosen(job, count, classes, dtype, chip, layout, variant, access)
             smoothing, word = rows.label_smoothing, partial(_word, rows.acc)
             max_, rest, gap, mass, correct = (None,) * 5 if stats is None else stats
             problem = Problem(
@@ -775,8 +781,8 @@ class Cuda:
             if chosen.parts > 1:
                 self._in_parts(job, rows, problem._replace(whole=int(whole)), chosen)
             else:
-                first, ahead = chosen.begins(job, self.launcher.processors(logits))
-                problem = problem._replace(first=first, ahead=ahead, whole=int(chosen.family in "TP" or whole))
+                first, ahead = chosen.prefetching(job, self.launcher.multiprocessors(logits))
+                problem = problem._replace(first=first, ahead=ahead, whole=int(chosen.family in MANY_ROWS or whole))
                 self._launch(problem, kernel, chosen.blocks, chosen.threads, chosen.cluster)
         if out is not None and grad is not out:
             self.launcher.copy(grad, out)
@@ -784,7 +790,7 @@ class Cuda:
         return grad
 
     def _in_parts(self, job: str, rows: Rows, problem: Problem, chosen: Plan) -> None:
-        """A job whose rows are read in parts: what the parts say, that merged, and what follows from it."""
+        """A job on rows read in parts: the stats of the parts, their merge, then the gradient."""
         problem = problem._replace(parts=chosen.parts, part=chosen.part)
         for step, spread in chosen.over_rows(job):
             if step == "STATS":
@@ -797,12 +803,12 @@ class Cuda:
                 self._launch(problem, merge_kernel(spread.dtype), problem.rows, MERGE_THREADS)
 
     def _launch(self, argument: Problem | Sum, kernel: Kernel, blocks: int, threads: int, cluster: int = 1) -> None:
-        words, slots, arrays = _taken_apart(argument)
+        words, slots, arrays = _packed(argument)
         run = self.launcher.ready(kernel, blocks, threads, cluster)
         send(run, words, slots, [self.launcher.look(array)[0] for array in arrays], arrays)
 
     def _mean(self, rows: Rows) -> _Mean:
-        """What divides the loss and multiplies the gradient; a launch where targets and weights must be asked."""
+        """The divisor of the loss and the factor of the gradient; a launch, if targets and weights must be read."""
         upstream = 1.0 if rows.upstream is None else rows.upstream
         if rows.reduction == "mean":
             known = _known_divisor(rows)
@@ -820,7 +826,7 @@ class Cuda:
         return _Mean(scale_at=_dense(rows.xp, upstream), scale_step=int(upstream.ndim == 2))
 
     def _count(self, rows: Rows, **wanted: Any) -> None:
-        """Counts before there is anything that could set a ticket to 0: many rows by two launches."""
+        """Counts rows in the first launch of a call, when no ticket has been set to 0: many rows take two launches."""
         most = SUM_TOGETHER if self.launcher.chip(rows.logits) >= 90 else COUNT_ALONE
         if rows.shape[0] * rows.shape[1] > most:
             partials = self.launcher.empty(PARTIALS, "float64")
@@ -829,7 +835,7 @@ class Cuda:
         self._sum(rows, counts=True, **wanted)
 
     def _reduced(self, rows: Rows, losses: Array, mean: _Mean | None, partials: Array | None) -> Array:
-        """The losses as the caller wants them; without a `mean` from before, rows are counted in the same launch."""
+        """The losses as the caller wants them; if there is no `mean` yet, the same launch counts the rows."""
         if rows.reduction == "none":
             return losses
         total, counts = self._empty(rows, ()), False
@@ -880,7 +886,7 @@ class Cuda:
         self._launch(argument, kernel, max(blocks, cluster), SUM_THREADS, cluster)
 
     def _gradient(self, rows: Rows, logits: Array) -> Array:
-        """Room for the gradient, laid out like the logits so that what is read wide can be written wide."""
+        """A new array for the gradient, laid out like the logits, so that vectorized loads have vectorized stores."""
         outer, classes, inner = logits.shape
         if inner > 1 and logits.strides[1] == logits.dtype.itemsize:
             made = self.launcher.empty((outer, inner, classes), rows.grad_dtype)
@@ -892,7 +898,7 @@ class Cuda:
 
 
 def _known_divisor(rows: Rows) -> Array | float | None:
-    """The mean's divisor where no label and no weight needs to be looked at: a number, or float64 on the device."""
+    """The mean's divisor if no label or weight need be read: a number, or float64 on the device. Else None."""
     if rows.denominator is not None:
         given = rows.denominator
         return given if isinstance(given, float) or given.dtype.name == "float64" else given.astype("float64")
@@ -906,7 +912,7 @@ def _by(divisor: Array | float) -> _Mean:
 
 
 def _ignored(rows: Rows) -> tuple[int, int]:
-    """(whether any label is ignored, which, as the kernels read it: in 64 bits with a sign)."""
+    """(whether any label is ignored, which one, as a signed 64-bit integer)."""
     if rows.ignore_index is None:
         return 0, 0
     index = int(rows.ignore_index)
@@ -925,25 +931,25 @@ def _variant(rows: Rows, kind: int) -> str:
 
 
 def _is_even(rows: Rows, variant: str, placed: list[tuple[Any, tuple[int, int, int]]]) -> bool:
-    """Whether what is read and written by 16 bytes beside the logits is aligned as they are, in rows evenly spaced."""
+    """Whether rows are evenly spaced, and arrays accessed by vectors beside the logits are aligned like them."""
     logits = rows.logits
     (_, (step, _, _)), *others = placed
     place, step = _address(placed[0][0]), step * logits.dtype.itemsize
     for array, (by_row, by_class, _) in others:
         if array is None or (array is rows.target and rows.has_labels):
             continue
-        wide = array.dtype.itemsize // logits.dtype.itemsize  # of float32 beside 16-bit logits, twice as many bytes
+        wide = array.dtype.itemsize // logits.dtype.itemsize  # 2 for a float32 target beside 16-bit logits
         if by_class != 1 and rows.classes > 1:
             return False
         if (_address(array) - place * wide) % 16 or (by_row * array.dtype.itemsize - step * wide) % 16:
             return False
-    if rows.weight is not None and variant in ("GENERAL", "CAPPED_GENERAL"):  # the same for every row
+    if rows.weight is not None and variant in ("GENERAL", "CAPPED_GENERAL"):  # the same weights for every row
         return place % 16 == 0 and step % 16 == 0
     return True
 
 
 def _target(rows: Rows) -> tuple[int, Any]:
-    """(enum Target of problem.cuh, the target as kernels read it): labels and most distributions as they are."""
+    """(enum Target of problem.cuh, the target as the kernels read it): labels and most distributions unchanged."""
     if rows.target is None:
         return 0, None
     name = rows.target.dtype.name
@@ -956,9 +962,10 @@ def _target(rows: Rows) -> tuple[int, Any]:
 
 
 def _steps(outer: int, inner: int, *arrays: Array | None) -> tuple[int, list[tuple[int, int, int]]]:
-    """(inner, for each array the elements from outer to outer, class to class, inner to inner; 0 of what it has not).
+    """(inner, for each array its strides in elements along outer, classes and inner; 0 for an array that is None).
 
-    Rows that are evenly spaced in every array are `outer` ones, and inner is 1: kernels then divide nothing.
+    Rows that are evenly spaced in every array are treated as outer ones, with inner = 1, which saves the kernels a
+    division.
     """
     steps = [_strides(array) for array in arrays]
     if inner > 1 and (outer == 1 or all(by_outer == inner * by_inner for by_outer, _, by_inner in steps)):
@@ -975,7 +982,7 @@ def _strides(array: Array | None) -> tuple[int, int, int]:
 
 
 def _layout(array: Array) -> str | None:
-    """How the kernels reach (outer, C, inner), see `plan`; None where a copy with dense rows is better."""
+    """The `layout` for `plan` of an array (outer, C, inner); None if a copy with contiguous rows is better."""
     outer, classes, inner = array.shape
     itemsize = int(array.dtype.itemsize)
     if any(step % itemsize for step in array.strides):
@@ -985,11 +992,11 @@ def _layout(array: Array) -> str | None:
         side_by_side = (inner == 1 or by_inner == classes) and (outer == 1 or by_outer == inner * classes)
         return "flat" if side_by_side else "rows"
     together = by_inner == 1 and inner >= NEIGHBOURS
-    return "columns" if together or classes * itemsize <= TINY else None
+    return "columns" if together or classes * itemsize <= TINY_BYTES else None
 
 
 def _width(*arrays: Array | None) -> int:
-    """How many neighbouring rows one access may move, of all arrays: 1, 2 or 4."""
+    """How many adjacent rows one access may move in all arrays: 1, 2 or 4."""
     bits = 4
     for array in arrays:
         if array is None:
@@ -1002,12 +1009,12 @@ def _width(*arrays: Array | None) -> int:
 
 
 def _dense(xp: Any, array: Any) -> Any:
-    """Numbers per row or class, side by side."""
+    """A contiguous array of numbers per row or class."""
     return array if array is None or array.flags.c_contiguous else xp.ascontiguousarray(array)
 
 
 def _address(array: Array) -> int:
-    """Of the first element."""
+    """Address of the first element."""
     return int(array.ctypes.data if isinstance(array, np.ndarray) else array.data.ptr)
 
 

@@ -1,4 +1,4 @@
-"""The mathematics in Array-API functions only: readable, differentiable, runs anywhere, holds N×C temporaries."""
+"""The mathematics in Array-API functions only: readable, differentiable, portable, but with N×C temporaries."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def declines(rows: Rows) -> str | None:
 
 
 def reads_labels_free(rows: Rows) -> bool:
-    """Labels in host memory can be read at no cost; a traced array has none, a device would have to be waited for."""
+    """Whether the labels are in host memory: traced labels have no values, and reading a device means waiting."""
     if _rows.is_traced(rows.target):
         return False
     try:
         return int(rows.target.__dlpack_device__()[0]) == 1  # type: ignore[union-attr]  # kDLCPU
-    except Exception:  # libraries differ in how they say that an array is on no one device
+    except Exception:  # for an array that is not on one device, each library raises an error of its own
         return False
 
 
@@ -31,16 +31,16 @@ def stats(rows: Rows) -> RowStats:
     at = xp.argmax(x, axis=1, keepdims=True)
     first = _classes(rows) == at
     zero = xp.zeros_like(x)
-    top = xp.sum(xp.where(first, x, zero), axis=1, keepdims=True)  # ties: what differentiates must see one of them
-    below, half = _below(rows, x, top), _below(rows, x / 2, top / 2)  # of which only the half has room for every x
-    # 0·∞ counts 0, and is not even made; any other product has a derivative, also where it is 0. But the first of the
-    # largest logits, whose own two derivatives cancel, would take the digits of the tail's with them.
+    top = xp.sum(xp.where(first, x, zero), axis=1, keepdims=True)  # if several tie, differentiation must see only one
+    below, half = _below(rows, x, top), _below(rows, x / 2, top / 2)  # only the half cannot overflow
+    # 0·∞ counts as 0 and must not be computed; any other product has a derivative, even if it is 0. The first of the
+    # largest logits is left out too: its two derivatives cancel, which would cost the derivative of the tail digits.
     nothing = first | ((a == 0) & ~xp.isfinite(half)) | ((half == 0) & ~xp.isfinite(a))
     product = xp.where(nothing, zero, a) * xp.where(nothing, zero, half)
     return RowStats(
         max=top[:, 0, :],
         rest=_sum(xp, xp.where(first, zero, xp.exp(below))),
-        gap=0 - 2 * _sum(xp, product),  # not -0
+        gap=0 - 2 * _sum(xp, product),  # 0 rather than -0
         mass=xp.ones_like(at[:, 0, :], dtype=rows.acc) if rows.target is None else _sum(xp, a),
     )
 
@@ -50,13 +50,13 @@ def grad(rows: Rows, stats: RowStats, out: Array | None = None) -> Array:
     x, slope = _capped(rows)
     a = _target(rows)
     top, rest, p_max, mass = (v[:, None, :] for v in (stats.max, stats.rest, stats.p_max, stats.mass))
-    coef, kept = mass, mass - a  # kept = coef - a, which would lose a small 2·z·lse
+    coef, kept = mass, mass - a  # kept is coef - a, without losing a small 2·z·lse
     if rows.z_loss:
         of_lse = rows.z_loss * stats.lse[:, None, :]
         coef, kept = mass + (of_lse + of_lse), kept + (of_lse + of_lse)
     p = xp.exp(_below(rows, x, top)) * p_max
-    g = xp.where((p == 0) & (coef == coef), p, coef * p) - a  # an infinite coef leaves out what has no probability
-    # Where p > 1/2, 1 - p is taken from rest, which has not cancelled.
+    g = xp.where((p == 0) & (coef == coef), p, coef * p) - a  # an infinite coef must not meet p = 0
+    # Where p > 1/2, 1 - p is computed from rest, which involves no cancellation.
     g = xp.where((x == top) & (rest < 1) & xp.isfinite(coef), kept - coef * (rest * p_max), g)
     if slope is not None:
         g = g * slope
@@ -74,9 +74,10 @@ def grad(rows: Rows, stats: RowStats, out: Array | None = None) -> Array:
 
 
 def loss(rows: Rows) -> Array:
-    """The loss, written so that automatic differentiation finds the gradient of `grad`.
+    """The loss, written so that automatic differentiation yields the same gradient as `grad`.
 
-    It would carry a NaN out of a row that does not count, and lose the NaN of a row that has no softmax.
+    Written plainly, it would let NaN escape from a row that does not count, and lose the NaN of a row without a
+    softmax.
     """
     xp = rows.xp
     factor, _ = _rows.terms(rows)
@@ -90,7 +91,7 @@ def loss(rows: Rows) -> Array:
 
 
 def _capped(rows: Rows) -> tuple[Array, Array | None]:
-    """The logits in the dtype of the arithmetic, after softcap, and the slope of softcap there."""
+    """The logits in the dtype of the arithmetic, after softcap; and the derivative of softcap at them."""
     xp = rows.xp
     x = xp.astype(rows.logits, rows.acc, copy=False)
     if rows.softcap is None:
@@ -101,7 +102,7 @@ def _capped(rows: Rows) -> tuple[Array, Array | None]:
 
 
 def _target(rows: Rows) -> Array:
-    """The weighted target after smoothing, a = w·q. A row whose label is no class has none."""
+    """The weighted target after smoothing, a = w·q; 0 in a row whose label is not a class."""
     xp = rows.xp
     if rows.target is None:
         return xp.zeros_like(rows.logits, dtype=rows.acc)
@@ -112,7 +113,7 @@ def _target(rows: Rows) -> Array:
         q, valid = xp.astype(rows.target, rows.acc, copy=False), None
     if rows.label_smoothing:
         q = (1 - rows.label_smoothing) * q + rows.label_smoothing / rows.classes
-    # A weight of infinity or NaN counts only where something meets its class.
+    # A weight of inf or NaN counts only where target mass meets its class.
     if rows.weight is None:
         a = q
     else:
@@ -122,7 +123,7 @@ def _target(rows: Rows) -> Array:
 
 
 def _sum(xp: Any, values: Array) -> Array:
-    """The sum over the classes; by halves where NumPy would add one by one, as it does unless they lie side by side."""
+    """The sum over the classes, in halves where NumPy would add one by one because the classes are not contiguous."""
     while values.shape[2] > 1 and values.shape[1] > 16:
         half = values.shape[1] // 2
         folded = values[:, :half, :] + values[:, half : 2 * half, :]
@@ -136,6 +137,6 @@ def _classes(rows: Rows) -> Array:
 
 
 def _below(rows: Rows, x: Array, top: Array) -> Array:
-    """The logits less the maximum; rows whose maximum is not finite end as NaN anyhow."""
+    """The logits minus the maximum, if that is finite; otherwise the row ends as NaN in any case."""
     xp = rows.xp
     return x - xp.where(xp.isfinite(top), top, xp.zeros_like(top))

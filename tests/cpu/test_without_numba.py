@@ -1,0 +1,196 @@
+"""Where Numba is absent, switched off or fails: NumPy answers in its place, and it is said why."""
+
+import pytest
+from support.process import run
+
+from xent_array import __main__ as program
+from xent_array._engines import cpu
+
+needs_numba = pytest.mark.skipif(isinstance(cpu.loops(), str), reason="Numba is not installed")
+
+WITHOUT = """
+import sys
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "numba" and sys.argv[1] == "absent":
+            raise ModuleNotFoundError("No module named 'numba'", name="numba")
+        if name == "numba" and sys.argv[1] == "broken":
+            raise ImportError("Numba needs NumPy 2.1 or less")
+
+sys.meta_path.insert(0, Finder())
+import numpy as np
+from xent_array import __main__ as program, cross_entropy_value_and_grad
+x = np.random.default_rng(0).standard_normal((40, 300), np.float32)
+found = [cross_entropy_value_and_grad(x, np.arange(40), z_loss=0.1, engine=engine) for engine in (None, "cpu", "numpy")]
+assert len({loss.tobytes() + grad.tobytes() for loss, grad in found}) == 1
+program.SIZE = (4, 10)
+assert program.main(["--json"]) == 0
+assert program.main([]) == 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "reason", "environment"),
+    [
+        ("absent", "Numba is not installed", {}),
+        ("broken", "Numba cannot be used: Numba needs NumPy 2.1 or less", {}),
+        ("switched off", "Numba cannot be used: NUMBA_DISABLE_JIT is set", {"NUMBA_DISABLE_JIT": "1"}),
+    ],
+)
+def test_without_numba_it_is_numpy_and_the_report_says_why(how, reason, environment):
+    told = run(WITHOUT, how, **environment)
+    assert f'"reason": "{reason}"' in told
+    assert f"loops of engine 'cpu': NumPy, because {reason}\n" in told
+
+
+@needs_numba
+def test_the_report_says_that_numba_is_used(monkeypatch, capsys):
+    monkeypatch.setattr(program, "SIZE", (4, 10))
+    assert program.main([]) == 0
+    assert "loops of engine 'cpu': compiled by Numba\n" in capsys.readouterr().out
+
+
+# -- a first compilation that fails --------------------------------------------------------------------------------
+
+FAILING = """
+import os, sys, warnings
+import numpy as np
+from llvmlite import ir
+from numba.core import caching, compiler
+from xent_array import __main__ as program, cross_entropy_value_and_grad
+from xent_array._engines import cpu
+
+what, report_first = sys.argv[1:]
+program.SIZE = (4, 10)
+tries, compiles = [], compiler.compile_extra
+
+def fails(*_, **__):
+    raise RuntimeError("nothing is compiled here")
+
+def fails_once(*given, **options):
+    tries.append(given)
+    return fails() if len(tries) == 1 else compiles(*given, **options)
+
+def fails_at_sums(context, target, function, *given, **options):
+    return fails() if function.__name__ == "total" else compiles(context, target, function, *given, **options)
+
+if what == "compiler":
+    compiler.compile_extra = fails
+elif what == "LLVM":
+    ir.IRBuilder.gep = fails
+elif what == "once":
+    compiler.compile_extra = fails_once
+elif what == "sums":
+    compiler.compile_extra = fails_at_sums
+
+def called(function, *given, **options):
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        return function(*given, **options), told
+
+def is_said(told):
+    (warning,) = told
+    wanted = "xent_array works with NumPy alone, which is several times slower: Numba cannot compile the loops: "
+    assert warning.category is RuntimeWarning
+    assert str(warning.message).startswith(wanted) and "nothing is compiled here" in str(warning.message), warning
+    assert cpu.loops() in str(warning.message)
+
+if report_first == "report":
+    code, told = called(program.main, [])
+    assert code == 0
+    is_said(told)
+    sys.exit()
+
+def same(found, wanted):
+    return [part.tobytes() for part in found] == [part.tobytes() for part in wanted]
+
+rng = np.random.default_rng(0)
+for name, shape, axis in [("contiguous", (40, 300), 1), ("transposed", (40, 10), 1), ("strided", (4, 50, 40), 1),
+                          ("over threads", (700, 300), 1), ("strided over threads", (4, 50, 1000), 1)]:
+    x = rng.standard_normal(shape, np.float32)
+    labels = rng.integers(shape[axis], size=np.delete(shape, axis))
+    for options in ({}, {"z_loss": 0.1}, {"weight": np.ones(shape[axis])}):
+        options = options | {"axis": axis, "reduction": "sum"}
+        wanted = cross_entropy_value_and_grad(x, labels, engine="numpy", **options)
+        for in_place in (False, True):
+            cpu._found, case = None, (name, options, in_place)
+            del tries[:]
+
+            def call():
+                logits = x.copy()
+                out = logits if in_place else None
+                loss, grad = cross_entropy_value_and_grad(logits, labels, out=out, **options)
+                assert in_place or (logits == x).all(), case
+                return loss, grad
+
+            found, told = called(call)
+            if what == "sums" and not told:
+                continue  # the loop has added up itself
+            is_said(told)
+            for part, of_numpy in zip(found, wanted):  # made in part by loops, where only the sum is not compiled
+                assert np.allclose(part, of_numpy, rtol=1e-5 if what == "sums" else 0, atol=0), case
+            found, told = called(call)
+            assert not told and same(found, wanted), case
+assert called(program.main, [])[0] == 0
+"""
+
+
+def failing(what, tmp_path, report_first=""):
+    """What a process prints, in which the first compilation fails."""
+    return run(FAILING, what, report_first, NUMBA_CACHE_DIR=str(tmp_path), XENT_ARRAY_NUM_THREADS="3")
+
+
+@needs_numba
+@pytest.mark.parametrize(
+    "what",
+    [
+        "compiler",
+        "LLVM",
+        "once",
+        "sums",
+    ],
+)
+def test_a_compilation_that_fails(tmp_path, what):
+    """NumPy answers, from logits that are as they were, one warning says why, and so does the report."""
+    told = failing(what, tmp_path)
+    assert "loops of engine 'cpu': NumPy, because Numba cannot compile the loops: " in told
+    assert "nothing is compiled here" in told
+
+
+@needs_numba
+@pytest.mark.parametrize("what", ["compiler", "LLVM"])
+def test_the_report_compiles_before_it_says_what_is_compiled(tmp_path, what):
+    assert "loops of engine 'cpu': NumPy, because Numba cannot compile the loops: " in failing(what, tmp_path, "report")
+
+
+NO_FOLDER = """
+import numpy as np
+from numba.core import caching
+
+def fails(_):
+    raise OSError(30, "Read-only file system")
+
+caching._CacheLocator.ensure_cache_path = fails
+from xent_array import __main__ as program, cross_entropy_value_and_grad
+from xent_array._engines import cpu
+x, labels = np.random.default_rng(0).standard_normal((40, 300), np.float32), np.arange(40)
+for logits in (x, x[:, :40].copy(), np.asfortranarray(x)):
+    loss, grad = cross_entropy_value_and_grad(logits, labels)
+    wanted, _ = cross_entropy_value_and_grad(logits, labels, engine="numpy")
+    assert abs(loss - wanted) < 1e-5
+    again = logits.copy(order="K")
+    assert cross_entropy_value_and_grad(again, labels, out=again)[0] == loss and (again == grad).all()
+program.SIZE = (4, 10)
+assert program.main([]) == 0
+print([loop.rows.stats.cache_path for loop in cpu.loops().LOOPS.values()])
+"""
+
+
+@needs_numba
+def test_no_folder_for_compiled_code(tmp_path):
+    """It lives in memory then; that is nothing to warn of."""
+    told = run(NO_FOLDER, NUMBA_CACHE_DIR=str(tmp_path))
+    assert "loops of engine 'cpu': compiled by Numba\n" in told
+    assert told.endswith("[None, None, None]\n")
+    assert not any(tmp_path.iterdir())

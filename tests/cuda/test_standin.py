@@ -1,0 +1,132 @@
+"""What GPU machines run, on the stand-in for CuPy: nothing uses anything that CuPy lacks."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("cupy") is None, reason="asks CuPy for its signatures"),
+    pytest.mark.skipif(shutil.which("g++") is None, reason="the emulation needs g++"),
+]
+
+
+def run(*arguments):
+    command = [sys.executable, "tests/support/standin.py", *arguments]
+    environment = {**os.environ, "XENT_ARRAY_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment)
+
+
+def test_the_first_command_of_the_readme():
+    done = run("-m", "xent_array")
+    assert done.returncode == 0, done.stderr
+    for engine in ("cuda", "generic"):
+        assert f"engine '{engine}' on CuPy arrays: right\n  softmax   [[0.659, 0.242, 0.099]" in done.stdout
+
+
+def test_a_bare_namespace_is_found():
+    """What was once handed to `generic` by mistake: CuPy itself, whose arange takes no device."""
+    code = """
+from xent_array import __main__ as program
+from xent_array._rows import Rows
+program.SIZE = (8, 100)
+program._rows = lambda xp: Rows(xp, xp.asarray(program.LOGITS, dtype=xp.float32)[:, :, None], xp.dtype(xp.float32))
+program.main([])
+"""
+    done = run("-c", code)
+    assert done.returncode == 1
+    assert done.stderr.endswith("TypeError: got an unexpected keyword argument 'device'\n")
+
+
+def smaller(code):
+    for number, instead in (("8192", "64"), ("50257", "503"), ("4096", "64"), ("1000", "100")):
+        code = code.replace(number, instead)
+    return code
+
+
+def test_the_examples_of_the_readme():
+    text = (ROOT / "README.md").read_text()
+    (gpu,) = re.findall(r"(?m)^    import cupy\n(?:    .*\n)+", text)
+    (first,) = re.findall(r"```python\n(import numpy as np +# or: import cupy as np\n.*?)```", text, re.DOTALL)
+    code = smaller(first.replace("import numpy as np", "import cupy as np") + re.sub("(?m)^    ", "", gpu))
+    code += """
+assert grad is logits and type(loss) is cupy.ndarray and loss.shape == () and rows.shape == (64,)
+assert 0 < float(loss) < 20 and 0 <= float(accuracy) <= 1 < float(perplexity)
+"""
+    done = run("-c", code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_digits_are_learnt():
+    pytest.importorskip("sklearn")
+    pytest.importorskip("tqdm")
+    done = run("bench/train_digits.py", "--backend", "cupy", "--epochs", "3", "--quiet")
+    assert done.returncode == 0, done.stderr
+    assert float(re.search(r"accuracy ([\d.]+)%", done.stdout)[1]) >= 85
+
+
+def test_the_launches_that_are_for_a_gpu():
+    done = run("-m", "bench.launches", "--part", "2/90")
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"[1-9]\d* problems, [1-9]\d* kernels, [1-9]\d* launches, 0 wrong", done.stdout)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "cupy and (bad_class or every_integer or ignore_index_none or goes_to or worked_example)",
+        pytest.param("cupy", marks=pytest.mark.full),
+    ],
+    ids=["some", "all"],
+)
+def test_the_tests_of_cupy_arrays(words):
+    files = [
+        f"tests/behaviour/test_{name}.py" for name in ("semantics", "libraries", "engines", "api", "invariance", "rows")
+    ]
+    done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", "--require", "cupy", *files, "-k", words)
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert re.search(r"(?m)^cupy: [1-9]\d+ passed, 0 failed, 0 skipped", done.stdout)
+
+
+# -- the stand-in itself
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("cupy.arange(3, device=cupy.cuda.Device())", "'device'"),
+        ("cupy.exp(cupy.ones(3), where=True)", "'where'"),
+        ("cupy.sum(cupy.ones(3), initial=1)", "'initial'"),
+        ("numpy.asarray(cupy.ones(3))", "not allowed"),
+        ("cupy.ones(3) + numpy.ones(3)", "Unsupported type"),
+        ("numpy.ones(3) + cupy.ones(3)", "unsupported operand|Unsupported type"),
+        ("cupy.maximum(numpy.ones(3), cupy.ones(3))", "Unsupported type"),
+        ("cupy.ones(3).flags.writeable", "no attribute 'writeable'"),
+        ("cupy.mgrid2", "no attribute 'mgrid2'"),
+    ],
+)
+def test_what_cupy_does_not_take(code, message):
+    done = run("-c", f"import cupy, numpy\n{code}")
+    assert done.returncode == 1
+    assert re.search(message, done.stderr.splitlines()[-1])
+
+
+def test_results_are_arrays_of_cupy():
+    done = run(
+        "-c",
+        """
+import cupy, numpy
+x = cupy.asarray(numpy.arange(6.0)).reshape(2, 3)
+for found in (x.sum(), cupy.sum(x), x[0, 0], x.argmax(axis=1), x @ x.T, -x, x == x, 2 * x, x.T, cupy.exp(x)):
+    assert type(found) is cupy.ndarray, type(found)
+assert type(x.get()) is numpy.ndarray and float(x.sum()) == 15 and x.device == cupy.cuda.Device(0)
+""",
+    )
+    assert done.returncode == 0, done.stderr

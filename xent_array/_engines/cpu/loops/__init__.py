@@ -1,0 +1,81 @@
+"""The loops over logits, compiled by Numba; no other code of the engine is compiled.
+
+There is one loop for each memory layout of rows:
+
+    contiguous     rows with contiguous classes, one at a time
+    transposed     the same with few classes: tiles of rows are transposed, so that each row occupies a vector lane
+    strided        adjacent rows with their classes apart, each in a vector lane as it is
+
+Each does everything that is asked of a row while it is in cache, by the same arithmetic in the same order. All take the
+same arguments, one-dimensional arrays:
+
+    arguments   one record of `Arguments` x           the logits; 16-bit floats as uint16 label       the class of each
+    row, -1 if it has none; empty if the target is not labels per_row     three kinds of numbers, each with one value
+    per row or a single value: the target at the label (ON_LABEL),
+                the factor of the loss (FACTOR) and that of the gradient (SCALE)
+    q           with labels, the part of the target that label smoothing puts on each class: empty, one value, or C
+    values.
+                Without, distributions, weighted and smoothed; empty if there is no target
+    answers     the loss of each row; with KNOWN or STATS, five more kinds follow: maximum, rest, gap, mass, and 1 where
+                the label is the first class of the largest logit
+    out         the gradient, the softmax or the log-softmax; empty if none is asked for
+    workspace   bytes, as many as the loop's `workspace_size` says
+
+The result is -1 if CHECK finds a fault; otherwise the sum of the losses with SUM, else 0.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple, get_type_hints
+
+import numpy as np
+
+from ...._rows import Array
+
+# What is asked for, as bits of `job`
+LOSS = 1
+GRAD = 2
+STATS = 4
+LOG = 8  # log-softmax instead of the gradient
+KNOWN = 16  # the stats are given
+CHECK = 32  # first make sure that all labels are classes, and that rounding mode and denormals are the default
+SUM = 64  # return the sum of the losses
+STREAM = 128  # write the gradient with non-temporal stores
+IGNORE = 256  # rows with the label `ignore_index` do not count
+
+LANES = 16  # rows per vector
+
+# Kinds of numbers in `per_row`
+ON_LABEL, FACTOR, SCALE = range(3)
+
+
+class Arguments(NamedTuple):
+    """The scalar arguments. There are outer·inner rows; strides are in elements, and that of the inner axis is 1."""
+
+    job: int
+    outer: int
+    inner: int
+    classes: int
+    x_outer: int
+    x_class: int
+    out_outer: int
+    out_class: int
+    width: int = 0  # rows per tile, a multiple of 16
+    lead: int = 0  # rows missing from the first tile of an outer index, so that all others start at a cache line
+    q_row: int = 0  # stride of the distributions
+    is_half: int = 0  # 16-bit floats are float16 rather than bfloat16
+    softcap: float = 0.0  # 0 for none
+    z_loss: float = 0.0
+    ignore_index: int = 0
+
+    @lru_cache(maxsize=256)  # noqa: B019  # of immutable tuples
+    def record(self) -> Array:
+        """The same as an array of one ARGUMENTS, for compiled code; nothing writes to it."""
+        record = np.empty(1, ARGUMENTS)
+        record[0] = self
+        return record
+
+
+_FIELDS = [(name, {int: np.int64, float: np.float64}[kind]) for name, kind in get_type_hints(Arguments).items()]
+ARGUMENTS = np.dtype(_FIELDS, align=True)

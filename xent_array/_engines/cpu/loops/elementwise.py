@@ -1,0 +1,173 @@
+"""Elementwise operations on contiguous arrays that all loops share: copies, products, conversions of 16-bit floats."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from numba import types
+from numba.extending import intrinsic
+
+from . import simd
+from .jit import called_from_python
+from .math import from_bfloat, from_half, tanh_and_slope, times, to_bfloat, to_half
+from .simd import (
+    DOUBLE,
+    INT64,
+    Array,
+    Flag,
+    Index,
+    Operands,
+    Real,
+    Value,
+    Variable,
+    constant,
+    either,
+    has_default_arithmetic,
+    loop,
+    operation,
+    smaller,
+    vectors,
+    where,
+)
+
+GROUP = 16  # elements per vector operation
+
+
+def _on_each(function: Callable[..., Value]) -> Any:
+    @operation
+    def on_each(out: Array, operands: Operands) -> None:
+        """``out[k] = function(*operands[k])`` for every k."""
+        for place, lanes in vectors(out.length, GROUP):
+            out.store(function(*operands.load(out.dtype, place, lanes)), place)
+
+    return on_each
+
+
+fill = copy = _on_each(lambda number: number)
+multiply = _on_each(lambda x, by: x * by)
+scale = _on_each(times)
+subtract = _on_each(lambda x, by: x - by)
+subtract_product = _on_each(lambda x, a, by: x - by * a)
+logarithms = _on_each(lambda x, m, tail: (x - m) - tail)
+
+
+@operation
+def softcap(x: Array, cap: Real, capped: Array, slope: Array) -> None:
+    """Store cap·tanh(x/cap) in `capped`, which may be `x`, and its derivative in `slope`."""
+    limit = cap.to(x.element)
+    for place, lanes in vectors(x.length, GROUP):
+        by = limit.repeated(lanes)
+        ratio, slope_there = tanh_and_slope(x.load(place, lanes) / by)
+        capped.store(ratio * by, place)
+        slope.store(slope_there, place)
+
+
+@operation
+def stream(source: Array, out: Array) -> None:
+    """Copy with non-temporal stores wherever a whole cache line is written; see `Array.stream`."""
+    head, line = smaller(out.before_line(), source.length), out.line
+    for place in loop(0, head):
+        out.store(source.load(place), place)
+    stop = head + ((source.length - head) & -line)
+    for place in loop(head, stop, line):
+        out.stream(source.load(place, line), place)
+    for place in loop(stop, source.length):
+        out.store(source.load(place), place)
+
+
+# 16 bits
+
+
+@operation
+def widen(x: Array, is_half: Flag, wide: Array) -> None:
+    """Convert 16-bit floats to float32; does nothing if `x` holds wider ones. See `numbers_of`."""
+    if x.dtype == types.uint16:
+        _convert(x, wide, is_half, from_half, from_bfloat)
+
+
+@operation
+def narrow(wide: Array, is_half: Flag, out: Array) -> None:
+    """Convert float32 to 16-bit floats; does nothing if `out` holds wider ones."""
+    if out.dtype == types.uint16:
+        _convert(wide, out, is_half, to_half, to_bfloat)
+
+
+def _convert(source: Array, target: Array, is_half: Value, half: Any, bfloat: Any) -> None:
+    with either(is_half) as branches:
+        for branch, convert in zip(branches, (half, bfloat), strict=True):
+            with branch:
+                for place, lanes in vectors(source.length, GROUP):
+                    target.store(convert(source.load(place, lanes)), place)
+
+
+@intrinsic
+def numbers_of(_context: Any, x: Any, wide: Any) -> Any:
+    """The array that holds `x` in the dtype of the arithmetic: `wide` if `x` holds 16-bit floats, else `x` itself."""
+    is_wide = x.dtype != types.uint16
+    signature = types.Array(wide.dtype, 1, "C")(x, wide)
+    return signature, lambda _context, _builder, _signature, arguments: arguments[0 if is_wide else 1]
+
+
+@operation
+def total_of(x: Array) -> Real:
+    """The sum in float64; for float64 input with compensation: rounding errors are summed separately and added last.
+
+    T. Ogita, S. M. Rump and S. Oishi, "Accurate sum and dot product", SIAM J. Sci. Comput. 26 (2005), algorithm Sum2.
+    """
+    compensates = x.dtype == types.float64
+
+    def add(total: Variable, lost: Variable, number: Value) -> None:
+        before = total.get()
+        after = before + number
+        total.set(after)
+        if compensates:
+            of_number = after - before
+            error = (before - (after - of_number)) + (number - of_number)
+            lost.set(where(error == error, lost.get() + error, lost.get()))  # none once the sum is infinite
+
+    whole = x.length & -GROUP
+    in_lanes = Variable(constant(0, DOUBLE, GROUP)), Variable(constant(0, DOUBLE, GROUP))
+    total, lost = Variable(constant(0, DOUBLE)), Variable(constant(0, DOUBLE))
+    for place in loop(0, whole, GROUP):
+        add(*in_lanes, x.load(place, GROUP).to(DOUBLE))
+    spilled = simd.on_stack(types.float64, GROUP)
+    for held in in_lanes:
+        spilled.store(held.get(), 0)
+        for k in loop(GROUP):
+            add(total, lost, spilled.load(k))
+    for place in loop(whole, x.length):
+        add(total, lost, x.load(place).to(DOUBLE))
+    return total.get() + lost.get()
+
+
+@called_from_python
+def total(x):
+    """`total_of` as a function that Python can call."""
+    return total_of(x)
+
+
+@operation
+def _count_kept(label: Array, classes: Index, ignore_index: Index, ignores: Flag) -> Index:
+    kept, wrong = Variable(constant(0)), Variable(constant(0))
+    held = Variable(constant(0, INT64, GROUP)), Variable(constant(0, INT64, GROUP))
+    whole = label.length & -GROUP
+    for start, stop, lanes, (kept_there, wrong_there) in (
+        (constant(0), whole, GROUP, held), (whole, label.length, 1, (kept, wrong)),
+    ):  # fmt: skip
+        for place in loop(start, stop, lanes):
+            y, zero = label.load(place, lanes), constant(0, INT64, lanes)
+            is_kept = ~((y == ignore_index.repeated(lanes)) & ignores.repeated(lanes))
+            is_class = ~(y < 0) & (y < classes.repeated(lanes))
+            kept_there.set(kept_there.get() + where(is_kept, 1, zero))
+            wrong_there.set(where(is_kept & ~is_class, 1, wrong_there.get()))
+    for lane in range(GROUP):
+        kept.set(kept.get() + held[0].get().lane(lane))
+        wrong.set(wrong.get() | held[1].get().lane(lane))
+    return where(wrong.get() == 0, kept.get(), -1)
+
+
+@called_from_python
+def count_kept(label, classes, ignore_index, ignores):
+    """How many labels are not ignored; -1 if one of these is no class, or if flush-to-zero or the like is on."""
+    return _count_kept(label, classes, ignore_index, ignores) if has_default_arithmetic() else -1

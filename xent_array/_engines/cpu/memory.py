@@ -1,0 +1,79 @@
+"""Memory for large arrays: that of an array which is gone is kept for the next one.
+
+malloc returns what is larger than 32 MiB to the system when it is freed, and the next such array is made of pages that
+the system has to clear first, which takes as long as a gradient itself. So when the last reference to such an array is
+gone, its memory stays mapped for one more of about that size, marked as free: the system takes it back as soon as it
+needs it. Two pieces are kept, one for a gradient and one for the losses of its rows.
+
+Above a certain size arrays start at a cache line: only those does JAX take without a copy.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import weakref
+from collections import deque
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+
+from ..._rows import Array
+
+LARGE = 1 << 25  # bytes
+ALIGNED = 1 << 18  # bytes from which arrays start at a cache line; JAX copies smaller ones faster than it takes them
+LINE = 64  # bytes of a cache line
+
+_CAN_KEEP = hasattr(mmap, "MADV_FREE")
+_kept: deque[mmap.mmap] = deque(maxlen=2)
+
+
+def empty(shape: tuple[int, ...], dtype: Any) -> Array:
+    """`np.empty`, of memory that was used before where there is some."""
+    size = math.prod(shape) * dtype.itemsize
+    if size < ALIGNED:
+        return np.empty(shape, dtype)
+    if size < LARGE or not _CAN_KEEP:
+        return in_lines(math.prod(shape), dtype).reshape(shape)
+    memory = _reused(size)
+    if memory is None:
+        try:
+            memory = _mapped(size)
+        except OSError:
+            return np.empty(shape, dtype)  # whose error says how much memory is missing
+    held = np.frombuffer(memory, np.uint8)
+    weakref.finalize(held, _keep, memory).atexit = False
+    return np.ndarray(shape, dtype, held)
+
+
+def _reused(size: int) -> mmap.mmap | None:
+    """A kept piece of memory that is not too small, nor twice too large."""
+    for _ in range(len(_kept)):
+        with suppress(IndexError):  # another thread was faster
+            memory = _kept.popleft()
+            if size <= len(memory) <= 2 * size:
+                return memory
+            _kept.append(memory)
+    return None
+
+
+def in_lines(count: int, dtype: Any) -> Array:
+    """`np.empty` that starts at a cache line, so that no vector lies in two."""
+    size = count * np.dtype(dtype).itemsize
+    memory = np.empty(size + LINE, np.uint8)
+    start = -memory.__array_interface__["data"][0] % LINE
+    return memory[start : start + size].view(dtype)
+
+
+def _mapped(size: int) -> mmap.mmap:
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError, AttributeError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
+def _keep(memory: mmap.mmap) -> None:
+    with suppress(OSError):
+        memory.madvise(mmap.MADV_FREE)
+        _kept.append(memory)

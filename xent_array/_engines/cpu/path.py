@@ -1,0 +1,275 @@
+"""How a call is executed: this is decided here, once per call, and nowhere else.
+
+A `Path` says which code processes the rows, their memory layout, what is asked for, and how large a block of work is.
+It follows from the layout, the number of classes, the options and what is installed, and never from the number of rows,
+so that a row has the same result in any batch.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..._rows import Array, Rows, RowStats
+from .loops import GRAD, KNOWN, LANES, LOG, LOSS, STATS, STREAM
+from .memory import LARGE, LINE
+
+BLOCK = 1 << 18  # the most work, in logits, in a block that is copied to a workspace
+TILE = 1 << 20  # rows of more classes are read in pieces of this many, which bounds the workspace
+SERIAL = 1 << 16  # work too small for another thread; three times as much in compiled loops, which are faster
+ROW = 24  # the cost of a row apart from its logits, in logits
+
+TRANSPOSED = 256  # contiguous rows of up to this many classes are transposed
+TRANSPOSED_TO_MEMORY = 96  # and up to this many if the gradient is larger than the caches
+TRANSPOSED_SIZE = 1 << 12  # logits per transposed tile: what fits the L1 cache
+TRANSPOSED_ROWS = 128  # rows per such tile, at most
+SIDE_BY_SIDE = 8  # the strided loop takes rows if at least this many are adjacent
+STRIDED_CLASSES = 1 << 16  # and there are at most this many classes
+STRIDED_SIZE = 1 << 16  # logits per strided tile, which has 32 to 256 rows
+
+_REDUCTIONS = ("mean", "sum", "none")
+_NUMBERS: Any = frozenset({int, float})
+_SINGLE, _DOUBLE = np.dtype(np.float32), np.dtype(np.float64)
+_ARITHMETIC = {_SINGLE: _SINGLE, _DOUBLE: _DOUBLE, np.dtype(np.float16): _SINGLE}
+_LABELS = frozenset(map(np.dtype, ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32")))
+_LIMITS = {dtype: float(np.finfo(dtype).max) / 8 for dtype in (_SINGLE, _DOUBLE)}
+_SAFE = 1e30  # factors below this cannot make a product overflow
+
+
+class Want(NamedTuple):
+    """What is asked for: arrays to fill, the stats if they are given, the denominator of the mean if known."""
+
+    loss: Array | None = None
+    stats: RowStats | None = None
+    given: RowStats | None = None
+    grad: Array | None = None
+    log: Array | None = None
+    divisor: float | None = None
+
+    @property
+    def output(self) -> Array | None:
+        """The array to fill that has the shape of the logits."""
+        return self.grad if self.log is None else self.log
+
+    @property
+    def job(self) -> int:
+        """The same as bits for the loops."""
+        job = 0 if self.loss is None else LOSS
+        job |= 0 if self.stats is None else STATS
+        job |= 0 if self.given is None else KNOWN
+        return job | (0 if self.grad is None else GRAD) | (0 if self.log is None else LOG)
+
+
+class Strides(NamedTuple):
+    """Strides of the outer axis and of the classes, in elements."""
+
+    outer: int
+    class_: int
+
+
+class Path(NamedTuple):
+    """See above. `x` or `out` is None if blocks of the logits, or of the output, have to be copied to a workspace."""
+
+    code: str  # one of the compiled loops "contiguous", "transposed" and "strided", or "numpy" or "numpy short"
+    job: int = 0
+    x: Strides | None = None
+    out: Strides | None = None
+    width: int = 0  # rows per tile
+    block: int = BLOCK  # the most work in a block
+    serial: int = SERIAL  # work too small for another thread
+
+    @property
+    def is_compiled(self) -> bool:
+        return not self.code.startswith("numpy")
+
+
+def choose(rows: Rows, want: Want, has_loops: bool) -> Path:
+    """The path for any rows."""
+    classes, inner = rows.logits.shape[1:]
+    if not has_loops or classes > TILE:
+        return Path("numpy short" if _is_short(rows, want) else "numpy")
+    output, acc = want.output, rows.acc
+    fits_lanes = want.log is None and (rows.target is None or rows.has_labels)
+    fits_lanes = fits_lanes and not _may_scale_last(rows, want.divisor)
+    has_options = bool(rows.label_smoothing) or rows.softcap is not None
+    if fits_lanes and not has_options and inner >= SIDE_BY_SIDE and classes <= STRIDED_CLASSES:
+        x, out = _strides(rows.logits, acc, True), _strides(output, acc, True)
+        if x is not None and (output is None or out is not None):
+            return _tiled("strided", want.job | _streaming(output, out), x, out, classes)
+    x = out = None
+    if inner == 1:
+        x, out = _strides(rows.logits, acc, False), _strides(output, acc, False)
+    is_copied = x is None or (output is not None and out is None)
+    if has_options and (want.stats or want.given or (rows.label_smoothing and rows.weight is not None)):
+        fits_lanes = False
+    job = want.job | (STREAM if want.grad is not None and _may_stream_rows(output, out) else 0)
+    if fits_lanes and not is_copied and classes <= _transposed(output):
+        return _tiled("transposed", job, x, out, classes)
+    block = BLOCK if is_copied or not (rows.target is None or rows.has_labels) else 16 * BLOCK
+    return Path("contiguous", job, x, out, 0, block, 3 * SERIAL)
+
+
+def of_contiguous(classes: int, job: int, to_memory: bool, itemsize: int) -> Path:
+    """The path for contiguous rows with labels; `to_memory` if the gradient is larger than the caches."""
+    strides = Strides(classes, 1)
+    job |= STREAM if to_memory and job & GRAD and itemsize > 2 else 0
+    if classes <= (TRANSPOSED_TO_MEMORY if to_memory else TRANSPOSED):
+        return _tiled("transposed", job, strides, strides, classes)
+    return Path("contiguous", job, strides, strides, 0, 16 * BLOCK, 3 * SERIAL)
+
+
+def arithmetic(dtype: Any) -> Any:
+    """The dtype of the arithmetic for logits of a dtype that the loops read directly; None for any other dtype."""
+    found = _ARITHMETIC.get(dtype)
+    if found is None and dtype.name == "bfloat16":  # of ml_dtypes, which need not be installed
+        found = _ARITHMETIC[dtype] = _ARITHMETIC[np.dtype(np.float16)]
+    return found
+
+
+def takes_at_once(logits: Any, target: Any, options: tuple[Any, ...], out: Any) -> bool:
+    """Whether the arguments of a call are contiguous rows, labels, and options that are plain numbers in range.
+
+    Nothing but a label can be wrong with such a call. Any other call has to go through every check.
+    """
+    if logits.__class__ is not np.ndarray or target.__class__ is not np.ndarray:
+        return False
+    axis, reduction, weight, sample_weight, ignore, smoothing, z_loss, softcap, denominator, validate, _, factor = (
+        options
+    )
+    if not (
+        weight is None and sample_weight is None and denominator is None and (validate is None or validate is True)
+    ):
+        return False
+    shape = logits.shape
+    if not (axis.__class__ is int and shape and (axis == -1 or axis == len(shape) - 1) and target.shape == shape[:-1]):
+        return False
+    if not (0 < shape[-1] <= TILE and target.size and (ignore is None or ignore.__class__ is int)):
+        return False
+    if reduction not in _REDUCTIONS:
+        return False
+    is_plain = smoothing.__class__ is float and z_loss.__class__ is float and smoothing == 0 and z_loss == 0
+    if not (is_plain and softcap is None and factor is None):
+        size = 1.0
+        if factor is not None:
+            if factor.__class__ not in _NUMBERS or not -_SAFE < factor < _SAFE:
+                return False
+            size = max(1.0, abs(factor))
+        if smoothing.__class__ not in _NUMBERS or z_loss.__class__ not in _NUMBERS:
+            return False
+        if not (0 <= smoothing <= 1 and 0 <= z_loss < 0.25 / size):  # else a gradient might have to be scaled last
+            return False
+        if softcap is not None and (softcap.__class__ not in _NUMBERS or not 1 / _SAFE < softcap < _SAFE):
+            return False
+    dtype, x, y = logits.dtype, logits.flags, target.flags
+    if not (x.c_contiguous and x.aligned and y.c_contiguous and y.aligned):
+        return False
+    if arithmetic(dtype) is None or target.dtype not in _LABELS:
+        return False
+    return out is None or (
+        out.__class__ is np.ndarray
+        and (out.dtype is dtype and out.shape == shape and out.flags.carray)
+        and (out is logits or not np.may_share_memory(out, logits))
+        and not np.may_share_memory(out, target)
+    )
+
+
+@lru_cache(maxsize=256)
+def _tiled(code: str, job: int, x: Strides | None, out: Strides | None, classes: int) -> Path:
+    if code == "transposed":
+        width = max(LANES, min(TRANSPOSED_ROWS, TRANSPOSED_SIZE // classes // LANES * LANES))
+    else:
+        width = max(32, min(256, STRIDED_SIZE // classes // LANES * LANES))
+    return Path(code, job, x, out, width, 16 * BLOCK, 3 * SERIAL)
+
+
+def _is_short(rows: Rows, want: Want) -> bool:
+    """Whether the short version in NumPy suffices: a loss of contiguous rows, all of whose labels count."""
+    classes, inner = rows.logits.shape[1:]
+    return (
+        rows.all_labels_count
+        and (rows.weight is None and rows.sample_weight is None and rows.softcap is None)
+        and (rows.label_smoothing == 0 and rows.z_loss == 0)
+        and (want.loss is not None and want.stats is None and want.given is None)
+        and (inner == 1 and classes <= TILE)
+        and (rows.upstream is None or (isinstance(rows.upstream, float) and abs(rows.upstream) < _SAFE))
+        and _is_contiguous(rows.logits, rows.acc)
+        and (want.grad is None or _is_contiguous(want.grad, rows.acc))
+    )
+
+
+def _is_contiguous(array: Array, dtype: Any) -> bool:
+    flags = array.flags
+    return bool(array.dtype == dtype and flags.c_contiguous and flags.aligned)
+
+
+def _transposed(output: Array | None) -> int:
+    return TRANSPOSED_TO_MEMORY if is_large(output) else TRANSPOSED
+
+
+def is_large(output: Array | None) -> bool:
+    """Whether the output is larger than the caches."""
+    return output is not None and output.nbytes >= LARGE
+
+
+def _may_stream_rows(output: Array | None, out: Strides | None) -> bool:
+    """Whether a gradient in contiguous rows is written with non-temporal stores: if it is large, and without gaps."""
+    if output is None or out is None or output.itemsize == 2 or not is_large(output):
+        return False
+    return out.outer == int(output.shape[1])
+
+
+def _streaming(output: Array | None, out: Strides | None) -> int:
+    """STREAM if a gradient in strided rows is large, and all classes of a row have the same offset in a cache line.
+
+    Not for 16-bit floats, which are written one class at a time.
+    """
+    if output is None or out is None or output.itemsize == 2 or not is_large(output):
+        return 0
+    return 0 if any(stride * output.itemsize % LINE for stride in out) else STREAM
+
+
+def _strides(array: Array | None, acc: Any, is_strided: bool) -> Strides | None:
+    """The strides of an array if the loops can access it in place, else None.
+
+    If `is_strided` the inner axis must be contiguous; otherwise the classes must be, and the rows are the outer axis.
+    """
+    if array is None:
+        return None
+    dtype, size = array.dtype, array.itemsize
+    if dtype != acc and not (size == 2 and dtype.isnative):
+        return None
+    outer, class_, inner = array.strides
+    if outer % size or class_ % size or not array.flags.aligned:
+        return None
+    if is_strided:
+        return Strides(outer // size, class_ // size) if inner == size else None
+    return Strides(outer // size, 1) if class_ == size or array.shape[1] == 1 else None
+
+
+def _may_scale_last(rows: Rows, divisor: float | None) -> bool:
+    """Whether some row may have to be scaled last lest it overflow, which only `contiguous` does."""
+    upstream, weight, s = rows.upstream, rows.weight, rows.sample_weight
+    if weight is None and s is None and upstream is None and not rows.z_loss:
+        return False
+    largest = 1.0 if upstream is None else _largest(upstream)
+    largest *= (1.0 if s is None else _largest(s)) / (abs(divisor) if divisor else 1.0)
+    a = 1.0 if weight is None else _largest(weight)
+    limit = _LIMITS[rows.acc]
+    if rows.z_loss:
+        x = float(np.finfo(np.float16).max) if rows.grad_dtype == np.float16 else limit
+        if not max(1.0, largest) * (a + 2 * rows.z_loss * x) < limit:
+            x = min(_largest(rows.logits), limit)  # rarely needed
+        a += 2 * rows.z_loss * (x + 64)
+    return not max(1.0, largest) * a < limit
+
+
+def _largest(values: Array | float) -> float:
+    """The largest magnitude, ignoring NaN, which needs no special care."""
+    if isinstance(values, float):
+        return abs(values) if values == values else 0.0
+    if values.size <= BLOCK:
+        return float(np.fmax.reduce(np.abs(values), axis=None, initial=0))
+    low, high = np.fmin.reduce(values, axis=None, initial=0), np.fmax.reduce(values, axis=None, initial=0)
+    return max(abs(float(low)), abs(float(high)))

@@ -1,0 +1,332 @@
+"""The thread pool, which shares the work of a call, and tasks that run to completion once they are started.
+
+A signal handler runs in the main thread, between any two bytecode instructions, and it may raise an exception (Ctrl-C),
+call this library, or fork. A thread that submits work therefore holds no lock: shared state is modified only by atomic
+operations of the interpreter, each of which may safely be repeated. Tasks that take many steps and must not be left
+half done (importing Numba, compiling, starting threads) run in threads of their own, where no signal handler runs. A
+fork waits for these threads, because a child process would inherit their locks without the threads that release them.
+"""
+
+from __future__ import annotations
+
+import _thread
+import atexit
+import logging  # noqa: F401  # its fork handler, registered before ours, runs after ours: Numba needs its lock
+import os
+import sys
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from functools import partial
+from itertools import count
+from queue import SimpleQueue
+from types import FrameType
+from typing import Any, TypeVar
+
+from . import arithmetic
+from .cores import threads
+
+P = TypeVar("P")
+R = TypeVar("R")
+
+# Tasks that run to completion
+
+
+class CannotCompile(RuntimeError):
+    """Numba fails to compile a function. Raised before the call has computed or written anything."""
+
+
+class Busy(CannotCompile):
+    """The task is waiting for a module that the calling thread is in the middle of importing."""
+
+
+class _Asked:
+    """A task that one thread submits and another thread runs."""
+
+    def __init__(self, task: Callable[[], Any]) -> None:
+        self.task = task
+        self.answer: Any = None
+        self.error: BaseException | None = None
+        self.is_done, self.end = False, _thread.allocate_lock()
+        self.end.acquire()
+
+    def run(self) -> None:
+        global _doer
+        with _lock:
+            _doer = _thread.get_ident()
+            try:
+                with arithmetic.usual():  # not the settings of the submitting thread: the result is kept for all
+                    self.answer = self.task()
+            except BaseException as error:
+                self.error = error
+            _doer = None
+            self.is_done = True
+            self.end.release()
+
+
+_lock: Any = threading.RLock()  # held by the thread that runs a task, and across a fork
+_doer: int | None = None  # the thread that is running a task
+_asked: set[_Asked] = set()
+
+
+def whole(task: Callable[[], R]) -> R:
+    """Returns or raises what `task()` does. The task runs to completion, whatever happens to the calling thread.
+
+    Only one task runs at a time. An interrupt is raised in the caller at once, while the task continues. Another
+    request, even from a signal handler, waits until it has finished; a task must therefore begin by checking whether
+    its work is already done.
+    """
+    if _lock._is_owned() or _numbas_lock().is_locked():  # nested in a task, or in Numba's compiler, in this thread
+        return task()
+    asked = None
+    while asked is None or not asked.is_done:  # a forked child lacks the thread, and starts over
+        asked = _Asked(task)
+        try:
+            _asked.add(asked)
+            if sys.is_finalizing() or not _is_begun(asked.run):
+                asked.run()
+            waits = 0  # consecutive checks that found both waiting; a single one may be a passing state
+            while not asked.end.acquire(timeout=0.2):
+                waits = waits + 1 if _is_in_the_way() else 0
+                if waits == 5:
+                    raise Busy("this is called in the middle of an import that it waits for")
+        finally:
+            _asked.discard(asked)
+    if asked.error is not None:
+        raise asked.error
+    return asked.answer  # type: ignore[no-any-return]
+
+
+def _is_begun(run: Callable[[], None]) -> bool:
+    """Starts `run` in a new thread, by one atomic operation; False if no thread can be started."""
+    try:
+        _thread.start_new_thread(run, ())
+    except RuntimeError:
+        return False
+    return True
+
+
+class _NoLock:
+    def is_locked(self) -> bool:
+        return False
+
+    def acquire(self) -> None: ...
+
+    def release(self) -> None: ...
+
+
+_NO_LOCK = _NoLock()
+
+
+def _numbas_lock() -> Any:
+    """The lock of Numba's compiler, once that is imported. A thread that holds it never waits for a task here."""
+    return getattr(sys.modules.get("numba.core.compiler_lock"), "global_compiler_lock", _NO_LOCK)
+
+
+def _is_in_the_way() -> bool:
+    """Whether this thread is in the middle of an import while the running task waits for one."""
+    doing = sys._current_frames().get(_doer or 0)
+    frame: FrameType | None = sys._getframe()
+    waits = doing is not None and _imports(doing) and doing.f_code.co_name == "acquire"
+    while waits and frame is not None:
+        if _imports(frame):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _imports(frame: FrameType) -> bool:
+    return frame.f_code.co_filename == "<frozen importlib._bootstrap>"
+
+
+@atexit.register
+def _wait_for_end() -> None:
+    """Keeps the interpreter from tearing down what Numba depends on while it compiles."""
+    with _lock:
+        pass
+
+
+# Shared work
+
+
+def team(work: int, serial: int) -> int:
+    """How many threads should share this much work, if `serial` of it is too little to pay for another thread."""
+    return min(threads(), -(-work // serial))
+
+
+def shrinking(count: int, least: int, most: int, team: int) -> Iterator[slice]:
+    """Cuts rows into parts that shrink, so that threads that start at different times still finish together.
+
+    Each part is one thread's share of the rows that are left. No part is so large that an interrupt would have to wait
+    for long.
+    """
+    start = 0
+    while start < count:
+        stop = min(count, start + max(least, min(most, (count - start) // team)))
+        yield slice(start, stop)
+        start = stop
+
+
+def parallel(work: Callable[[Iterator[P]], None], parts: Iterable[P], team: int) -> None:
+    """Calls `work(parts)` in this thread and in up to `team` - 1 pool threads at once; returns when all have finished.
+
+    Each call takes parts that no other has taken; once one call has failed, none takes any more.
+    """
+    job = Job(work, parts, team - 1)
+    try:
+        _own.jobs.append(job)
+        _pool.send(job.help, team - 1)
+        job.run()
+    finally:
+        try:
+            errors = job.close()
+        finally:
+            with suppress(ValueError):
+                _own.jobs.remove(job)
+    if errors:
+        raise errors[0]
+
+
+class Job(Iterator[P]):
+    """Parts that several threads take one by one, and the function that processes them."""
+
+    def __init__(self, work: Callable[[Iterator[P]], None], parts: Iterable[P], helpers: int) -> None:
+        self.work, self.left = work, deque(parts)
+        self.numbers, self.helpers = count(), helpers
+        self.helps: dict[int, bool] = {}  # whether a helper came before the job was closed; the first value set stands
+        self.ended: dict[int, BaseException | None] = {}
+        self.ends: SimpleQueue[None] = SimpleQueue()
+
+    def __next__(self) -> P:
+        try:
+            return self.left.popleft()
+        except IndexError:
+            raise StopIteration from None
+
+    def run(self) -> None:
+        try:
+            self.work(self)
+        except BaseException:
+            self.left.clear()
+            raise
+
+    def help(self) -> None:
+        """Called by a pool thread, perhaps only after the job is closed."""
+        number, error = next(self.numbers), None
+        if not self.helps.setdefault(number, True):
+            return
+        try:
+            self.run()
+        except BaseException as raised:
+            error = raised
+        self.ended[number] = error
+        self.ends.put(None)
+
+    def close(self) -> list[BaseException]:
+        """Waits for the helpers that have started, and lets no more start. Returns the exceptions that they raised.
+
+        An interrupt is raised only after the helpers have finished, which is soon, so that no thread still writes to
+        the caller's arrays.
+        """
+        interrupt = None
+        while True:
+            try:
+                if interrupt is not None:
+                    self.left.clear()
+                self._wait()
+                break
+            except BaseException as raised:
+                interrupt = raised
+        if interrupt is not None:
+            raise interrupt
+        return [error for error in self.ended.values() if error is not None]
+
+    def settle(self) -> None:
+        """Leaves the parts that have not been started to this thread alone, and waits for the others."""
+        left: deque[P] = deque()
+        with suppress(IndexError):
+            while True:
+                left.append(self.left.popleft())
+        self._wait()
+        self.left.extend(left)
+
+    def _wait(self) -> None:
+        for number in range(self.helpers):
+            self.helps.setdefault(number, False)
+        while any(helps and number not in self.ended for number, helps in self.helps.items()):
+            self.ends.get()
+
+
+class Pool:
+    """Worker threads that wait for calls. They are daemon threads: an exiting interpreter does not wait for them.
+
+    They are started, and therefore run, with the default floating-point environment.
+    """
+
+    def __init__(self) -> None:
+        self.calls: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self.size = 0
+
+    def send(self, call: Callable[[], None], count: int) -> None:
+        """Has `count` threads run `call`, or as many as can be started."""
+        if count > self.size:
+            with suppress(Busy):
+                whole(partial(self._grow, count))
+        for _ in range(min(count, self.size)):
+            self.calls.put(call)
+
+    def _grow(self, size: int) -> None:
+        with suppress(RuntimeError):  # no more threads can be started: fewer will do
+            while self.size < size and not sys.is_finalizing():
+                threading.Thread(target=self._run, name=f"xent_array-{self.size}", daemon=True).start()
+                self.size += 1
+
+    def _run(self) -> None:
+        while True:
+            self.calls.get()()
+
+
+class _Own(threading.local):
+    def __init__(self) -> None:
+        self.jobs: list[Job[Any]] = []  # of this thread; inner ones belong to signal handlers
+        self.held: list[Any] = []  # locks that this thread holds while it forks
+
+
+_pool, _own = Pool(), _Own()
+
+# Forks
+
+
+def _before_fork() -> None:
+    """Ensures that no task is half done in the child, and that it can finish the forking thread's jobs alone."""
+    for job in _own.jobs:
+        job.settle()
+    while not _lock.acquire(timeout=0.2):
+        if _is_in_the_way() or _numbas_lock().is_locked():
+            return
+    _own.held.append(_lock)
+    # Other code may be using Numba; a thread that only frees compiled code holds llvmlite's lock alone.
+    llvm = getattr(getattr(sys.modules.get("llvmlite.binding.ffi"), "lib", None), "_lock", None)
+    for lock in (_numbas_lock(), getattr(llvm, "_lock", _NO_LOCK)):
+        lock.acquire()
+        _own.held.append(lock)
+
+
+def _after_fork() -> None:
+    while _own.held:
+        _own.held.pop().release()
+
+
+def _after_fork_in_child() -> None:
+    """The child has none of its parent's threads: its pool starts empty, and it runs submitted tasks itself."""
+    global _pool, _lock
+    _after_fork()
+    _pool, _lock = Pool(), threading.RLock()
+    for asked in _asked:
+        if asked.end.locked():
+            asked.end.release()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork_in_child)
