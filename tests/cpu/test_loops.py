@@ -323,3 +323,19 @@ def test_which_loop_takes_a_large_gradient(monkeypatch, dtype, names):
     resize(monkeypatch, LARGE=logits.nbytes + 1)
     cross_entropy_value_and_grad(logits, labels, engine="cpu", **options)
     assert (by_row.calls, transposed_rows.calls) == (1, 3)
+
+
+@pytest.mark.parametrize("engine", ["cpu", "numpy"])
+@each_wide
+def test_zeros_have_one_sign(engine, dtype):
+    """Also where 1 - p is exactly 0, of one class and of rows without doubt, whichever code takes them."""
+    for x in (np.ones((3, 1), dtype), np.array([[0, -np.inf], [2000, 0]] * 2, dtype)):
+        labels = np.zeros(len(x), int)
+        for scale in (1.0, -1.0):
+            found = set()
+            given = {"engine": engine, "reduction": "sum", "grad_output": scale}
+            apart = np.repeat(x, 3, axis=1)[:, ::3]
+            for logits in (x, apart, np.asfortranarray(x)):
+                for out in (None, np.zeros_like(x), np.repeat(x, 3, axis=1)[:, ::3], np.zeros_like(x.T).T):
+                    found.add(words_of(cross_entropy_value_and_grad(logits, labels, out=out, **given)[1]))
+            assert len(found) == 1

@@ -44,6 +44,52 @@ def test_without_numba_it_is_numpy_and_the_report_says_why(how, reason, environm
     assert f"loops of engine 'cpu': NumPy, because {reason}\n" in told
 
 
+WARNED = """
+import sys, warnings
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "numba":
+            raise ImportError("Numba needs NumPy 2.1 or less")
+
+sys.meta_path.insert(0, Finder())
+import numpy as np
+from xent_array import cross_entropy
+with warnings.catch_warnings(record=True) as told:
+    warnings.simplefilter("always")
+    for _ in range(3):
+        cross_entropy(np.eye(3), [0, 1, 2])
+print(*(f"{each.category.__name__}: {each.message}" for each in told), sep="; ")
+"""
+
+
+def test_a_numba_that_cannot_be_imported_is_told_once():
+    """But for the one that the user switches off."""
+    told = run(WARNED).strip()
+    assert told.startswith("RuntimeWarning: xent_array works with NumPy alone")
+    assert told.endswith("Numba cannot be used: Numba needs NumPy 2.1 or less")
+    assert told.count("RuntimeWarning") == 1
+    off = WARNED.replace("sys.meta_path.insert(0, Finder())", "")
+    assert run(off, NUMBA_DISABLE_JIT="1").strip() == ""
+
+
+@needs_numba
+def test_a_compilation_that_fails_where_warnings_are_errors(tmp_path):
+    script = """
+from numba.core import compiler
+
+def fails(*_, **__):
+    raise RuntimeError("nothing is compiled here")
+
+compiler.compile_extra = fails
+import numpy as np
+from xent_array import cross_entropy
+for _ in range(2):
+    print(cross_entropy(np.eye(3), [0, 1, 2]) == cross_entropy(np.eye(3), [0, 1, 2], engine="numpy"))
+"""
+    assert run(script, NUMBA_CACHE_DIR=str(tmp_path)).split() == ["True", "True"]
+
+
 @needs_numba
 def test_the_report_says_that_numba_is_used(monkeypatch, capsys):
     monkeypatch.setattr(program, "SIZE", (4, 10))

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -199,8 +200,12 @@ def _find() -> ModuleType | str:
         except MemoryError as error:  # may not happen again
             return f"Numba cannot be used: {error}"
         except Exception as error:  # for example, a Numba that does not support this NumPy or Python
-            is_absent = isinstance(error, ModuleNotFoundError) and error.name == "numba"
-            _found = "Numba is not installed" if is_absent else f"Numba cannot be used: {error}"
+            if isinstance(error, ModuleNotFoundError) and error.name == "numba":
+                _found = "Numba is not installed"
+            else:
+                _found = f"Numba cannot be used: {error}"
+                if "NUMBA_DISABLE_JIT" not in _found:  # which the user has set
+                    _warn(_found)
     return _found
 
 
@@ -210,9 +215,15 @@ def _give_up(error: threads.CannotCompile) -> None:
     if isinstance(_found, str) or isinstance(error, threads.Busy):
         return
     _found = f"Numba cannot compile the loops: {error}"
-    warnings.warn(
-        f"xent_array works with NumPy alone, which is several times slower: {_found}", RuntimeWarning, stacklevel=2
-    )
+    _warn(_found)
+
+
+def _warn(reason: str) -> None:
+    """Say why there are no loops. Where warnings are errors, that is no reason to fail."""
+    with suppress(RuntimeWarning):
+        warnings.warn(
+            f"xent_array works with NumPy alone, which is several times slower: {reason}", RuntimeWarning, stacklevel=3
+        )
 
 
 def _stats(rows: Rows, with_hits: bool = False) -> RowStats:

@@ -53,7 +53,7 @@ def short_block(rows: Rows, want: Want, part: Part, buffers: Buffers) -> None:
     p_max = 1 / (1 + rest)
     np.multiply(e, (p_max * scale)[:, None], out=grad)
     flat.put(label, flat.take(label) - scale)
-    flat.put(at, np.where(label == at, -(rest * p_max), p_max) * scale)
+    flat.put(at, np.where(label == at, 0 - rest * p_max, p_max) * scale)
     return None
 
 
