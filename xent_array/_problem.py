@@ -556,6 +556,10 @@ def _numpy_name(dtype: DType) -> str:
     return str(dtype.name)  # NumPy computes it anew on every access
 
 
+for _name in (*_INTEGERS, "float16", "float32", "float64"):
+    _numpy_name(np.dtype(_name))  # NumPy imports a module for it, which it cannot at exit
+
+
 def _arithmetic(xp: Any, logits: Array, role: str, given: Any) -> DType:
     """The dtype of the arithmetic for logits; `given` is what the user passed, an array or not."""
     name = _dtype_name(logits.dtype)

@@ -40,7 +40,7 @@ def guarded(size, dtype):
     dtype, size = np.dtype(dtype), int(size)
     room = max(1, -(-size * dtype.itemsize // PAGE)) * PAGE
     memory = mmap.mmap(-1, room + 2 * PAGE)
-    kept.append(memory)
+    kept.append(size)  # the array keeps the memory; a process may not have too many mappings
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     for page in (address, address + PAGE + room):
         assert libc.mprotect(ctypes.c_void_p(page), PAGE, 0) == 0
