@@ -83,20 +83,17 @@ def at_once(
         ignore = -1  # which is no class, so that no row is ignored by mistake
     grad = memory.empty(logits.shape, dtype) if wants_grad and out is None else out
     label = target if target.dtype is _INDEX else target.astype(_INDEX)
+    is_small = count * (classes + ROW) <= 3 * SERIAL
+    loss = np.empty(count, acc) if is_small else memory.empty((count,), acc)
     if logits.flags.carray and label.flags.carray and dtype.itemsize > 2:
-        arrays = (
-            logits.ravel(),
-            label.ravel(),
-            memory.empty((count,), acc),
-            _NONE[acc] if grad is None else grad.ravel(),
-        )
+        arrays = logits.ravel(), label.ravel(), loss, _NONE[acc] if grad is None else grad.ravel()
     else:
         into = _nothing(dtype.itemsize, acc) if grad is None else opened(grad).ravel()
-        arrays = opened(logits).ravel(), opened(label).ravel(), memory.empty((count,), acc), into
+        arrays = opened(logits).ravel(), opened(label).ravel(), loss, into
     kind = dtype, classes, is_large(grad), smoothing, z_loss, softcap or 0.0, ignore
     scale = 1.0 if factor is None else factor
     job = LOSS if grad is None else LOSS | GRAD
-    is_small, found, kept = count * (classes + ROW) <= 3 * SERIAL, -1.0, count
+    found, kept = -1.0, count
     if is_small and not 0 <= ignore < classes:
         found = _run(kind, arrays, job | CHECK | SUM, scale / count if is_mean else scale)
     if found < 0:  # many rows, or some label is ignored or wrong
@@ -107,7 +104,7 @@ def at_once(
         scale = scale / kept if is_mean else scale
         found = _run(kind, arrays, job | SUM, scale) if is_small else _run_over_threads(kind, arrays, job, scale)
     if reduction == "none":
-        return arrays[2].reshape(target.shape), grad
+        return loss.reshape(target.shape), grad
     if is_mean:
         found /= kept
     if acc.itemsize == 4 and not found < 1e30:  # np.errstate takes as long as several rows
