@@ -14,9 +14,7 @@ from . import memory
 Part = tuple[slice, slice]  # of the outer and of the inner axis
 WHOLE: Part = (slice(None), slice(None))
 
-KEPT = (
-    1 << 22
-)  # bytes of workspace, at most, that a thread keeps for its next call; allocating may take longer than a block
+KEPT = 1 << 22  # bytes of workspace that a thread keeps for its next call: allocating may take longer than a block
 
 
 def cut(shape: tuple[int, int], count: int) -> Iterator[Part]:

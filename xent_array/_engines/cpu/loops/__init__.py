@@ -9,13 +9,13 @@ There is one loop for each memory layout of rows:
 Each does everything that is asked of a row while it is in cache, by the same arithmetic in the same order. All take the
 same arguments, one-dimensional arrays:
 
-    arguments   one record of `Arguments` x           the logits; 16-bit floats as uint16 label       the class of each
-    row, -1 if it has none; empty if the target is not labels per_row     three kinds of numbers, each with one value
-    per row or a single value: the target at the label (ON_LABEL),
-                the factor of the loss (FACTOR) and that of the gradient (SCALE)
+    arguments   one record of `Arguments`
+    x           the logits; 16-bit floats as uint16
+    label       the class of each row, -1 if it has none; empty if the target is not labels
+    per_row     three kinds of numbers, each with one value per row or a single value: the target at the label
+                (ON_LABEL), the factor of the loss (FACTOR) and that of the gradient (SCALE)
     q           with labels, the part of the target that label smoothing puts on each class: empty, one value, or C
-    values.
-                Without, distributions, weighted and smoothed; empty if there is no target
+                values. Without, distributions, weighted and smoothed; empty if there is no target
     answers     the loss of each row; with KNOWN or STATS, five more kinds follow: maximum, rest, gap, mass, and 1 where
                 the label is the first class of the largest logit
     out         the gradient, the softmax or the log-softmax; empty if none is asked for

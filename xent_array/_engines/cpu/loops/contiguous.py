@@ -17,6 +17,7 @@ import numpy as np
 from . import CHECK, FACTOR, GRAD, IGNORE, KNOWN, LOG, LOSS, ON_LABEL, SCALE, STATS, STREAM, SUM
 from .elementwise import (
     fill,
+    kept_labels,
     logarithms,
     multiply,
     narrow,
@@ -48,7 +49,6 @@ from .simd import (
     fence,
     first_set_bit,
     fma,
-    has_default_arithmetic,
     loop,
     make_compact,
     numbers_in,
@@ -349,15 +349,6 @@ def _gradient_before_scale(g, by, top, at, target):
         g[at] = top
 
 
-@inner
-def are_classes(label, classes):
-    make_compact()
-    wrong = 0
-    for i in range(label.shape[0]):
-        wrong |= label[i] < 0 or label[i] >= classes
-    return wrong == 0
-
-
 def workspace_size(classes: int, _width: int, itemsize: int) -> int:
     return 3 * classes * itemsize
 
@@ -369,7 +360,7 @@ def rows(arguments, x, label, per_row, q, answers, out, workspace):
     told = arguments[0]
     job, count, classes, is_half = told.job, told.outer, told.classes, told.is_half != 0
     x_row, out_row, q_row, cap, z = told.x_outer, told.out_outer, told.q_row, told.softcap, told.z_loss
-    if job & CHECK and not (has_default_arithmetic() and are_classes(label, classes)):
+    if job & CHECK and kept_labels(label, classes, 0, False) < 0:
         return -1.0
     kind, has_labels = per_row.dtype.type, label.shape[0] > 0
     room = numbers_in(workspace, 0, 3 * classes, per_row)

@@ -9,7 +9,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from . import simd
-from .jit import called_from_python
+from .jit import called_from_python, inner
 from .math import from_bfloat, from_half, tanh_and_slope, times, to_bfloat, to_half
 from .simd import (
     DOUBLE,
@@ -167,7 +167,13 @@ def _count_kept(label: Array, classes: Index, ignore_index: Index, ignores: Flag
     return where(wrong.get() == 0, kept.get(), -1)
 
 
-@called_from_python
-def count_kept(label, classes, ignore_index, ignores):
+@inner
+def kept_labels(label, classes, ignore_index, ignores):
     """How many labels are not ignored; -1 if one of these is no class, or if flush-to-zero or the like is on."""
     return _count_kept(label, classes, ignore_index, ignores) if has_default_arithmetic() else -1
+
+
+@called_from_python
+def count_kept(label, classes, ignore_index, ignores):
+    """`kept_labels` as a function that Python can call."""
+    return kept_labels(label, classes, ignore_index, ignores)

@@ -267,7 +267,7 @@ def fma(x: Value, by: Value, plus: Value) -> Value:
 
 
 def first_set_bit(bits: Value) -> Value:
-    return Value(_builder().cttz(bits.value, ir.IntType(1)(0)))
+    return Value(_builder().cttz(bits.value, INT1(0)))
 
 
 class Variable:

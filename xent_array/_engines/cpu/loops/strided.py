@@ -13,8 +13,8 @@ from typing import NamedTuple
 from numba import types
 
 from . import CHECK, GRAD, LANES, STREAM, SUM
-from .contiguous import CHUNK, PARTIAL, are_classes
-from .elementwise import copy, narrow, numbers_of, total_of, widen
+from .contiguous import CHUNK, PARTIAL
+from .elementwise import copy, kept_labels, narrow, numbers_of, total_of, widen
 from .jit import called_from_python, inner
 from .math import exp, times
 from .simd import (
@@ -26,7 +26,6 @@ from .simd import (
     doubles_in,
     either,
     fence,
-    has_default_arithmetic,
     loop,
     make_compact,
     numbers_in,
@@ -188,7 +187,7 @@ def rows(arguments, x, label, per_row, q, answers, out, workspace):
     job, outer, inner, classes, is_half = told.job, told.outer, told.inner, told.classes, told.is_half != 0
     x_outer, x_class, out_outer, out_class = told.x_outer, told.x_class, told.out_outer, told.out_class
     width, lead = told.width, told.lead
-    if job & CHECK and not (has_default_arithmetic() and are_classes(label, classes)):
+    if job & CHECK and kept_labels(label, classes, 0, False) < 0:
         return -1.0
     size, own = classes * width, KINDS * width
     numbers = numbers_in(workspace, 0, 2 * size + 3 * own + (PARTIAL + 1) * width, per_row)

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from . import CHECK, GRAD, LANES, STREAM, SUM
-from .contiguous import CHUNK, PARTIAL, are_classes
-from .elementwise import narrow, numbers_of, stream, total_of, widen
+from .contiguous import CHUNK, PARTIAL
+from .elementwise import kept_labels, narrow, numbers_of, stream, total_of, widen
 from .jit import called_from_python, inner
 from .simd import (
     Array,
@@ -22,7 +22,6 @@ from .simd import (
     doubles_in,
     either,
     fence,
-    has_default_arithmetic,
     loop,
     make_compact,
     numbers_in,
@@ -191,7 +190,7 @@ def rows(arguments, x, label, per_row, q, answers, out, workspace):
     told = arguments[0]
     job, count, classes, is_half, width = told.job, told.outer, told.classes, told.is_half != 0, told.width
     x_row, out_row, softcap = told.x_outer, told.out_outer, told.softcap
-    if job & CHECK and not (has_default_arithmetic() and are_classes(label, classes)):
+    if job & CHECK and kept_labels(label, classes, 0, False) < 0:
         return -1.0
     size = per_row.itemsize
     numbers = numbers_in(workspace, 0, (3 * classes + KINDS + PARTIAL) * width, per_row)
