@@ -14,7 +14,7 @@ if isinstance(cpu.loops(), str):
 from numba import njit
 from support.problems import each_wide
 
-from xent_array._engines.cpu.loops import LANES, contiguous, tiles
+from xent_array._engines.cpu.loops import KINDS, LANES, PARTIAL, contiguous, tiles
 from xent_array._engines.cpu.loops import math as ours
 from xent_array._engines.cpu.loops.simd import Array, operation, vectors
 
@@ -123,7 +123,7 @@ def test_exp_is_the_same_alone_and_in_vectors(dtype):
     each, rows, lanes, alone = np.empty_like(x), np.empty_like(x), x.copy(), np.empty_like(x)
     exp_each(x, each)
     exp_in_rows(x, rows, x.dtype.type(0))
-    state = np.zeros((tiles.KINDS, LANES), dtype), np.full(LANES, -1), np.zeros(contiguous.PARTIAL * LANES, dtype)
+    state = np.zeros((KINDS, LANES), dtype), np.full(LANES, -1), np.zeros(PARTIAL * LANES, dtype)
     exp_in_lanes(lanes, *(array.ravel() for array in state), np.zeros(LANES))
     for k in range(x.size):
         exp_each(x[k : k + 1], alone[k : k + 1])

@@ -169,17 +169,22 @@ except KeyboardInterrupt:
 @is_posix
 @needs_numba
 @pytest.mark.parametrize(
-    "module",
+    ("module", "is_compiled"),
     [
-        "numba.core.dispatcher",
+        ("llvmlite.binding.ffi", True),
         *(
-            pytest.param(name, marks=pytest.mark.full)
-            for name in ("numba", "numba.np.ufunc", "xent_array._engines.cpu.compiled", "numpy.ma")
+            pytest.param(*case, marks=pytest.mark.full)
+            for case in (
+                ("numba", False), ("numba.core.dispatcher", False), ("xent_array._engines.cpu.loops.build", False),
+                ("xent_array._engines.cpu.compiled", True),
+            )
         ),
     ],
-)
-def test_an_interrupt_of_an_import(filled, module):
-    assert ended(started(INTERRUPTED_AT, module, cache=filled[0])) == ["True", "True"]
+)  # fmt: skip
+def test_an_interrupt_of_an_import(filled, tmp_path, module, is_compiled):
+    """That of a process which finds all compiled, or has to compile."""
+    cache = filled[0] if is_compiled else tmp_path
+    assert ended(started(INTERRUPTED_AT, module, cache=cache)) == ["True", "True"]
 
 
 FORKED = """

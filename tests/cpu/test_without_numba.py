@@ -103,9 +103,10 @@ FAILING = """
 import os, sys, warnings
 import numpy as np
 from llvmlite import ir
-from numba.core import caching, compiler
+from numba.core import compiler
 from xent_array import __main__ as program, cross_entropy_value_and_grad
 from xent_array._engines import cpu
+from xent_array._engines.cpu import machine_code
 
 what, report_first = sys.argv[1:]
 program.SIZE = (4, 10)
@@ -119,7 +120,8 @@ def fails_once(*given, **options):
     return fails() if len(tries) == 1 else compiles(*given, **options)
 
 def fails_at_sums(context, target, function, *given, **options):
-    return fails() if function.__name__ == "total" else compiles(context, target, function, *given, **options)
+    of_sums = "_total.<locals>" in function.__qualname__
+    return fails() if of_sums else compiles(context, target, function, *given, **options)
 
 if what == "compiler":
     compiler.compile_extra = fails
@@ -161,6 +163,7 @@ for name, shape, axis in [("contiguous", (40, 300), 1), ("transposed", (40, 10),
         wanted = cross_entropy_value_and_grad(x, labels, engine="numpy", **options)
         for in_place in (False, True):
             cpu._found, case = None, (name, options, in_place)
+            machine_code._functions.clear()
             del tries[:]
 
             def call():
@@ -211,15 +214,15 @@ def test_the_report_compiles_before_it_says_what_is_compiled(tmp_path, what):
 
 
 NO_FOLDER = """
+import pathlib
 import numpy as np
-from numba.core import caching
 
-def fails(_):
+def fails(*_, **__):
     raise OSError(30, "Read-only file system")
 
-caching._CacheLocator.ensure_cache_path = fails
+pathlib.Path.mkdir = fails
 from xent_array import __main__ as program, cross_entropy_value_and_grad
-from xent_array._engines import cpu
+from xent_array._engines.cpu import machine_code
 x, labels = np.random.default_rng(0).standard_normal((40, 300), np.float32), np.arange(40)
 for logits in (x, x[:, :40].copy(), np.asfortranarray(x)):
     loss, grad = cross_entropy_value_and_grad(logits, labels)
@@ -229,7 +232,7 @@ for logits in (x, x[:, :40].copy(), np.asfortranarray(x)):
     assert cross_entropy_value_and_grad(again, labels, out=again)[0] == loss and (again == grad).all()
 program.SIZE = (4, 10)
 assert program.main([]) == 0
-print([loop.rows.stats.cache_path for loop in cpu.loops().LOOPS.values()])
+print(len(machine_code._functions) > 2)
 """
 
 
@@ -238,5 +241,5 @@ def test_no_folder_for_compiled_code(tmp_path):
     """It lives in memory then; that is nothing to warn of."""
     told = run(NO_FOLDER, NUMBA_CACHE_DIR=str(tmp_path))
     assert "loops of engine 'cpu': compiled by Numba\n" in told
-    assert told.endswith("[None, None, None]\n")
+    assert told.endswith("True\n")
     assert not any(tmp_path.iterdir())

@@ -1,11 +1,14 @@
 """Logits of every kind, in every memory layout; all that the public functions answer to them; which loop is called."""
 
+from functools import partial
+
 import ml_dtypes
 import numpy as np
 import pytest
 from numpy.lib.stride_tricks import sliding_window_view
 
 from xent_array import cross_entropy, cross_entropy_grad, cross_entropy_value_and_grad, row_stats, softmax
+from xent_array._engines.cpu import compiled
 
 from .sizes import forget
 
@@ -20,18 +23,22 @@ class Spy:
     """Counts the calls of one of the loops, of which it keeps the last arguments."""
 
     def __init__(self, monkeypatch, loop):
-        self.calls, self.rows = 0, loop.rows
-        monkeypatch.setattr(loop, "rows", self)
+        self.calls, self.name, self.function = 0, loop.__name__.rpartition(".")[2], compiled.function
+        monkeypatch.setattr(compiled, "function", self.watched)
         forget(monkeypatch)
 
-    def __call__(self, *arguments):
+    def watched(self, name, *dtypes):
+        function = self.function(name, *dtypes)
+        return partial(self.call, function) if name == self.name else function
+
+    def call(self, function, given):
         self.calls += 1
-        self.arguments = arguments
-        return self.rows(*arguments)
+        self.given = given
+        return function(given)
 
     def told(self, name):
         """What the loop was told under that name of `Arguments`."""
-        return self.arguments[0][0][name]
+        return self.given[0][0][name]
 
 
 def words_of(array):

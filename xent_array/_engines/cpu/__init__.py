@@ -9,7 +9,7 @@ block, never as a whole.
     blocks.py          blocks of rows, workspaces, contiguous copies
     compiled.py        turns a block, or a simple call, into one call of a loop
     loops/             the loops that Numba compiles
-    compile_cache.py   keeps their machine code between processes
+    machine_code.py    makes functions of the loops, and keeps them between processes
     numpy_body.py      processes a block in NumPy, where there are no loops
     threads.py         the thread pool, and tasks that must not be left half done
     cores.py           how many threads to use
@@ -144,13 +144,13 @@ class Cpu:
         work = count * (rows.classes + ROW)
         if work <= path.serial:
             if count:
-                _body(path, loops)(rows, want, WHOLE, Buffers(count * classes, rows.acc))
+                _body(path, loops, rows, want)(rows, want, WHOLE, Buffers(count * classes, rows.acc))
             return
         team = threads.team(work, path.serial)
         # Small enough for cache, large enough that Python is idle, and some for every thread.
         blocks = max(team if work <= 4 * team * path.serial else 2 * team, -(-work // path.block))
         in_block = -(-count // blocks)
-        body = _body(path, loops)
+        body = _body(path, loops, rows, want)
 
         def work_off(parts: Iterator[Part]) -> None:
             buffers = Buffers(in_block * classes, rows.acc)
@@ -166,10 +166,10 @@ class Cpu:
         return found if isinstance(found, ModuleType) else None
 
 
-def _body(path: Path, loops: ModuleType | None) -> Callable[[Rows, Want, Part, Buffers], None]:
+def _body(path: Path, loops: ModuleType | None, rows: Rows, want: Want) -> Callable[[Rows, Want, Part, Buffers], None]:
     """What processes a block on this path."""
     if loops is not None and path.is_compiled:
-        return partial(loops.block, path)
+        return partial(loops.block, path, loops.function_for(path, rows, want))
     return numpy_body.short_block if path.code == "numpy short" else numpy_body.block
 
 
@@ -194,18 +194,14 @@ def _find() -> ModuleType | str:
     global _found
     if _found is None:
         try:
-            from . import compiled
+            from . import compiled, machine_code
 
-            _found = compiled
+            _found = machine_code.missing() or compiled
         except MemoryError as error:  # may not happen again
             return f"Numba cannot be used: {error}"
-        except Exception as error:  # for example, a Numba that does not support this NumPy or Python
-            if isinstance(error, ModuleNotFoundError) and error.name == "numba":
-                _found = "Numba is not installed"
-            else:
-                _found = f"Numba cannot be used: {error}"
-                if "NUMBA_DISABLE_JIT" not in _found:  # which the user has set
-                    _warn(_found)
+        except Exception as error:  # which only a library can raise that is asked for where Numba is
+            _found = f"Numba cannot be used: {error}"
+            _warn(_found)
     return _found
 
 
@@ -214,7 +210,7 @@ def _give_up(error: threads.CannotCompile) -> None:
     global _found
     if isinstance(_found, str) or isinstance(error, threads.Busy):
         return
-    _found = f"Numba cannot compile the loops: {error}"
+    _found = str(error)
     _warn(_found)
 
 

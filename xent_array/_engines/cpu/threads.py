@@ -22,10 +22,13 @@ from functools import partial
 from itertools import count
 from queue import SimpleQueue
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
-from . import arithmetic
+import numpy as np
+
+from . import arithmetic, memory
 from .cores import threads
+from .loops import LIMIT, NEXT
 
 P = TypeVar("P")
 R = TypeVar("R")
@@ -38,7 +41,10 @@ class CannotCompile(RuntimeError):
 
 
 class Busy(CannotCompile):
-    """The task is waiting for a module that the calling thread is in the middle of importing."""
+    """It fails now, which says nothing of the next time.
+
+    Such as in a call while its thread is in the middle of an import that Numba waits for.
+    """
 
 
 class _Asked:
@@ -155,17 +161,56 @@ def team(work: int, serial: int) -> int:
     return min(threads(), -(-work // serial))
 
 
-def shrinking(count: int, least: int, most: int, team: int) -> Iterator[slice]:
-    """Cuts rows into parts that shrink, so that threads that start at different times still finish together.
+class Parts(Iterator[P]):
+    """Parts of a job, which several threads take one by one."""
 
-    Each part is one thread's share of the rows that are left. No part is so large that an interrupt would have to wait
-    for long.
+    def __init__(self, parts: Iterable[P]) -> None:
+        self.left, self.held = deque(parts), deque[P]()
+
+    def __next__(self) -> P:
+        try:
+            return self.left.popleft()
+        except IndexError:
+            raise StopIteration from None
+
+    def clear(self) -> None:
+        """Let no thread take any more."""
+        self.left.clear()
+
+    def hold(self) -> None:
+        """Let no thread take any more until `release`."""
+        with suppress(IndexError):
+            while True:
+                self.held.append(self.left.popleft())
+
+    def release(self) -> None:
+        self.left.extend(self.held)
+        self.held.clear()
+
+
+class Turns(Parts[None]):
+    """The same for `count` rows of which compiled code takes parts: it runs as long as rows are left.
+
+    The iterator says again and again that some are.
     """
-    start = 0
-    while start < count:
-        stop = min(count, start + max(least, min(most, (count - start) // team)))
-        yield slice(start, stop)
-        start = stop
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.numbers = memory.in_lines(2 * LIMIT, np.int64)
+        self.numbers[NEXT], self.numbers[LIMIT] = 0, count
+
+    def __next__(self) -> None:
+        if self.numbers[NEXT] >= self.numbers[LIMIT]:
+            raise StopIteration
+
+    def clear(self) -> None:
+        self.count = self.numbers[LIMIT] = 0
+
+    def hold(self) -> None:
+        self.numbers[LIMIT] = 0  # who has seen the old limit still takes one
+
+    def release(self) -> None:
+        self.numbers[LIMIT] = self.count
 
 
 def parallel(work: Callable[[Iterator[P]], None], parts: Iterable[P], team: int) -> None:
@@ -173,7 +218,7 @@ def parallel(work: Callable[[Iterator[P]], None], parts: Iterable[P], team: int)
 
     Each call takes parts that no other has taken; once one call has failed, none takes any more.
     """
-    job = Job(work, parts, team - 1)
+    job = Job(work, parts if isinstance(parts, Parts) else Parts(parts), team - 1)
     try:
         _own.jobs.append(job)
         _pool.send(job.help, team - 1)
@@ -188,27 +233,21 @@ def parallel(work: Callable[[Iterator[P]], None], parts: Iterable[P], team: int)
         raise errors[0]
 
 
-class Job(Iterator[P]):
+class Job(Generic[P]):
     """Parts that several threads take one by one, and the function that processes them."""
 
-    def __init__(self, work: Callable[[Iterator[P]], None], parts: Iterable[P], helpers: int) -> None:
-        self.work, self.left = work, deque(parts)
+    def __init__(self, work: Callable[[Iterator[P]], None], parts: Parts[P], helpers: int) -> None:
+        self.work, self.parts = work, parts
         self.numbers, self.helpers = count(), helpers
         self.helps: dict[int, bool] = {}  # whether a helper came before the job was closed; the first value set stands
         self.ended: dict[int, BaseException | None] = {}
         self.ends: SimpleQueue[None] = SimpleQueue()
 
-    def __next__(self) -> P:
-        try:
-            return self.left.popleft()
-        except IndexError:
-            raise StopIteration from None
-
     def run(self) -> None:
         try:
-            self.work(self)
+            self.work(self.parts)
         except BaseException:
-            self.left.clear()
+            self.parts.clear()
             raise
 
     def help(self) -> None:
@@ -233,7 +272,7 @@ class Job(Iterator[P]):
         while True:
             try:
                 if interrupt is not None:
-                    self.left.clear()
+                    self.parts.clear()
                 self._wait()
                 break
             except BaseException as raised:
@@ -244,12 +283,9 @@ class Job(Iterator[P]):
 
     def settle(self) -> None:
         """Leaves the parts that have not been started to this thread alone, and waits for the others."""
-        left: deque[P] = deque()
-        with suppress(IndexError):
-            while True:
-                left.append(self.left.popleft())
+        self.parts.hold()
         self._wait()
-        self.left.extend(left)
+        self.parts.release()
 
     def _wait(self) -> None:
         for number in range(self.helpers):

@@ -6,8 +6,8 @@ There is one loop for each memory layout of rows:
     transposed     the same with few classes: tiles of rows are transposed, so that each row occupies a vector lane
     strided        adjacent rows with their classes apart, each in a vector lane as it is
 
-Each does everything that is asked of a row while it is in cache, by the same arithmetic in the same order. All take the
-same arguments, one-dimensional arrays:
+Each does everything that is asked of a row while it is in cache, by the same arithmetic in the same order. `build`
+makes a function of machine code of each, which Python calls with one tuple of arrays:
 
     arguments   one record of `Arguments`
     x           the logits; 16-bit floats as uint16
@@ -19,9 +19,13 @@ same arguments, one-dimensional arrays:
     answers     the loss of each row; with KNOWN or STATS, five more kinds follow: maximum, rest, gap, mass, and 1 where
                 the label is the first class of the largest logit
     out         the gradient, the softmax or the log-softmax; empty if none is asked for
-    workspace   bytes, as many as the loop's `workspace_size` says
+    workspace   bytes, as many as `workspace_size` says
+    turns       empty; or the counter from which several threads that make the same call take parts of it
 
 The result is -1 if CHECK finds a fault; otherwise the sum of the losses with SUM, else 0.
+
+This module and `memory.py` are all that code outside of this folder needs: the others need Numba, and are imported to
+compile something.
 """
 
 from __future__ import annotations
@@ -45,9 +49,17 @@ STREAM = 128  # write the gradient with non-temporal stores
 IGNORE = 256  # rows with the label `ignore_index` do not count
 
 LANES = 16  # rows per vector
+PARTIAL = 32  # partial sums per row
 
 # Kinds of numbers in `per_row`
 ON_LABEL, FACTOR, SCALE = range(3)
+
+KINDS = 12  # kinds of numbers in `tiles.State`
+
+NAME = "entry"  # of every function in its machine code
+
+# Places in `turns`
+NEXT, LIMIT = 0, 8  # the row that the next turn begins with; where the last one ends, or 0 if none may be taken
 
 
 class Arguments(NamedTuple):
@@ -68,6 +80,8 @@ class Arguments(NamedTuple):
     softcap: float = 0.0  # 0 for none
     z_loss: float = 0.0
     ignore_index: int = 0
+    part: int = 0  # rows per turn, where `turns` are taken
+    most_parts: int = 0  # after so many turns the call returns, even if rows are left, so that it can be interrupted
 
     @lru_cache(maxsize=256)  # noqa: B019  # of immutable tuples
     def record(self) -> Array:
@@ -79,3 +93,12 @@ class Arguments(NamedTuple):
 
 _FIELDS = [(name, {int: np.int64, float: np.float64}[kind]) for name, kind in get_type_hints(Arguments).items()]
 ARGUMENTS = np.dtype(_FIELDS, align=True)
+
+
+def workspace_size(code: str, classes: int, width: int, itemsize: int) -> int:
+    """In bytes, as the loop divides it up, for the rows of a tile and the size of a number."""
+    if code == "contiguous":
+        return 3 * classes * itemsize
+    if code == "transposed":
+        return (3 * classes + KINDS + PARTIAL + 2) * width * itemsize + 8 * width
+    return (2 * classes + 3 * KINDS + PARTIAL + 1 + 6) * width * itemsize + 8 * width

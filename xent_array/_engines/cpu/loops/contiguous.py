@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from . import CHECK, FACTOR, GRAD, IGNORE, KNOWN, LOG, LOSS, ON_LABEL, SCALE, STATS, STREAM, SUM
+from . import CHECK, FACTOR, GRAD, IGNORE, KNOWN, LOG, LOSS, ON_LABEL, PARTIAL, SCALE, STATS, STREAM, SUM
 from .elementwise import (
     fill,
     kept_labels,
@@ -29,7 +29,7 @@ from .elementwise import (
     total_of,
     widen,
 )
-from .jit import called_from_python, inner
+from .jit import inner
 from .math import at_max, exp, finish
 from .simd import (
     DOUBLE,
@@ -63,7 +63,6 @@ from .simd import (
 )
 
 CHUNK = 512  # elements summed in the dtype of the arithmetic; chunk totals are summed in float64
-PARTIAL = 32  # partial sums per chunk
 
 # Reductions over a row, in chunks of 512 elements and groups of 32
 
@@ -349,16 +348,12 @@ def _gradient_before_scale(g, by, top, at, target):
         g[at] = top
 
 
-def workspace_size(classes: int, _width: int, itemsize: int) -> int:
-    return 3 * classes * itemsize
-
-
-@called_from_python
-def rows(arguments, x, label, per_row, q, answers, out, workspace):
-    """See `loops`."""
+@inner
+def rows(call):
+    """See `loops`; `call` is a `build.Call`."""
     make_compact()
-    told = arguments[0]
-    job, count, classes, is_half = told.job, told.outer, told.classes, told.is_half != 0
+    told, count, x, label, per_row, q, answers, out, workspace = call
+    job, classes, is_half = told.job, told.classes, told.is_half != 0
     x_row, out_row, q_row, cap, z = told.x_outer, told.out_outer, told.q_row, told.softcap, told.z_loss
     if job & CHECK and kept_labels(label, classes, 0, False) < 0:
         return -1.0

@@ -9,7 +9,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from . import simd
-from .jit import called_from_python, inner
+from .jit import inner
 from .math import from_bfloat, from_half, tanh_and_slope, times, to_bfloat, to_half
 from .simd import (
     DOUBLE,
@@ -141,12 +141,6 @@ def total_of(x: Array) -> Real:
     return total.get() + lost.get()
 
 
-@called_from_python
-def total(x):
-    """`total_of` as a function that Python can call."""
-    return total_of(x)
-
-
 @operation
 def _count_kept(label: Array, classes: Index, ignore_index: Index, ignores: Flag) -> Index:
     kept, wrong = Variable(constant(0)), Variable(constant(0))
@@ -171,9 +165,3 @@ def _count_kept(label: Array, classes: Index, ignore_index: Index, ignores: Flag
 def kept_labels(label, classes, ignore_index, ignores):
     """How many labels are not ignored; -1 if one of these is no class, or if flush-to-zero or the like is on."""
     return _count_kept(label, classes, ignore_index, ignores) if has_default_arithmetic() else -1
-
-
-@called_from_python
-def count_kept(label, classes, ignore_index, ignores):
-    """`kept_labels` as a function that Python can call."""
-    return kept_labels(label, classes, ignore_index, ignores)

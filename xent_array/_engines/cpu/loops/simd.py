@@ -17,13 +17,14 @@ from contextlib import contextmanager
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import numpy as np
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 from numba.np.arrayobj import populate_array
 
 from ..memory import LINE as LINE
+from . import LIMIT, NEXT
 
 INT1, INT16, INT32, INT64 = (ir.IntType(width) for width in (1, 16, 32, 64))
 HALF, FLOAT, DOUBLE = ir.HalfType(), ir.FloatType(), ir.DoubleType()
@@ -544,3 +545,72 @@ def _region(dtype: Callable[[Any], Any]) -> Any:
 numbers_in = _region(lambda dtype: dtype)
 doubles_in = _region(lambda _: types.float64)
 places_in = _region(lambda dtype: types.Integer.from_bitwidth(dtype.bitwidth))  # integers as wide as the numbers
+
+
+# The way in from Python
+
+# Where the C API has what is in a tuple, and the data, the number of axes and the shape of an array
+_ITEMS, _DATA = tuple.__basicsize__, object.__basicsize__
+_AXES, _SHAPE, _POINTER = _DATA + 8, _DATA + 16, 8
+
+
+def arrays_in(dtypes: list[Any]) -> Any:
+    """A function for compiled code that takes the address of a tuple of arrays, and returns them as flat arrays.
+
+    It needs no interpreter: an array that is in a tuple stays where it is.
+    """
+    wanted = [types.Array(dtype, 1, "C") for dtype in dtypes]
+
+    @intrinsic
+    def arrays(_context: Any, given: Any) -> Any:
+        return types.Tuple(wanted)(given), build
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        def read(address: Any, offset: int, type_: Any) -> Any:
+            return builder.load(builder.bitcast(builder.gep(address, [INT64(offset)]), type_.as_pointer()))
+
+        found = []
+        for number, type_ in enumerate(wanted):
+            array = read(arguments[0], _ITEMS + number * _POINTER, _BYTE)
+            length, shape = cgutils.alloca_once_value(builder, INT64(1)), read(array, _SHAPE, _BYTE)
+            with cgutils.for_range(builder, read(array, _AXES, INT32)) as axis:
+                place = builder.mul(builder.sext(axis.index, INT64), INT64(8))
+                side = builder.load(builder.bitcast(builder.gep(shape, [place]), INT64.as_pointer()))
+                builder.store(builder.mul(builder.load(length), side), length)
+            made = context.make_array(type_)(context, builder)
+            size = INT64(context.get_abi_sizeof(made.data.type.pointee))
+            data = builder.bitcast(read(array, _DATA, _BYTE), made.data.type)
+            populate_array(made, data=data, shape=[builder.load(length)], strides=[size], itemsize=size, meminfo=None)
+            found.append(made._getvalue())
+        return context.make_tuple(builder, signature.return_type, found)
+
+    return arrays
+
+
+@operation
+def next_turn(turns: Array, count: Index) -> Index:
+    """Take the next so many rows from a counter, see `loops`; return the first of them, or -1 if none are left."""
+    builder, first = _builder(), Variable(constant(-1))
+    limit = Value(builder.load_atomic(turns.pointer(LIMIT), "monotonic", 8))
+    with when(limit > 0):
+        start = Value(builder.atomic_rmw("add", turns.pointer(NEXT), count.value, "monotonic"))
+        first.set(where(start < limit, start, -1))
+    return first.get()
+
+
+def machine_code(compiled: Any, name: str) -> bytes:
+    """An object file with a C function of that name, which calls what Numba compiled, a function of one pointer."""
+    context, described = compiled.target_context, compiled.fndesc
+    module = context.create_module(name)
+    called = context.call_conv.get_function_type(described.restype, described.argtypes)
+    called = ir.Function(module, called, described.llvm_func_name)
+    function = ir.Function(module, ir.FunctionType(DOUBLE, [_BYTE]), name)
+    builder = ir.IRBuilder(function.append_basic_block())
+    _, result = context.call_conv.call_function(
+        builder, called, described.restype, described.argtypes, function.args
+    )  # there is no error that it could report
+    builder.ret(result)
+    whole = binding.parse_assembly(compiled.library.get_llvm_str())
+    whole.link_in(binding.parse_assembly(str(module)))
+    found: bytes = context.codegen()._tm.emit_object(whole)
+    return found

@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 from numba import types
 
-from . import CHECK, GRAD, LANES, STREAM, SUM
-from .contiguous import CHUNK, PARTIAL
+from . import CHECK, GRAD, KINDS, LANES, PARTIAL, STREAM, SUM
+from .contiguous import CHUNK
 from .elementwise import copy, kept_labels, narrow, numbers_of, total_of, widen
-from .jit import called_from_python, inner
+from .jit import inner
 from .math import exp, times
 from .simd import (
     Array,
@@ -40,7 +40,6 @@ from .simd import (
 from .tiles import (
     EXP_FACTOR,
     FEW,
-    KINDS,
     MAX,
     Gradient,
     Lines,
@@ -174,17 +173,12 @@ def _rows_of(t, inner, width, lead):
     return o, max(0, start), min(width, inner - start) + min(0, start)
 
 
-def workspace_size(classes: int, width: int, itemsize: int) -> int:
-    """In bytes, as `rows` below divides it up."""
-    return (2 * classes + 3 * KINDS + PARTIAL + 1 + 6) * width * itemsize + 8 * width
-
-
-@called_from_python
-def rows(arguments, x, label, per_row, q, answers, out, workspace):
-    """See `loops`."""
+@inner
+def rows(call):
+    """See `loops`; `call` is a `build.Call`."""
     make_compact()
-    told = arguments[0]
-    job, outer, inner, classes, is_half = told.job, told.outer, told.inner, told.classes, told.is_half != 0
+    told, outer, x, label, per_row, _, answers, out, workspace = call
+    job, inner, classes, is_half = told.job, told.inner, told.classes, told.is_half != 0
     x_outer, x_class, out_outer, out_class = told.x_outer, told.x_class, told.out_outer, told.out_class
     width, lead = told.width, told.lead
     if job & CHECK and kept_labels(label, classes, 0, False) < 0:

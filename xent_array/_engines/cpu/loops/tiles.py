@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from numba import types
 
-from . import FACTOR, GRAD, IGNORE, KNOWN, LANES, LOSS, ON_LABEL, SCALE, STATS
-from .contiguous import CHUNK, PARTIAL, half_gap, largest_without_softmax
+from . import FACTOR, GRAD, IGNORE, KNOWN, LANES, LOSS, ON_LABEL, PARTIAL, SCALE, STATS
+from .contiguous import CHUNK, half_gap, largest_without_softmax
 from .elementwise import copy, fill, scale, subtract
 from .jit import inner
 from .math import at_max, exp, finish, tanh_and_slope, times, to_bfloat, to_half
@@ -49,7 +49,6 @@ EXP_FACTOR = 8  # the factor of exp(x - max) in the gradient
 GRAD_AT_MAX = 9
 LESS_AT_LABEL = 10  # subtracted from the gradient at the label
 LESS_AT_ALL = 11  # subtracted at every class, for label smoothing
-KINDS = 12
 
 
 class Tile(NamedTuple):

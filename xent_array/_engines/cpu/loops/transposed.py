@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from . import CHECK, GRAD, LANES, STREAM, SUM
-from .contiguous import CHUNK, PARTIAL
+from . import CHECK, GRAD, KINDS, LANES, PARTIAL, STREAM, SUM
+from .contiguous import CHUNK
 from .elementwise import kept_labels, narrow, numbers_of, stream, total_of, widen
-from .jit import called_from_python, inner
+from .jit import inner
 from .simd import (
     Array,
     Flag,
@@ -34,7 +34,6 @@ from .simd import (
 )
 from .tiles import (
     FEW,
-    KINDS,
     Gradient,
     Lines,
     State,
@@ -178,17 +177,12 @@ def _narrow(lines, count, classes, is_half, out, start, step):
         narrow(part(lines, i * classes, n * classes), is_half, part(out, start + i * step, n * classes))
 
 
-def workspace_size(classes: int, width: int, itemsize: int) -> int:
-    """In bytes, as `rows` below divides it up."""
-    return (3 * classes + KINDS + PARTIAL + 2) * width * itemsize + 8 * width
-
-
-@called_from_python
-def rows(arguments, x, label, per_row, q, answers, out, workspace):
-    """See `loops`."""
+@inner
+def rows(call):
+    """See `loops`; `call` is a `build.Call`."""
     make_compact()
-    told = arguments[0]
-    job, count, classes, is_half, width = told.job, told.outer, told.classes, told.is_half != 0, told.width
+    told, count, x, label, per_row, q, answers, out, workspace = call
+    job, classes, is_half, width = told.job, told.classes, told.is_half != 0, told.width
     x_row, out_row, softcap = told.x_outer, told.out_outer, told.softcap
     if job & CHECK and kept_labels(label, classes, 0, False) < 0:
         return -1.0

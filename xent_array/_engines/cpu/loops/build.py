@@ -1,0 +1,90 @@
+"""From the loops to functions of machine code that Python can call, each with a tuple of arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from numba import from_dtype, njit, types
+
+from . import ARGUMENTS, IGNORE, NAME, contiguous, strided, transposed
+from .elementwise import kept_labels, total_of
+from .jit import OPTIONS
+from .simd import arrays_in, machine_code, next_turn, part
+
+_LOOPS = {"contiguous": contiguous, "transposed": transposed, "strided": strided}
+
+
+class Call(NamedTuple):
+    """What a loop is called with; see `loops`."""
+
+    told: Any  # the record
+    outer: Any  # how many outer indices
+    x: Any
+    label: Any
+    per_row: Any
+    q: Any
+    answers: Any
+    out: Any
+    workspace: Any
+
+
+def build(name: str, *dtypes: str) -> bytes:
+    """The machine code of a loop for numbers, logits and a gradient of these dtypes, or of "total" or "count_kept"."""
+    entry = njit(**OPTIONS)(_ENTRIES[name](name, *(getattr(types, dtype) for dtype in dtypes)))
+    signature = (types.voidptr,)
+    entry.compile(signature)
+    return machine_code(entry.overloads[signature], NAME)
+
+
+def _loop(name: str, number: Any, x: Any, out: Any) -> Callable[[Any], Any]:
+    rows = _LOOPS[name].rows
+    arrays = arrays_in([from_dtype(ARGUMENTS), x, types.intp, number, number, number, out, types.uint8, types.int64])
+
+    def entry(given):
+        arguments, x, label, per_row, q, answers, out, workspace, turns = arrays(given)
+        told = arguments[0]
+        if turns.shape[0] == 0:
+            return rows(Call(told, told.outer, x, label, per_row, q, answers, out, workspace))
+        for _ in range(told.most_parts):
+            start = next_turn(turns, told.part)
+            if start < 0:
+                break
+            count = min(told.part, told.outer - start)
+            rows(
+                Call(
+                    told, count, part(x, start * told.x_outer, count), part(label, start, count), per_row, q,
+                    part(answers, start, count), part(out, start * told.out_outer, out.shape[0]), workspace,
+                )
+            )  # fmt: skip
+        return 0.0
+
+    return entry
+
+
+def _total(_: str, number: Any) -> Callable[[Any], Any]:
+    arrays = arrays_in([number])
+
+    def entry(given):
+        (x,) = arrays(given)
+        return total_of(x)
+
+    return entry
+
+
+def _count_kept(_: str) -> Callable[[Any], Any]:
+    arrays = arrays_in([types.intp, from_dtype(ARGUMENTS)])
+
+    def entry(given):
+        label, arguments = arrays(given)
+        told = arguments[0]
+        return float(kept_labels(label, told.classes, told.ignore_index, told.job & IGNORE != 0))
+
+    return entry
+
+
+_ENTRIES: dict[str, Callable[..., Callable[[Any], Any]]] = {
+    **dict.fromkeys(_LOOPS, _loop),
+    "total": _total,
+    "count_kept": _count_kept,
+}

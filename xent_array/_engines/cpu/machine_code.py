@@ -1,0 +1,241 @@
+"""The loops as functions that Python can call: loaded from a file, or else compiled by Numba and kept in one.
+
+Loading takes some milliseconds and needs llvmlite alone. To import Numba takes half a second, so that is left until
+there is something to compile. Kept code is executed, so it must be the user's own, and compiled from exactly these
+sources for exactly this processor; and a call must not fail because a file or its folder does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import importlib.util
+import os
+import stat
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import threads
+from .loops import NAME
+
+HERE = Path(__file__).parent
+SOURCES = (HERE / "memory.py", *sorted((HERE / "loops").glob("*.py")))  # what the machine code is compiled from
+
+Function = Callable[[tuple[Any, ...]], float]
+
+_TYPE = ctypes.CFUNCTYPE(ctypes.c_double, ctypes.py_object)  # releases the interpreter's lock while it runs
+_DIGEST = hashlib.sha256().digest_size
+_functions: dict[tuple[str, ...], Function] = {}
+_engines: list[Any] = []  # of LLVM, which own the memory that code is loaded to
+
+
+def function(*name: str) -> Function:
+    """What `loops.build.build` makes of these arguments, as a function that takes a tuple of arrays.
+
+    The arrays must have the dtypes that it was built for, and nothing checks that.
+
+    Raises
+    ------
+    CannotCompile
+        If there is no such code and Numba fails to make it.
+    """
+    found = _functions.get(name)
+    return threads.whole(partial(_get, name)) if found is None else found
+
+
+def missing() -> str | None:
+    """Why nothing can be compiled, as far as that can be known before Numba is imported."""
+    if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
+        return "Numba cannot be used: NUMBA_DISABLE_JIT is set"
+    if _spec("numba") is None or _spec("llvmlite") is None:
+        return "Numba is not installed"
+    if not _is_laid_out_as_known():
+        return "Numba cannot be used: this Python or NumPy keeps arrays in another way"
+    return None
+
+
+def _spec(library: str) -> Any:
+    try:
+        return importlib.util.find_spec(library)
+    except ModuleNotFoundError:
+        return None
+    except ValueError:  # it is in `sys.modules` without a spec
+        return sys.modules[library]
+
+
+def _is_laid_out_as_known() -> bool:
+    """Whether `loops.simd.arrays_in` finds what is in a tuple, and the data and the shape of an array."""
+    array = np.empty((2, 3))
+    given = (None, array)
+
+    def word(address: int, type_: Any = ctypes.c_size_t) -> Any:
+        return type_.from_address(address).value
+
+    if sys.implementation.name != "cpython" or ctypes.sizeof(ctypes.c_size_t) != 8:
+        return False
+    start = id(array) + object.__basicsize__
+    return bool(
+        word(id(given) + tuple.__basicsize__ + 8) == id(array)
+        and (word(start) == array.__array_interface__["data"][0] and word(start + 8, ctypes.c_int) == 2)
+        and [word(word(start + 16) + 8 * axis) for axis in range(2)] == [2, 3]
+    )
+
+
+def _get(name: tuple[str, ...]) -> Function:
+    if name not in _functions:
+        _functions[name] = _stored(name) or _compiled(name)
+    return _functions[name]
+
+
+def _stored(name: tuple[str, ...]) -> Function | None:
+    for folder in _folders():
+        with suppress(Exception):  # there is none, or it is damaged
+            content = (folder / _file(name)).read_bytes()
+            code = content[_DIGEST:]
+            if _is_ours(folder) and hashlib.sha256(code).digest() == content[:_DIGEST]:
+                return _loaded(code)
+    return None
+
+
+def _compiled(name: tuple[str, ...]) -> Function:
+    try:
+        from .loops import build
+    except MemoryError as error:  # may not happen again
+        raise threads.Busy(f"Numba cannot be used: {error}") from error
+    except Exception as error:  # for example, a Numba that does not support this NumPy or Python
+        raise threads.CannotCompile(f"Numba cannot be used: {error}") from error
+    try:
+        code = build.build(*name)
+        found = _loaded(code)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        raise threads.CannotCompile(f"Numba cannot compile the loops: {reason}") from error
+    _store(name, code)
+    return found
+
+
+def _loaded(code: bytes) -> Function:
+    """The function in an object file."""
+    from llvmlite import binding
+
+    _initialize()
+    machine = binding.Target.from_default_triple().create_target_machine(jit=True)
+    engine = binding.create_mcjit_compiler(binding.parse_assembly(""), machine)
+    engine.add_object_file(binding.ObjectFileRef.from_data(code))
+    engine.finalize_object()
+    address = engine.get_function_address(NAME)
+    if not address:
+        raise ValueError("the code has no entry")
+    _engines.append(engine)
+    return _TYPE(address)
+
+
+@cache
+def _initialize() -> None:
+    from llvmlite import binding
+
+    with suppress(RuntimeError):  # newer versions do it by themselves, and raise
+        binding.initialize()
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+
+
+# Files
+
+
+def _folders() -> Iterator[Path]:
+    """Where code may be kept, in order: where Numba keeps its own."""
+    told = os.environ.get("NUMBA_CACHE_DIR")
+    if told:
+        yield Path(told) / f"xent_array-{_short(os.fsencode(HERE))}"
+        return
+    yield HERE / "__pycache__"
+    with suppress(RuntimeError):  # there is no home
+        if sys.platform == "win32":
+            yield Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "xent_array"
+        elif sys.platform == "darwin":
+            yield Path.home() / "Library" / "Caches" / "xent_array"
+        else:
+            yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xent_array"
+
+
+def _file(name: tuple[str, ...]) -> str:
+    return f"{_environment_of(name)}{_sources()}.code"
+
+
+def _environment_of(name: tuple[str, ...]) -> str:
+    """The file's name up to what stands for the sources."""
+    return f"{'-'.join(name)}.{_environment()}."
+
+
+def _short(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+@cache
+def _sources() -> str:
+    return _short(b"".join(source.read_bytes() for source in SOURCES))
+
+
+@cache
+def _environment() -> str:
+    """Stands for everything beside the sources that machine code follows from."""
+    import llvmlite
+    from llvmlite import binding
+
+    spec = _spec("numba")
+    version = Path(spec.origin).with_name("_version.py").read_bytes() if spec.origin else b""
+    settings = {name: value for name, value in os.environ.items() if name.startswith("NUMBA_")}
+    for name in ("NUMBA_CACHE_DIR", "NUMBA_NUM_THREADS"):
+        settings.pop(name, None)
+    others = (
+        sys.implementation.cache_tag, tuple.__basicsize__, object.__basicsize__, llvmlite.__version__,
+        binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten(), sorted(settings.items()),
+    )  # fmt: skip
+    return _short(version + repr(others).encode())
+
+
+def _store(name: tuple[str, ...], code: bytes) -> None:
+    """Keep code in the first folder that can be written to; if there is none, it is in memory only."""
+    for folder in _folders():
+        with suppress(OSError):
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not _is_ours(folder):
+                continue
+            _write(folder / _file(name), hashlib.sha256(code).digest() + code)
+            _remove_older(folder, name)
+            return
+
+
+def _write(file: Path, content: bytes) -> None:
+    """Put a file there whole, whoever else does so."""
+    part = file.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
+    try:
+        part.write_bytes(content)
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _remove_older(folder: Path, name: tuple[str, ...]) -> None:
+    """Remove what was compiled from other sources."""
+    for other in folder.glob(f"{_environment_of(name)}*.code"):
+        if other.name != _file(name):
+            other.unlink(missing_ok=True)
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether only this user and the owner of this file can write to the directory, or replace it by another one."""
+    if not hasattr(os, "geteuid"):
+        return True  # Windows, where other users cannot write to a user's directories
+    found, above = os.stat(folder), os.stat(folder.parent)
+    if above.st_mode & stat.S_IWOTH and not above.st_mode & stat.S_ISVTX:
+        return False
+    return found.st_uid in (os.geteuid(), os.stat(__file__).st_uid) and not found.st_mode & stat.S_IWOTH
