@@ -59,7 +59,7 @@ def body(request, monkeypatch):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Every call is cut into many blocks and shared out to threads."""
-    resize(monkeypatch, BLOCK=8 * C, SERIAL=4 * C)
+    resize(monkeypatch, BLOCK=8 * C, SERIAL=4 * C, PART=4 * C)
 
 
 def rows_of(logits, target, picked=slice(None), *, validate=None, **options):
@@ -441,7 +441,7 @@ def test_exception_in_a_block(small_blocks, body, monkeypatch, exception, place,
     if way == "at once":
         if ENGINES["cpu"] is cpu.numpy_engine:
             pytest.skip("compiled loops only")
-        module, name, validate = cpu.loops(), "_run", None
+        module, name, validate = cpu.loops(), "workspace", None
     does, caller, calls, later = getattr(module, name), threading.current_thread(), itertools.count(), []
 
     def fails(*given):

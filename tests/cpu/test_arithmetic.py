@@ -96,7 +96,7 @@ def bits(found):
 @pytest.mark.parametrize("shared", [False, True], ids=["alone", "threads"])
 def test_no_bit_depends_on_it(change, monkeypatch, engine, dtype, shared):
     if shared:
-        resize(monkeypatch, BLOCK=8 * 37, SERIAL=4 * 37)
+        resize(monkeypatch, BLOCK=8 * 37, SERIAL=4 * 37, PART=4 * 37)
         monkeypatch.setattr(threads, "_pool", threads.Pool())
     arrays = given(dtype)
     wanted = results(arrays, engine)

@@ -15,6 +15,7 @@ from support.sizes import resize
 
 from xent_array import cross_entropy, cross_entropy_value_and_grad
 from xent_array._engines import cpu
+from xent_array._engines.cpu.loops import GROUP
 
 if isinstance(cpu.loops(), str):
     pytest.skip(cpu.loops(), allow_module_level=True)
@@ -95,7 +96,7 @@ def test_the_same_bits_as_through_every_check(answered, monkeypatch, dtype, shar
     """Over dtypes, labels of every kind, ignored ones, reductions, options, into new memory, `out` and in place."""
     if shared:
         monkeypatch.setenv("XENT_ARRAY_NUM_THREADS", "3")
-        resize(monkeypatch, SERIAL=100)
+        resize(monkeypatch, SERIAL=100, PART=300)
     rng = np.random.default_rng(5)
     for number in range(150):
         x, y, options = draw(rng, DTYPES[dtype])
@@ -115,6 +116,42 @@ def test_the_same_bits_as_through_every_check(answered, monkeypatch, dtype, shar
         assert both == [slow] * 3, (number, options, upstream, x.shape, y.dtype)
 
 
+@each_dtype
+@pytest.mark.parametrize("classes", [1, 2, 8, 9, 16, 17, 100])
+def test_many_rows(answered, monkeypatch, classes, dtype):
+    """Around the sizes of a group of losses: the sum has the same bits for any number of threads."""
+    rng = np.random.default_rng(classes)
+    for count in (GROUP - 1, GROUP, GROUP + 1, 3 * GROUP + 5):
+        x, y = rng.normal(size=(count, classes)).astype(DTYPES[dtype]), rng.integers(classes, size=count)
+        for reduction in ("mean", "sum"):
+            with through_every_check():
+                slow = outcome(cross_entropy_value_and_grad, x, y, reduction=reduction)
+            for threads in ("1", "2", "5"):
+                monkeypatch.setenv("XENT_ARRAY_NUM_THREADS", threads)
+                resize(monkeypatch, SERIAL=100)
+                assert outcome(cross_entropy_value_and_grad, x, y, reduction=reduction) == slow
+    assert all(answered)
+
+
+@pytest.mark.parametrize("classes", [2, 16])
+@pytest.mark.parametrize("where", [0, GROUP, 3 * GROUP + 4, slice(None, None, 7), slice(None)])
+def test_labels_that_are_checked_along_with_the_rows(answered, monkeypatch, classes, where):
+    """In few classes: what has been computed when an ignored or a wrong label is found counts no more."""
+    monkeypatch.setenv("XENT_ARRAY_NUM_THREADS", "3")
+    resize(monkeypatch, SERIAL=100)
+    rng = np.random.default_rng(classes)
+    x, y = rng.normal(size=(3 * GROUP + 5, classes)).astype(np.float32), rng.integers(classes, size=3 * GROUP + 5)
+    y[where] = -100
+    for function, reduction in itertools.product((cross_entropy, cross_entropy_value_and_grad), ("mean", "none")):
+        with through_every_check():
+            slow = outcome(function, x, y, reduction=reduction)
+        assert outcome(function, x, y, reduction=reduction) == slow
+    assert all(answered) is (where != slice(None))  # all ignored: the mean is over nothing
+    y[where] = classes
+    with pytest.raises(IndexError, match=f"is {classes}, which is no class"):
+        cross_entropy_value_and_grad(x, y)
+
+
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @each_wide
 @pytest.mark.parametrize("shape", [(1, 1), (5, 3), (7, 2, 48), (100, 48), (100, 256), (100, 257), (3, 1000)])
@@ -123,7 +160,7 @@ def test_a_label_that_is_no_class(answered, monkeypatch, shape, dtype, reduction
     """It is named, and nothing is written before it is known that all is well."""
     if shared:
         monkeypatch.setenv("XENT_ARRAY_NUM_THREADS", "3")
-        resize(monkeypatch, SERIAL=100)
+        resize(monkeypatch, SERIAL=100, PART=300)
     rng = np.random.default_rng(0)
     x = (5 * rng.normal(size=shape)).astype(dtype)
     labels = rng.integers(shape[-1], size=shape[:-1])

@@ -12,7 +12,7 @@ from xent_array._engines.cpu import threads
 
 def test_the_number_of_threads_changes_no_bit(monkeypatch):
     monkeypatch.setenv("XENT_ARRAY_NUM_THREADS", "1")  # and, after the test, what it was
-    resize(monkeypatch, SERIAL=1 << 11)  # so that most problems are shared
+    resize(monkeypatch, SERIAL=1 << 11, PART=1 << 11)  # so that most problems are shared
     team, teams = threads.team, Counter()
 
     def noted(*given):

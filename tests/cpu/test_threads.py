@@ -243,7 +243,7 @@ def test_a_fork_while_there_is_a_first_call(first_calls):
 HANDLED = """
 calls = []
 from support.sizes import resized
-with_small_sizes = resized(SERIAL=1 << 12)  # so that more threads take part
+with_small_sizes = resized(SERIAL=1 << 12, PART=1 << 10)  # so that more threads take part
 with_small_sizes.__enter__()
 
 def handle(*_):

@@ -29,6 +29,7 @@ scale is 0 has a gradient of exactly 0.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import numpy as np
@@ -72,7 +73,10 @@ def pick(rows: Rows, engine: str | Engine | None, about: str = "", is_lent: bool
     """
     if engine is None:
         reasons = []
-        for found in sorted(ENGINES.values(), key=lambda each: is_lent and not getattr(each, "borrows", False)):
+        engines: Iterable[Engine] = ENGINES.values()
+        if is_lent:
+            engines = sorted(engines, key=lambda each: not getattr(each, "borrows", False))
+        for found in engines:
             reason = found.declines(rows)
             if reason is None:
                 return found
@@ -87,14 +91,17 @@ def pick(rows: Rows, engine: str | Engine | None, about: str = "", is_lent: bool
 
 def named(engine: str | Engine) -> Engine:
     """The engine of that name, or the engine itself."""
-    known = f"None or one of {', '.join(map(repr, ENGINES))}"
     if isinstance(engine, str):
         if engine not in ENGINES:
-            raise ValueError(f"engine must be {known}; got {engine!r}")
+            raise ValueError(f"engine must be {_known()}; got {engine!r}")
         return ENGINES[engine]
     if not hasattr(engine, "declines"):
-        raise TypeError(f"engine must be {known}, or an object like those; got {type(engine).__name__}")
+        raise TypeError(f"engine must be {_known()}, or an object like those; got {type(engine).__name__}")
     return engine
+
+
+def _known() -> str:
+    return f"None or one of {', '.join(map(repr, ENGINES))}"
 
 
 def at_once(

@@ -19,6 +19,7 @@ from .loops import (
     CHECK,
     FACTOR,
     GRAD,
+    GROUP,
     IGNORE,
     KNOWN,
     LOSS,
@@ -35,22 +36,26 @@ from .memory import LINE
 from .path import ROW, SERIAL, Path, Strides, Want, arithmetic, is_large, of_contiguous, takes_at_once
 
 _INDEX, _HALF = np.dtype(np.intp), np.dtype(np.float16)
-_NONE = {dtype: np.empty(0, dtype) for dtype in (np.dtype(np.float32), np.dtype(np.float64), _INDEX)}
-_ONES = {dtype: np.ones(3, dtype) for dtype in (np.dtype(np.float32), np.dtype(np.float64))}  # `per_row` of such rows
+_NAMES = {np.dtype(name): name for name in ("float32", "float64")}
+_NONE = {dtype: np.empty(0, dtype) for dtype in (*_NAMES, _INDEX)}
+_ALONE = _NONE[_INDEX], _NONE[np.dtype(np.float64)]  # `turns` and `sums` of a call by one thread
+_ONES = {dtype: np.ones(3, dtype) for dtype in _NAMES}  # `per_row` of such rows
 _INTEGERS = 2**63
 LABELS = 1 << 18  # labels too few to check in another thread
-PART = 1 << 16  # logits that a thread takes at once: some 10 µs of work
+FUSED = 16  # up to so many classes, labels are checked along with the rows: else they are read twice
+PART = 1 << 16  # about the logits that a thread takes at once: some 10 µs of work
 MOST = 1 << 25  # logits after which a call of a loop returns, so that an interrupt need not wait for long
 
 
 def total(losses: Array) -> float:
-    """The sum of losses in a contiguous array."""
-    return function("total", losses.dtype.name)((losses,))
+    """The sum of losses."""
+    return function("total", _NAMES[losses.dtype])((np.ascontiguousarray(losses),))
 
 
 def _loop(code: str, acc: Any, x_size: int, out_size: int) -> Function:
     """A loop for numbers of dtype `acc`, and logits and a gradient of these sizes in bytes."""
-    return function(code, acc.name, *("uint16" if size == 2 else acc.name for size in (x_size, out_size)))
+    name = _NAMES[acc]
+    return function(code, name, "uint16" if x_size == 2 else name, "uint16" if out_size == 2 else name)
 
 
 # A simple call, as the user made it
@@ -85,15 +90,16 @@ def at_once(
     scale = 1.0 if factor is None else factor
     job = LOSS if grad is None else LOSS | GRAD
     found, kept = -1.0, count
-    if is_small and not 0 <= ignore < classes:
-        found = _run(kind, arrays, job | CHECK | SUM, scale / count if is_mean else scale)
-    if found < 0:  # many rows, or some label is ignored or wrong
+    if (is_small or (out is None and classes <= FUSED)) and not 0 <= ignore < classes:
+        run = _run if is_small else _run_over_threads
+        found = run(kind, arrays, job | CHECK | SUM, scale / count if is_mean else scale)
+    if found < 0:  # labels could not be checked along with the rows, or some label is ignored or wrong
         kept = _count_kept(label, classes, ignore, ignores)
         if kept <= 0:
             return None
         job |= IGNORE if kept < count else 0
         scale = scale / kept if is_mean else scale
-        found = _run(kind, arrays, job | SUM, scale) if is_small else _run_over_threads(kind, arrays, job, scale)
+        found = (_run if is_small else _run_over_threads)(kind, arrays, job | SUM, scale)
     if reduction == "none":
         return loss.reshape(target.shape), grad
     if is_mean:
@@ -108,30 +114,39 @@ def _run(kind: _Kind, arrays: tuple[Array, Array, Array, Array], job: int, scale
     """Call a loop on all rows of these arrays; return its result."""
     x, label, loss, out = arrays
     loop, record, per_row, q, size = _prepared(kind, loss.shape[0], job, scale)
-    return loop((record, x, label, per_row, q, loss, out, workspace(size), _NONE[_INDEX]))
+    return loop((record, x, label, per_row, q, loss, out, workspace(size), *_ALONE))
 
 
 def _run_over_threads(kind: _Kind, arrays: tuple[Array, Array, Array, Array], job: int, scale: float) -> float:
-    """The same over several threads, which take parts of the rows; return the sum of the losses."""
+    """The same over several threads, which take parts of the rows."""
     x, label, loss, out = arrays
     count, classes = len(loss), kind[1]
     loop, record, per_row, q, size = _prepared(kind, count, job, scale)
-    add_up = function("total", loss.dtype.name)  # if this cannot be compiled, nothing may be written
-    turns = threads.Turns(count)
+    # If these cannot be compiled, nothing may be written.
+    of_losses, of_groups = function("total", _NAMES[loss.dtype]), function("combined")
+    sums = np.empty(-(-count // GROUP) if _part(classes) == GROUP else 0)
+    turns, results = threads.Turns(count), [0.0]
 
     def work_off(turn: Iterator[None]) -> None:
-        given = record, x, label, per_row, q, loss, out, workspace(size), turns.numbers
-        for _ in turn:
-            loop(given)
+        given = record, x, label, per_row, q, loss, out, workspace(size), turns.numbers, sums
+        results.extend(loop(given) for _ in turn)
 
     threads.parallel(work_off, turns, threads.team(count * (classes + ROW), 3 * SERIAL))
-    return add_up((loss,))
+    if min(results) < 0:  # which no sum of losses is, and NaN neither
+        return -1.0
+    return of_groups((sums,)) if len(sums) else of_losses((loss,))
+
+
+def _part(classes: int) -> int:
+    """How many rows a thread takes at once."""
+    rows = PART // (classes + ROW)
+    return GROUP if rows >= GROUP // 2 else max(1, rows)
 
 
 def _count_kept(label: Array, classes: int, ignore: int, ignores: bool) -> int:
     """How many labels are not ignored; -1 if one of those is no class."""
     count_kept = function("count_kept")
-    record = Arguments(IGNORE if ignores else 0, 0, 0, classes, 0, 0, 0, 0, ignore_index=ignore).record()
+    record = _of_labels(classes, ignore, ignores)
     if label.size <= LABELS:
         return int(count_kept((label, record)))
     label = label.reshape(-1)
@@ -145,16 +160,22 @@ def _count_kept(label: Array, classes: int, ignore: int, ignores: bool) -> int:
 
 
 @lru_cache(maxsize=256)
+def _of_labels(classes: int, ignore: int, ignores: bool) -> Array:
+    """The record that `count_kept` takes."""
+    return Arguments(IGNORE if ignores else 0, 0, 0, classes, 0, 0, 0, 0, ignore_index=ignore).record()
+
+
+@lru_cache(maxsize=256)
 def _prepared(kind: _Kind, count: int, job: int, scale: float) -> tuple[Function, Array, Array, Array, int]:
     """The loop for `count` contiguous rows and its constant arguments: record, per_row, q, size of the workspace."""
     dtype, classes, to_memory, smoothing, z_loss, softcap, ignore_index = kind
     acc = arithmetic(dtype)
     path = of_contiguous(classes, job, to_memory, dtype.itemsize)
-    q, part = np.array([smoothing / classes], acc), max(1, PART // (classes + ROW))
+    q = np.array([smoothing / classes], acc)
     arguments = Arguments(
         path.job, count, 1, classes, classes, 1, classes, 1, path.width,
         is_half=dtype == _HALF, softcap=softcap, z_loss=z_loss, ignore_index=ignore_index,
-        part=part, most_parts=1 + MOST // PART,
+        part=_part(classes), most_parts=1 + MOST // PART,
     )  # fmt: skip
     loop = _loop(path.code, acc, dtype.itemsize, dtype.itemsize)
     per_row = np.array([1 - smoothing, 1, scale], acc)
@@ -193,22 +214,28 @@ def block(path: Path, loop: Function, rows: Rows, want: Want, part: Part, buffer
     if want.given is not None:
         for kind, values in zip(answers[1:], want.given[:4], strict=False):
             kind[...] = values[part].reshape(-1)
-    arguments = Arguments(
-        path.job, outer if is_strided else count, inner if is_strided else 1, classes,
-        x_strides.outer, x_strides.class_, out_strides.outer, out_strides.class_, path.width,
-        lead=_lead(out) if is_strided and path.job & STREAM else 0, q_row=q_row, is_half=rows.grad_dtype == np.float16,
-        softcap=rows.softcap or 0.0, z_loss=rows.z_loss,
+    lead = _lead(out) if is_strided and path.job & STREAM else 0
+    shape = (outer, inner) if is_strided else (count, 1)
+    record = _record(
+        path.job, *shape, classes, *x_strides, *out_strides, path.width, lead, q_row,
+        rows.grad_dtype == _HALF, rows.softcap or 0.0, rows.z_loss,
     )  # fmt: skip
     room = workspace(workspace_size(path.code, classes, path.width, acc.itemsize))
-    loop((arguments.record(), x, label, per_row, q, answers, out, room, _NONE[_INDEX]))
+    loop((record, x, label, per_row, q, answers, out, room, *_ALONE))
     if made is not None:
         store(made, output)
+    loss, *stats = answers.reshape(-1, outer, inner)
     if want.loss is not None:
-        want.loss[part] = answers[0].reshape(rows.shape)
+        want.loss[part] = loss
     if want.stats is not None:
-        for whole, values in zip(want.stats, answers[1:], strict=True):
+        for whole, values in zip(want.stats, stats, strict=True):
             if whole is not None:
-                whole[part] = values.reshape(rows.shape)
+                whole[part] = values
+
+
+@lru_cache(maxsize=256)
+def _record(*arguments: Any) -> Array:
+    return Arguments(*arguments).record()
 
 
 def _labels(rows: Rows, want: Want) -> tuple[Array, Array]:

@@ -21,8 +21,9 @@ makes a function of machine code of each, which Python calls with one tuple of a
     out         the gradient, the softmax or the log-softmax; empty if none is asked for
     workspace   bytes, as many as `workspace_size` says
     turns       empty; or the counter from which several threads that make the same call take parts of it
+    sums        empty; or, where turns are of GROUP rows, the sum of the losses of each turn
 
-The result is -1 if CHECK finds a fault; otherwise the sum of the losses with SUM, else 0.
+The result is -1 if CHECK finds a fault, after which no turn is left; otherwise the sum of the losses with SUM, else 0.
 
 This module and `memory.py` are all that code outside of this folder needs: the others need Numba, and are imported to
 compile something.
@@ -50,6 +51,7 @@ IGNORE = 256  # rows with the label `ignore_index` do not count
 
 LANES = 16  # rows per vector
 PARTIAL = 32  # partial sums per row
+GROUP = 2048  # losses are added in groups of so many rows, and then the sums of the groups
 
 # Kinds of numbers in `per_row`
 ON_LABEL, FACTOR, SCALE = range(3)

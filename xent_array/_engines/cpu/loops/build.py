@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 from numba import from_dtype, njit, types
 
-from . import ARGUMENTS, IGNORE, NAME, contiguous, strided, transposed
-from .elementwise import kept_labels, total_of
+from . import ARGUMENTS, CHECK, GROUP, IGNORE, NAME, contiguous, strided, transposed
+from .elementwise import combined, kept_labels, total_of
 from .jit import OPTIONS
-from .simd import arrays_in, machine_code, next_turn, part
+from .simd import arrays_in, end_turns, machine_code, next_turn, part
 
 _LOOPS = {"contiguous": contiguous, "transposed": transposed, "strided": strided}
 
@@ -30,7 +30,7 @@ class Call(NamedTuple):
 
 
 def build(name: str, *dtypes: str) -> bytes:
-    """The machine code of a loop for numbers, logits and a gradient of these dtypes, or of "total" or "count_kept"."""
+    """The machine code of one of `_ENTRIES`: of a loop for numbers, logits and a gradient of these dtypes."""
     entry = njit(**OPTIONS)(_ENTRIES[name](name, *(getattr(types, dtype) for dtype in dtypes)))
     signature = (types.voidptr,)
     entry.compile(signature)
@@ -39,10 +39,12 @@ def build(name: str, *dtypes: str) -> bytes:
 
 def _loop(name: str, number: Any, x: Any, out: Any) -> Callable[[Any], Any]:
     rows = _LOOPS[name].rows
-    arrays = arrays_in([from_dtype(ARGUMENTS), x, types.intp, number, number, number, out, types.uint8, types.int64])
+    arrays = arrays_in(
+        [from_dtype(ARGUMENTS), x, types.intp, number, number, number, out, types.uint8, types.int64, types.float64]
+    )
 
     def entry(given):
-        arguments, x, label, per_row, q, answers, out, workspace, turns = arrays(given)
+        arguments, x, label, per_row, q, answers, out, workspace, turns, sums = arrays(given)
         told = arguments[0]
         if turns.shape[0] == 0:
             return rows(Call(told, told.outer, x, label, per_row, q, answers, out, workspace))
@@ -51,12 +53,17 @@ def _loop(name: str, number: Any, x: Any, out: Any) -> Callable[[Any], Any]:
             if start < 0:
                 break
             count = min(told.part, told.outer - start)
-            rows(
+            total = rows(
                 Call(
                     told, count, part(x, start * told.x_outer, count), part(label, start, count), per_row, q,
                     part(answers, start, count), part(out, start * told.out_outer, out.shape[0]), workspace,
                 )
             )  # fmt: skip
+            if told.job & CHECK and total < 0:
+                end_turns(turns)
+                return total
+            if sums.shape[0]:
+                sums[start // GROUP] = total
         return 0.0
 
     return entry
@@ -83,8 +90,19 @@ def _count_kept(_: str) -> Callable[[Any], Any]:
     return entry
 
 
+def _combined(_: str) -> Callable[[Any], Any]:
+    arrays = arrays_in([types.float64])
+
+    def entry(given):
+        (sums,) = arrays(given)
+        return combined(sums)
+
+    return entry
+
+
 _ENTRIES: dict[str, Callable[..., Callable[[Any], Any]]] = {
     **dict.fromkeys(_LOOPS, _loop),
     "total": _total,
+    "combined": _combined,
     "count_kept": _count_kept,
 }

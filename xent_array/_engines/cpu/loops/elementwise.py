@@ -8,7 +8,7 @@ from typing import Any
 from numba import types
 from numba.extending import intrinsic
 
-from . import simd
+from . import GROUP, LANES, simd
 from .jit import inner
 from .math import from_bfloat, from_half, tanh_and_slope, times, to_bfloat, to_half
 from .simd import (
@@ -31,14 +31,12 @@ from .simd import (
     where,
 )
 
-GROUP = 16  # elements per vector operation
-
 
 def _on_each(function: Callable[..., Value]) -> Any:
     @operation
     def on_each(out: Array, operands: Operands) -> None:
         """``out[k] = function(*operands[k])`` for every k."""
-        for place, lanes in vectors(out.length, GROUP):
+        for place, lanes in vectors(out.length, LANES):
             out.store(function(*operands.load(out.dtype, place, lanes)), place)
 
     return on_each
@@ -56,7 +54,7 @@ logarithms = _on_each(lambda x, m, tail: (x - m) - tail)
 def softcap(x: Array, cap: Real, capped: Array, slope: Array) -> None:
     """Store cap·tanh(x/cap) in `capped`, which may be `x`, and its derivative in `slope`."""
     limit = cap.to(x.element)
-    for place, lanes in vectors(x.length, GROUP):
+    for place, lanes in vectors(x.length, LANES):
         by = limit.repeated(lanes)
         ratio, slope_there = tanh_and_slope(x.load(place, lanes) / by)
         capped.store(ratio * by, place)
@@ -97,7 +95,7 @@ def _convert(source: Array, target: Array, is_half: Value, half: Any, bfloat: An
     with either(is_half) as branches:
         for branch, convert in zip(branches, (half, bfloat), strict=True):
             with branch:
-                for place, lanes in vectors(source.length, GROUP):
+                for place, lanes in vectors(source.length, LANES):
                     target.store(convert(source.load(place, lanes)), place)
 
 
@@ -109,45 +107,73 @@ def numbers_of(_context: Any, x: Any, wide: Any) -> Any:
     return signature, lambda _context, _builder, _signature, arguments: arguments[0 if is_wide else 1]
 
 
-@operation
-def total_of(x: Array) -> Real:
-    """The sum in float64; for float64 input with compensation: rounding errors are summed separately and added last.
+class _Sum:
+    """A sum in float64; with compensation, rounding errors are summed separately and added last.
 
     T. Ogita, S. M. Rump and S. Oishi, "Accurate sum and dot product", SIAM J. Sci. Comput. 26 (2005), algorithm Sum2.
     """
-    compensates = x.dtype == types.float64
 
-    def add(total: Variable, lost: Variable, number: Value) -> None:
-        before = total.get()
+    def __init__(self, lanes: int, compensates: bool) -> None:
+        self.compensates = compensates
+        self.total, self.lost = (Variable(constant(0, DOUBLE, lanes)) for _ in range(2))
+
+    def clear(self) -> None:
+        for held in (self.total, self.lost):
+            held.set(held.get().like(0))
+
+    def add(self, number: Value) -> None:
+        before = self.total.get()
         after = before + number
-        total.set(after)
-        if compensates:
+        self.total.set(after)
+        if self.compensates:
             of_number = after - before
             error = (before - (after - of_number)) + (number - of_number)
-            lost.set(where(error == error, lost.get() + error, lost.get()))  # none once the sum is infinite
+            lost = self.lost.get()
+            self.lost.set(where(error == error, lost + error, lost))  # none once the sum is infinite
 
-    whole = x.length & -GROUP
-    in_lanes = Variable(constant(0, DOUBLE, GROUP)), Variable(constant(0, DOUBLE, GROUP))
-    total, lost = Variable(constant(0, DOUBLE)), Variable(constant(0, DOUBLE))
-    for place in loop(0, whole, GROUP):
-        add(*in_lanes, x.load(place, GROUP).to(DOUBLE))
-    spilled = simd.on_stack(types.float64, GROUP)
-    for held in in_lanes:
-        spilled.store(held.get(), 0)
-        for k in loop(GROUP):
-            add(total, lost, spilled.load(k))
-    for place in loop(whole, x.length):
-        add(total, lost, x.load(place).to(DOUBLE))
-    return total.get() + lost.get()
+    def get(self) -> Value:
+        return self.total.get() + self.lost.get()
+
+
+@operation
+def total_of(x: Array) -> Real:
+    """The sum of losses in float64: of each group of rows, with compensation for float64, and then of the groups."""
+    compensates = x.dtype == types.float64
+    in_lanes, of_group, total = _Sum(LANES, compensates), _Sum(1, compensates), _Sum(1, True)
+    spilled = simd.on_stack(types.float64, LANES)
+    for start in loop(0, x.length, GROUP):
+        stop = smaller(start + GROUP, x.length)
+        whole = start + ((stop - start) & -LANES)
+        in_lanes.clear()
+        of_group.clear()
+        for place in loop(start, whole, LANES):
+            in_lanes.add(x.load(place, LANES).to(DOUBLE))
+        for held in (in_lanes.total, in_lanes.lost):
+            spilled.store(held.get(), 0)
+            for k in loop(LANES):
+                of_group.add(spilled.load(k))
+        for place in loop(whole, stop):
+            of_group.add(x.load(place).to(DOUBLE))
+        total.add(of_group.get())
+    return total.get()
+
+
+@operation
+def combined(sums: Array) -> Real:
+    """The sum of the sums of groups."""
+    total = _Sum(1, True)
+    for place in loop(sums.length):
+        total.add(sums.load(place))
+    return total.get()
 
 
 @operation
 def _count_kept(label: Array, classes: Index, ignore_index: Index, ignores: Flag) -> Index:
     kept, wrong = Variable(constant(0)), Variable(constant(0))
-    held = Variable(constant(0, INT64, GROUP)), Variable(constant(0, INT64, GROUP))
-    whole = label.length & -GROUP
+    held = Variable(constant(0, INT64, LANES)), Variable(constant(0, INT64, LANES))
+    whole = label.length & -LANES
     for start, stop, lanes, (kept_there, wrong_there) in (
-        (constant(0), whole, GROUP, held), (whole, label.length, 1, (kept, wrong)),
+        (constant(0), whole, LANES, held), (whole, label.length, 1, (kept, wrong)),
     ):  # fmt: skip
         for place in loop(start, stop, lanes):
             y, zero = label.load(place, lanes), constant(0, INT64, lanes)
@@ -155,7 +181,7 @@ def _count_kept(label: Array, classes: Index, ignore_index: Index, ignores: Flag
             is_class = ~(y < 0) & (y < classes.repeated(lanes))
             kept_there.set(kept_there.get() + where(is_kept, 1, zero))
             wrong_there.set(where(is_kept & ~is_class, 1, wrong_there.get()))
-    for lane in range(GROUP):
+    for lane in range(LANES):
         kept.set(kept.get() + held[0].get().lane(lane))
         wrong.set(wrong.get() | held[1].get().lane(lane))
     return where(wrong.get() == 0, kept.get(), -1)

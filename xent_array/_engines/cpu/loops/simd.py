@@ -598,6 +598,12 @@ def next_turn(turns: Array, count: Index) -> Index:
     return first.get()
 
 
+@operation
+def end_turns(turns: Array) -> None:
+    """Leave no rows to take."""
+    _builder().store_atomic(INT64(0), turns.pointer(LIMIT), "monotonic", 8)
+
+
 def machine_code(compiled: Any, name: str) -> bytes:
     """An object file with a C function of that name, which calls what Numba compiled, a function of one pointer."""
     context, described = compiled.target_context, compiled.fndesc
