@@ -107,6 +107,8 @@ def times(value: Value, by: Value) -> Value:
 
 # What follows once the sum of a row is known, in float64
 
+_ROUNDS_TO_INFINITY = math.nextafter(2.0**128 - 2.0**103, 0)  # numbers above this do, in float32
+
 
 def finish(
     m: Value, r: Value, gap: Value, mass: Value, factor: Value, z: Value, is_rough: bool
@@ -117,8 +119,8 @@ def finish(
         """Infinity where the dtype of the arithmetic cannot hold the value."""
         if not is_rough:
             return value
-        held = value.to(FLOAT).to(DOUBLE)
-        return where((held - held) == 0, value, held)
+        is_large = (value > _ROUNDS_TO_INFINITY) | (value < -_ROUNDS_TO_INFINITY)
+        return where(is_large, value * 2.0**1000, value)
 
     tail, p = log1p(r, is_rough)
     loss, coef, more = (simd.Variable(value) for value in (gap + mass * tail, mass, r.like(0)))

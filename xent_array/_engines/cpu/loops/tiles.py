@@ -247,8 +247,8 @@ def exps(
     """Compute exp(x - max) of 16 rows for a range of classes, add it to the partial sums, and keep it in place of x.
 
     The maximum itself gives 0: if classes are few it is masked here, otherwise it is already -inf. A row whose maximum
-    is not finite becomes NaN. Each class prefetches a line of `following`, which is read next, and one of `soon`, which
-    is written next, unless that is empty.
+    is not finite becomes NaN. Of two classes only the smaller needs an exponential. Each class prefetches a line of
+    `following`, which is read next, and one of `soon`, which is written next, unless that is empty.
     """
     numbers = tile.numbers
     (largest,), argmax = state.load(lane, LANES, MAX), state.argmax.load(lane, LANES)
@@ -258,11 +258,18 @@ def exps(
     to_read = following.numbers.address(following.start)
     to_write = where(has_room, soon.numbers.address(soon.start), numbers.address(start))
     write_step = where(has_room, soon.step * size, tile.class_step * numbers.size)
+    of_smaller = Variable(largest)
+    are_two = (tile.classes == 2) & ((argmax < 0).packed() == 0)
+    with when(are_two):
+        one, two = (numbers.load(start + k * tile.class_step, LANES) for k in (0, 1))
+        of_smaller.set(exp(where(argmax == 0, two, one) - largest))
     for k in loop(stop - first):
         prefetch(to_read, k * (following.step * following.numbers.size), "read")
         prefetch(to_write, k * write_step, "written")
         place, turn = start + k * tile.class_step, (first & (CHUNK - 1)) + k
-        value = Variable(exp(numbers.load(place, LANES) - largest))
+        value = Variable(of_smaller.get())
+        with when(~are_two):
+            value.set(exp(numbers.load(place, LANES) - largest))
         with when(tile.has_few):
             value.set(where(turn.to(argmax.element).repeated(LANES) == argmax, 0, value.get()))
         with when(is_kept):
@@ -309,11 +316,16 @@ def finish_rows(state: State, lane: Index, z: Real, uniform: Number, has_grad: F
         label, argmax = state.label.load(lane, HALF), state.argmax.load(lane, HALF)
         wide_scale, zero = row_scale.to(DOUBLE), row_scale.like(0)
         by = (wide_scale * coef * p).to(acc) + zero
-        at_all = where(label < 0, zero, uniform.repeated(HALF))
-        a = (where(label == argmax, on_label, zero) + at_all).to(DOUBLE)
-        top = (wide_scale * at_max(r, p, wide_mass, coef, more, a)).to(acc)
-        less, less_at_all = row_scale * on_label, where(at_all == 0, zero, row_scale * at_all)  # no -0
-        for value, kind in ((by, EXP_FACTOR), (less, LESS_AT_LABEL), (less_at_all, LESS_AT_ALL), (top, GRAD_AT_MAX)):
+        a, less_at_all = Variable(where(label == argmax, on_label, zero)), Variable(zero)
+        with when(uniform > 0):
+            at_all = where(label < 0, zero, uniform.repeated(HALF))
+            a.set(a.get() + at_all)
+            less_at_all.set(where(at_all == 0, zero, row_scale * at_all))  # no -0
+        top = (wide_scale * at_max(r, p, wide_mass, coef, more, a.get().to(DOUBLE))).to(acc)
+        for value, kind in (
+            (by, EXP_FACTOR), (row_scale * on_label, LESS_AT_LABEL), (less_at_all.get(), LESS_AT_ALL),
+            (top, GRAD_AT_MAX),
+        ):  # fmt: skip
             state.store(where(row_scale == 0, zero, value), lane, kind)
 
 
