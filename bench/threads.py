@@ -42,7 +42,7 @@ class Part(NamedTuple):
 
 
 class Taken(NamedTuple):
-    """The parts that a thread took, and when it began and ended."""
+    """The parts that a thread took, and when it began and ended; a call of a compiled loop counts as one part."""
 
     began: int
     ended: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ from . import memory
 Part = tuple[slice, slice]  # of the outer and of the inner axis
 WHOLE: Part = (slice(None), slice(None))
 
-KEPT = 1 << 22  # bytes of workspace that a thread keeps for its next call: allocating may take longer than a block
+KEPT = 1 << 22  # bytes of workspace that are kept for the next call: allocating may take longer than a block
 
 
 def cut(shape: tuple[int, int], count: int) -> Iterator[Part]:
@@ -72,6 +73,23 @@ def workspace(size: int) -> Array:
         if size <= KEPT:
             _own.workspace = found
     return found
+
+
+_lent: deque[Array] = deque(maxlen=2)
+
+
+def borrow(size: int) -> Array:
+    """At least `size` bytes for the time of a call; no other call gets them until they are given back."""
+    try:
+        found = _lent.pop()
+    except IndexError:
+        found = np.empty(0, np.uint8)
+    return found if len(found) >= size else np.empty(size, np.uint8)
+
+
+def give_back(memory: Array) -> None:
+    if len(memory) <= KEPT:
+        _lent.append(memory)
 
 
 # Copies

@@ -14,7 +14,7 @@ import numpy as np
 from ... import _rows
 from ..._rows import Array, Rows
 from . import memory, threads
-from .blocks import Buffers, Part, contiguous, distribution, store, workspace
+from .blocks import KEPT, Buffers, Part, borrow, contiguous, distribution, give_back, store, workspace
 from .loops import (
     CHECK,
     FACTOR,
@@ -41,6 +41,7 @@ _NONE = {dtype: np.empty(0, dtype) for dtype in (*_NAMES, _INDEX)}
 _ALONE = _NONE[_INDEX], _NONE[np.dtype(np.float64)]  # `turns` and `sums` of a call by one thread
 _ONES = {dtype: np.ones(3, dtype) for dtype in _NAMES}  # `per_row` of such rows
 _INTEGERS = 2**63
+MOST_LOSSES = KEPT // 8
 LABELS = 1 << 18  # labels too few to check in another thread
 FUSED = 16  # up to so many classes, labels are checked along with the rows: else they are read twice
 PART = 1 << 16  # about the logits that a thread takes at once: some 10 µs of work
@@ -84,7 +85,9 @@ def at_once(
     grad = memory.empty(logits.shape, dtype) if wants_grad and out is None else out
     label = target if target.dtype is _INDEX else target.astype(_INDEX)
     is_small = count * (classes + ROW) <= 3 * SERIAL
-    loss = np.empty(count, acc) if is_small else memory.empty((count,), acc)
+    # Losses of which only the sum is wanted are in memory that is used again.
+    room = None if is_small or reduction == "none" or count > MOST_LOSSES else borrow(count * acc.itemsize)
+    loss = memory.empty((count,), acc) if room is None else room[: count * acc.itemsize].view(acc)
     arrays = logits, label, loss, _NONE[acc] if grad is None else grad
     kind = dtype, classes, is_large(grad), smoothing, z_loss, softcap or 0.0, ignore
     scale = 1.0 if factor is None else factor
@@ -102,6 +105,8 @@ def at_once(
         found = (_run if is_small else _run_over_threads)(kind, arrays, job | SUM, scale)
     if reduction == "none":
         return loss.reshape(target.shape), grad
+    if room is not None:
+        give_back(room)
     if is_mean:
         found /= kept
     if acc.itemsize == 4 and not found < 1e30:  # np.errstate takes as long as several rows

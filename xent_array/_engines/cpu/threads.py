@@ -26,9 +26,9 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from . import arithmetic, memory
+from . import arithmetic
 from .cores import threads
-from .loops import LIMIT, NEXT
+from .loops import LIMIT, NEXT, TURNS
 
 P = TypeVar("P")
 R = TypeVar("R")
@@ -161,11 +161,15 @@ def team(work: int, serial: int) -> int:
     return min(threads(), -(-work // serial))
 
 
-class Parts(Iterator[P]):
+class Parts(Generic[P]):
     """Parts of a job, which several threads take one by one."""
 
     def __init__(self, parts: Iterable[P]) -> None:
-        self.left, self.held = deque(parts), deque[P]()
+        self.left: deque[P] = deque(parts)
+        self.held: deque[P] = deque()
+
+    def __iter__(self) -> Parts[P]:
+        return self
 
     def __next__(self) -> P:
         try:
@@ -196,8 +200,8 @@ class Turns(Parts[None]):
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self.numbers = memory.in_lines(2 * LIMIT, np.int64)
-        self.numbers[NEXT], self.numbers[LIMIT] = 0, count
+        self.numbers = np.zeros(TURNS, np.int64)
+        self.numbers[LIMIT] = count
 
     def __next__(self) -> None:
         if self.numbers[NEXT] >= self.numbers[LIMIT]:

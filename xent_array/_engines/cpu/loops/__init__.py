@@ -60,8 +60,9 @@ KINDS = 12  # kinds of numbers in `tiles.State`
 
 NAME = "entry"  # of every function in its machine code
 
-# Places in `turns`
-NEXT, LIMIT = 0, 8  # the row that the next turn begins with; where the last one ends, or 0 if none may be taken
+# Places in `turns`, each in a cache line of its own
+NEXT, LIMIT = 8, 16  # the row that the next turn begins with; where the last one ends, or 0 if none may be taken
+TURNS = 24  # its length
 
 
 class Arguments(NamedTuple):
