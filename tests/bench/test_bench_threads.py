@@ -17,9 +17,8 @@ pytest.importorskip("tqdm")  # for bench.run
 from test_bench import FIELDS, _reported, _row
 
 from bench import peers, report, run, suite, threads, timing
-from xent_array._engines.cpu.threads import Turns
-
 from bench.suite import COPY, COPY_BY_ONE, GRAD, LOSS, OURS, OUT, READ, THREADS, Case
+from xent_array._engines.cpu.threads import Turns
 
 SHAPE = 800, 1000  # which is worth four threads where loops are compiled, and more where they are not
 THREAD = {"parts", "began", "ended", "took", "least", "median", "most", "between", "waited"}
