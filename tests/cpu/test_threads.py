@@ -19,7 +19,7 @@ from xent_array._engines import cpu
 from xent_array._engines.cpu import threads
 
 # How many moments of a first call are tried. Two seconds each; 200 and 51 were, when these were written.
-INTERRUPTS, FORKS = (int(os.environ.get(f"XENT_ARRAY_TEST_{name}", "24")) for name in ("INTERRUPTS", "FORKS"))
+INTERRUPTS, FORKS = (int(os.environ.get(f"XENT_ARRAY_TEST_{name}", "16")) for name in ("INTERRUPTS", "FORKS"))
 
 is_posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has neither forks nor such signals")
 needs_numba = pytest.mark.skipif(
