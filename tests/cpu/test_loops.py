@@ -308,21 +308,24 @@ def test_a_row_longer_than_a_tile_is_for_numpy(monkeypatch):
 
 @each_wide
 @pytest.mark.parametrize("names", [(), ("z_loss",)], ids="-".join)
-def test_which_loop_takes_a_large_gradient(monkeypatch, dtype, names):
-    """One that goes to memory is transposed for fewer classes, with or without options; the numbers are the same."""
+def test_which_loop_takes_how_many_classes(monkeypatch, dtype, names):
+    """More are transposed where there is no gradient, with or without options; the losses are the same."""
     by_row, transposed_rows = (Spy(monkeypatch, loop) for loop in (contiguous, transposed))
-    logits, labels, options = problem(path.TRANSPOSED_TO_MEMORY + 1, 40, DTYPES[dtype], names)
-    labels[(labels < 0) | (labels >= logits.shape[1])] = 0
-    expected = [*map(words_of, cross_entropy_value_and_grad(logits, labels, engine="cpu", **options))]
-    assert (by_row.calls, transposed_rows.calls) == (0, 1)
-    resize(monkeypatch, LARGE=logits.nbytes)
-    assert [*map(words_of, cross_entropy_value_and_grad(logits, labels, engine="cpu", **options))] == expected
-    assert (by_row.calls, transposed_rows.calls) == (1, 1)
-    cross_entropy(logits, labels, engine="cpu", **options)
-    assert (by_row.calls, transposed_rows.calls) == (1, 2)
-    resize(monkeypatch, LARGE=logits.nbytes + 1)
-    cross_entropy_value_and_grad(logits, labels, engine="cpu", **options)
-    assert (by_row.calls, transposed_rows.calls) == (1, 3)
+    size = np.dtype(dtype).itemsize
+    for row, with_grad, alone in (
+        (path.TRANSPOSED, "transposed", "transposed"), (path.TRANSPOSED + size, "contiguous", "transposed"),
+        (path.TRANSPOSED_ALONE, "contiguous", "transposed"), (path.TRANSPOSED_ALONE + size, "contiguous", "contiguous"),
+    ):  # fmt: skip
+        logits, labels, options = problem(row // size, 40, DTYPES[dtype], names)
+        labels[(labels < 0) | (labels >= logits.shape[1])] = 0
+        losses = set()
+        for wanted, function in ((with_grad, cross_entropy_value_and_grad), (alone, cross_entropy)):
+            before = by_row.calls, transposed_rows.calls
+            loss = function(logits, labels, engine="cpu", reduction="none", **options)
+            calls = by_row.calls - before[0], transposed_rows.calls - before[1]
+            assert calls == ((0, 1) if wanted == "transposed" else (1, 0))
+            losses.add(words_of(loss[0] if isinstance(loss, tuple) else loss))
+        assert len(losses) == 1
 
 
 @pytest.mark.parametrize("engine", ["cpu", "numpy"])

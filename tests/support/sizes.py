@@ -43,4 +43,4 @@ def resized(**sizes):
 
 def only_contiguous(monkeypatch):
     """Every row that is for compiled loops is taken by the one of contiguous rows."""
-    resize(monkeypatch, TRANSPOSED=0, TRANSPOSED_TO_MEMORY=0, SIDE_BY_SIDE=1 << 60)
+    resize(monkeypatch, TRANSPOSED=0, TRANSPOSED_ALONE=0, SIDE_BY_SIDE=1 << 60)

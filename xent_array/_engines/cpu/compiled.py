@@ -44,7 +44,7 @@ _INTEGERS = 2**63
 MOST_LOSSES = KEPT // 8
 LABELS = 1 << 18  # labels too few to check in another thread
 FUSED = 16  # up to so many classes, labels are checked along with the rows: else they are read twice
-PART = 1 << 16  # about the logits that a thread takes at once: some 10 µs of work
+PART, LARGEST = 1 << 16, 1 << 20  # logits that a thread takes at once, at least and at most: 10 µs of work, and 200
 MOST = 1 << 25  # logits after which a call of a loop returns, so that an interrupt need not wait for long
 
 
@@ -126,26 +126,27 @@ def _run_over_threads(kind: _Kind, arrays: tuple[Array, Array, Array, Array], jo
     """The same over several threads, which take parts of the rows."""
     x, label, loss, out = arrays
     count, classes = len(loss), kind[1]
-    loop, record, per_row, q, size = _prepared(kind, count, job, scale)
+    team = threads.team(count * (classes + ROW), 3 * SERIAL)
+    loop, record, per_row, q, size = _prepared(kind, count, job, scale, team)
     # If these cannot be compiled, nothing may be written.
     of_losses, of_groups = function("total", _NAMES[loss.dtype]), function("combined")
-    sums = np.empty(-(-count // GROUP) if _part(classes) == GROUP else 0)
+    sums = np.empty(-(-count // GROUP) if _turns(classes)[1] == GROUP else 0)
     turns, results = threads.Turns(count), [0.0]
 
     def work_off(turn: Iterator[None]) -> None:
         given = record, x, label, per_row, q, loss, out, workspace(size), turns.numbers, sums
         results.extend(loop(given) for _ in turn)
 
-    threads.parallel(work_off, turns, threads.team(count * (classes + ROW), 3 * SERIAL))
+    threads.parallel(work_off, turns, team)
     if min(results) < 0:  # which no sum of losses is, and NaN neither
         return -1.0
     return of_groups((sums,)) if len(sums) else of_losses((loss,))
 
 
-def _part(classes: int) -> int:
-    """How many rows a thread takes at once."""
-    rows = PART // (classes + ROW)
-    return GROUP if rows >= GROUP // 2 else max(1, rows)
+def _turns(classes: int) -> tuple[int, int, int]:
+    """How many rows a thread takes at once, at least and at most, and how many in one call of a loop."""
+    least, most, quota = (max(1, size // (classes + ROW)) for size in (PART, LARGEST, MOST))
+    return (GROUP, GROUP, quota) if least >= GROUP // 2 else (least, most, quota)
 
 
 def _count_kept(label: Array, classes: int, ignore: int, ignores: bool) -> int:
@@ -171,16 +172,18 @@ def _of_labels(classes: int, ignore: int, ignores: bool) -> Array:
 
 
 @lru_cache(maxsize=256)
-def _prepared(kind: _Kind, count: int, job: int, scale: float) -> tuple[Function, Array, Array, Array, int]:
+def _prepared(
+    kind: _Kind, count: int, job: int, scale: float, team: int = 1
+) -> tuple[Function, Array, Array, Array, int]:
     """The loop for `count` contiguous rows and its constant arguments: record, per_row, q, size of the workspace."""
     dtype, classes, to_memory, smoothing, z_loss, softcap, ignore_index = kind
     acc = arithmetic(dtype)
     path = of_contiguous(classes, job, to_memory, dtype.itemsize)
-    q = np.array([smoothing / classes], acc)
+    q, (least, most, quota) = np.array([smoothing / classes], acc), _turns(classes)
     arguments = Arguments(
         path.job, count, 1, classes, classes, 1, classes, 1, path.width,
         is_half=dtype == _HALF, softcap=softcap, z_loss=z_loss, ignore_index=ignore_index,
-        part=_part(classes), most_parts=1 + MOST // PART,
+        team=team, least=least, most=most, quota=quota,
     )  # fmt: skip
     loop = _loop(path.code, acc, dtype.itemsize, dtype.itemsize)
     per_row = np.array([1 - smoothing, 1, scale], acc)

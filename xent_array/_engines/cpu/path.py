@@ -21,10 +21,11 @@ TILE = 1 << 20  # rows of more classes are read in pieces of this many, which bo
 SERIAL = 1 << 16  # work too small for another thread; three times as much in compiled loops, which are faster
 ROW = 24  # the cost of a row apart from its logits, in logits
 
-TRANSPOSED = 256  # contiguous rows of up to this many classes are transposed
-TRANSPOSED_TO_MEMORY = 96  # and up to this many if the gradient is larger than the caches
-TRANSPOSED_SIZE = 1 << 12  # logits per transposed tile: what fits the L1 cache
-TRANSPOSED_ROWS = 128  # rows per such tile, at most
+# Contiguous rows of up to so many bytes, in the dtype of the arithmetic, are transposed, with an output and without
+TRANSPOSED, TRANSPOSED_ALONE = 960, 1600
+# Logits per transposed tile, and rows, at most: the L1 cache also holds the rows as they were, the output and the state
+TRANSPOSED_SIZE, TRANSPOSED_SIZE_ALONE = 1 << 10, 1 << 12
+TRANSPOSED_ROWS, TRANSPOSED_ROWS_ALONE = 128, 64
 SIDE_BY_SIDE = 8  # the strided loop takes rows if at least this many are adjacent
 STRIDED_CLASSES = 1 << 16  # and there are at most this many classes
 STRIDED_SIZE = 1 << 16  # logits per strided tile, which has 32 to 256 rows
@@ -105,7 +106,7 @@ def choose(rows: Rows, want: Want, has_loops: bool) -> Path:
     if has_options and (want.stats or want.given or (rows.label_smoothing and rows.weight is not None)):
         fits_lanes = False
     job = want.job | (STREAM if want.grad is not None and _may_stream_rows(output, out) else 0)
-    if fits_lanes and not is_copied and classes <= _transposed(output):
+    if fits_lanes and not is_copied and _is_transposed(classes, acc.itemsize, job):
         return _tiled("transposed", job, x, out, classes)
     block = BLOCK if is_copied or not (rows.target is None or rows.has_labels) else 16 * BLOCK
     return Path("contiguous", job, x, out, 0, block, 3 * SERIAL)
@@ -115,7 +116,7 @@ def of_contiguous(classes: int, job: int, to_memory: bool, itemsize: int) -> Pat
     """The path for contiguous rows with labels; `to_memory` if the gradient is larger than the caches."""
     strides = Strides(classes, 1)
     job |= STREAM if to_memory and job & GRAD and itemsize > 2 else 0
-    if classes <= (TRANSPOSED_TO_MEMORY if to_memory else TRANSPOSED):
+    if _is_transposed(classes, max(itemsize, 4), job):
         return _tiled("transposed", job, strides, strides, classes)
     return Path("contiguous", job, strides, strides, 0, 16 * BLOCK, 3 * SERIAL)
 
@@ -178,7 +179,10 @@ def takes_at_once(logits: Any, target: Any, options: tuple[Any, ...], out: Any) 
 @lru_cache(maxsize=256)
 def _tiled(code: str, job: int, x: Strides | None, out: Strides | None, classes: int) -> Path:
     if code == "transposed":
-        width = max(LANES, min(TRANSPOSED_ROWS, TRANSPOSED_SIZE // classes // LANES * LANES))
+        size, most = (
+            (TRANSPOSED_SIZE, TRANSPOSED_ROWS) if job & GRAD else (TRANSPOSED_SIZE_ALONE, TRANSPOSED_ROWS_ALONE)
+        )
+        width = max(LANES, min(most, size // classes // LANES * LANES))
     else:
         width = max(32, min(256, STRIDED_SIZE // classes // LANES * LANES))
     return Path(code, job, x, out, width, 16 * BLOCK, 3 * SERIAL)
@@ -204,8 +208,8 @@ def _is_contiguous(array: Array, dtype: Any) -> bool:
     return bool(array.dtype == dtype and flags.c_contiguous and flags.aligned)
 
 
-def _transposed(output: Array | None) -> int:
-    return TRANSPOSED_TO_MEMORY if is_large(output) else TRANSPOSED
+def _is_transposed(classes: int, itemsize: int, job: int) -> bool:
+    return classes * itemsize <= (TRANSPOSED if job & GRAD else TRANSPOSED_ALONE)
 
 
 def is_large(output: Array | None) -> bool:

@@ -83,8 +83,10 @@ class Arguments(NamedTuple):
     softcap: float = 0.0  # 0 for none
     z_loss: float = 0.0
     ignore_index: int = 0
-    part: int = 0  # rows per turn, where `turns` are taken
-    most_parts: int = 0  # after so many turns the call returns, even if rows are left, so that it can be interrupted
+    team: int = 1  # how many threads take turns
+    least: int = 0  # rows per turn, at least and at most; between, a share of those that are left
+    most: int = 0
+    quota: int = 0  # rows after which the call returns even if some are left, so that it can be interrupted
 
     @lru_cache(maxsize=256)  # noqa: B019  # of immutable tuples
     def record(self) -> Array:

@@ -48,11 +48,12 @@ def _loop(name: str, number: Any, x: Any, out: Any) -> Callable[[Any], Any]:
         told = arguments[0]
         if turns.shape[0] == 0:
             return rows(Call(told, told.outer, x, label, per_row, q, answers, out, workspace))
-        for _ in range(told.most_parts):
-            start = next_turn(turns, told.part)
+        taken = 0
+        while taken < told.quota:
+            start, count = next_turn(turns, told.least, told.most, told.team)
             if start < 0:
                 break
-            count = min(told.part, told.outer - start)
+            taken += count
             total = rows(
                 Call(
                     told, count, part(x, start * told.x_outer, count), part(label, start, count), per_row, q,

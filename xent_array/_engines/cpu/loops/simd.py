@@ -419,6 +419,7 @@ Index = Annotated[Value, types.int64]
 Flag = Annotated[Value, types.boolean]
 Real = Annotated[Value, types.float64]
 Number = Annotated[Value, None]  # of the type it is given in
+Two = Annotated[tuple[Value, Value], types.UniTuple(types.int64, 2)]
 Four = Annotated[tuple[Value, Value, Value, Value], types.UniTuple(types.float64, 4)]
 
 
@@ -588,14 +589,25 @@ def arrays_in(dtypes: list[Any]) -> Any:
 
 
 @operation
-def next_turn(turns: Array, count: Index) -> Index:
-    """Take the next so many rows from a counter, see `loops`; return the first of them, or -1 if none are left."""
-    builder, first = _builder(), Variable(constant(-1))
-    limit = Value(builder.load_atomic(turns.pointer(LIMIT), "monotonic", 8))
-    with when(limit > 0):
-        start = Value(builder.atomic_rmw("add", turns.pointer(NEXT), count.value, "monotonic"))
-        first.set(where(start < limit, start, -1))
-    return first.get()
+def next_turn(turns: Array, least: Index, most: Index, team: Index) -> Two:
+    """Take the next rows from a counter, see `loops`; return the first of them, or -1 if none are left, and how many.
+
+    Turns shrink, so that threads that start at different times still finish together.
+    """
+    builder, first, count = _builder(), Variable(constant(-1)), Variable(constant(0))
+    for _, stop_search in search(constant(2**62)):
+        limit, start = (Value(builder.load_atomic(turns.pointer(place), "monotonic", 8)) for place in (LIMIT, NEXT))
+        left = limit - start
+        with when(~(left > 0)):
+            stop_search()
+        share = smaller(left // team, most)
+        share = smaller(where(share < least, least, share), left)
+        taken = builder.cmpxchg(turns.pointer(NEXT), start.value, (start + share).value, "monotonic", "monotonic")
+        with when(Value(builder.extract_value(taken, 1))):
+            first.set(start)
+            count.set(share)
+            stop_search()
+    return first.get(), count.get()
 
 
 @operation
