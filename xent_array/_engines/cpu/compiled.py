@@ -14,7 +14,7 @@ import numpy as np
 from ... import _rows
 from ..._rows import Array, Rows
 from . import memory, threads
-from .blocks import KEPT, Buffers, Part, borrow, contiguous, distribution, give_back, store, workspace
+from .blocks import KEPT, WHOLE, Buffers, Part, borrow, contiguous, distribution, give_back, store, workspace
 from .loops import (
     CHECK,
     FACTOR,
@@ -212,7 +212,7 @@ def block(path: Path, loop: Function, rows: Rows, want: Want, part: Part, buffer
         x, x_strides = contiguous(x, acc, buffers("x", (count, classes))), Strides(classes, 1)
     output, out, made = None, _NONE[acc], None
     if want.output is not None:
-        output = out = want.output[part[0], :, part[1]]
+        output = out = want.output if part is WHOLE else want.output[part[0], :, part[1]]
         if path.out is None:
             out = made = buffers("made", (count, classes))
     out_strides = path.out or Strides(classes, 1)
@@ -232,11 +232,10 @@ def block(path: Path, loop: Function, rows: Rows, want: Want, part: Part, buffer
     loop((record, x, label, per_row, q, answers, out, room, *_ALONE))
     if made is not None:
         store(made, output)
-    loss, *stats = answers.reshape(-1, outer, inner)
     if want.loss is not None:
-        want.loss[part] = loss
+        want.loss[part] = answers[0].reshape(outer, inner)
     if want.stats is not None:
-        for whole, values in zip(want.stats, stats, strict=True):
+        for whole, values in zip(want.stats, answers[1:].reshape(5, outer, inner), strict=True):
             if whole is not None:
                 whole[part] = values
 
