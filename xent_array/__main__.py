@@ -176,7 +176,9 @@ def text(report: dict[str, Any]) -> str:
     faster = ['faster on NumPy arrays: pip install ".[cpu]" brings Numba, which compiles these loops for this machine']
     absent = ", ".join(name for name, version in report["packages"].items() if not version)
     lines = [
-        "xent_array {xent_array}, Python {python}, {machine}, {threads} threads".format(**report),
+        "xent_array {xent_array}, Python {python}, {machine}, {threads} {of_threads}".format(
+            **report, of_threads="thread" if report["threads"] == 1 else "threads"
+        ),
         "runs from: {folder}".format(**report),
         f"installed: {packages}",
         f"not installed: {absent}",

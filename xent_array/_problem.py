@@ -252,14 +252,19 @@ def _float(value: Any, role: str) -> float:
 def _check_number(value: Any, role: str) -> None:
     """Raises TypeError for anything that is neither a number nor an array that might hold one."""
     if not hasattr(value, "dtype") and not hasattr(value, "__array__"):
-        raise TypeError(f"{role} must be a number or an array of no dimension, got {_described(value)}")
+        raise TypeError(f"{role} must be a number or an array without dimensions, got {_described(value)}")
 
 
 def _check_held(xp: Any, value: float, role: str, acc: DType, divides: bool = False) -> None:
     """Raises ValueError if the arithmetic cannot hold a finite number or, if it `divides`, its inverse."""
     info = xp.finfo(acc)
-    too_small = divides and 0 < abs(value) < float(info.smallest_normal)
-    if too_small or (math.isfinite(value) and abs(value) > float(info.max)):
+    smallest = float(info.smallest_normal)
+    if divides and 0 < abs(value) < smallest:
+        raise ValueError(
+            f"{role} must be at least {smallest!r} in size, the smallest normal number of the arithmetic, here"
+            f" {_dtype_name(acc)}; got {value!r}"
+        )
+    if math.isfinite(value) and abs(value) > float(info.max):
         raise ValueError(
             f"{role} must be a number that the arithmetic can hold, here {_dtype_name(acc)}; got {value!r}"
         )
@@ -378,7 +383,7 @@ def _denominator(value: Any, rows: Rows, home: Home) -> Array | float:
 def check_denominator(value: Any, reduction: str) -> None:
     """Raises ValueError for a denominator with another reduction than the mean."""
     if value is not None and reduction != "mean":
-        raise ValueError(f"denominator is what the mean divides by; it goes with no reduction={reduction!r}")
+        raise ValueError(f"denominator is what the mean divides by; it cannot be combined with reduction={reduction!r}")
 
 
 OPTIONS = ("reduction", "ignore_index", "label_smoothing", "z_loss", "softcap", "validate")
@@ -493,11 +498,11 @@ def _from_list(value: Any, role: str, like: Array | None) -> Array:
     try:
         as_numpy = np.asarray(value)
     except ValueError as error:  # ragged
-        raise ValueError(f"{role} is no array: its lists differ in length ({error})") from None
+        raise ValueError(f"{role} is not an array: its lists differ in length ({error})") from None
     if as_numpy.dtype.kind not in "biufcV":
         kinds = {type(item).__name__ for item in as_numpy.astype(object).reshape(-1)[:1000]}
         if kinds == {"int"}:
-            raise ValueError(f"{role} holds integers that no dtype holds")
+            raise ValueError(f"{role} holds integers that are too large for any dtype")
         raise TypeError(f"{role} must be numbers, got a list that holds {', '.join(sorted(kinds))}")
     xp = np if like is None else namespace(like)
     dtype = index_dtype(xp) if as_numpy.size == 0 and role == "target" else None  # NumPy would make [] a float array
@@ -667,7 +672,7 @@ def _all_labels_count(target: Array, classes: int, ignore_index: int | None, row
         allowed = "" if ignore_index is None else f", or ignore_index={ignore_index}"
         only = " (the logits have one class)" if classes == 1 else ""
         raise IndexError(
-            f"target{f'[{where}]' if where else ''} is {label}, which is no class:"
+            f"target{f'[{where}]' if where else ''} is {label}, which is not a class:"
             f" labels must be from 0 to {classes - 1}{only}{allowed}"
         )
     return False

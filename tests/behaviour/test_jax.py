@@ -171,7 +171,7 @@ def test_labels_that_are_known_while_the_logits_are_traced(axis):
     for labels, weight in ((bad, None), (jnp.asarray(bad), None), (jnp.asarray(bad), jnp.asarray(SAMPLE_WEIGHT[None]))):
         options = {"axis": axis, "validate": True, "sample_weight": weight}
         for way in (jax.jit, jax.grad):
-            with pytest.raises(IndexError, match=r"^target\[0, 1\] is 4, which is no class"):
+            with pytest.raises(IndexError, match=r"^target\[0, 1\] is 4, which is not a class"):
                 way(lambda x, t=labels, options=options: cross_entropy(x, t, **options))(x)
 
 
@@ -829,7 +829,7 @@ for dtype, label, ignores in (
 
 # Integers of NumPy that JAX would wrap: they are looked at as they are, or not at all.
 for labels in (np.array([0, 2**32 + 1, 2]), [0, 2**32 + 1, 2]):
-    with pytest.raises(IndexError, match=r"^target\\[1\\] is 4294967297, which is no class"):
+    with pytest.raises(IndexError, match=r"^target\\[1\\] is 4294967297, which is not a class"):
         cross_entropy(x, labels)
     rows = cross_entropy(x, labels, reduction="none", validate=False)
     assert np.isnan(rows).tolist() == [False, True, False]

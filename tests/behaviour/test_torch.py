@@ -278,7 +278,7 @@ def test_what_was_traced_is_right_for_other_labels(tracer, function):
     others = OTHERS
     if tracer in ("export", "compile"):
         others = OTHERS[:2]
-        with pytest.raises(IndexError, match=r"target\[1\] is 4, which is no class"):
+        with pytest.raises(IndexError, match=r"target\[1\] is 4, which is not a class"):
             traced(X, OTHERS[2])
     for labels in others:
         options = {"reduction": "none", **SMOOTHED} if function is row_losses_and_grad else {}

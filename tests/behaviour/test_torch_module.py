@@ -358,7 +358,7 @@ def test_what_is_no_tensor_is_named(wrong):
 
 
 def test_bad_labels_are_named():
-    with pytest.raises(IndexError, match=r"target\[1\] is 3, which is no class"):
+    with pytest.raises(IndexError, match=r"target\[1\] is 3, which is not a class"):
         CrossEntropyLoss()(X, torch.tensor([0, 3, 1]))
 
 

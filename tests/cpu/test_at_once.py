@@ -148,7 +148,7 @@ def test_labels_that_are_checked_along_with_the_rows(answered, monkeypatch, clas
         assert outcome(function, x, y, reduction=reduction) == slow
     assert all(answered) is (where != slice(None))  # all ignored: the mean is over nothing
     y[where] = classes
-    with pytest.raises(IndexError, match=f"is {classes}, which is no class"):
+    with pytest.raises(IndexError, match=f"is {classes}, which is not a class"):
         cross_entropy_value_and_grad(x, y)
 
 
@@ -167,10 +167,10 @@ def test_a_label_that_is_no_class(answered, monkeypatch, shape, dtype, reduction
     for bad, ignored in itertools.product((shape[-1], -1), (-100, 0, None)):
         labels.reshape(-1)[-1] = bad
         options = {"reduction": reduction, "ignore_index": ignored}
-        with pytest.raises(IndexError, match=f"is {bad}, which is no class"):
+        with pytest.raises(IndexError, match=f"is {bad}, which is not a class"):
             cross_entropy(x, labels, **options)
         out = x.copy()
-        with pytest.raises(IndexError, match=f"is {bad}, which is no class"):
+        with pytest.raises(IndexError, match=f"is {bad}, which is not a class"):
             cross_entropy_value_and_grad(out, labels, out=out, **options)
         assert out.tobytes() == x.tobytes()
     assert not any(answered)
@@ -189,7 +189,7 @@ IGNORED = [2**63 - 1, -(2**63), 2**63, -(2**63) - 1, 2**70, -(10**30)]
 def test_an_ignored_label_that_is_no_integer_of_any_dtype(answered, bad, ignored):
     """No label is that."""
     x = np.random.default_rng(0).normal(size=(4, 3))
-    with pytest.raises(IndexError, match=f"is {bad}, which is no class"):
+    with pytest.raises(IndexError, match=f"is {bad}, which is not a class"):
         cross_entropy(x, np.array([0, 1, 2, bad]), ignore_index=ignored)
     found = cross_entropy(x, np.array([0, 1, 2, 1]), ignore_index=ignored)
     assert answered == [False, True]

@@ -81,7 +81,7 @@ def at_once(
     is_mean = reduction == "mean"
     ignores = ignore is not None and -_INTEGERS <= ignore < _INTEGERS
     if not ignores:
-        ignore = -1  # which is no class, so that no row is ignored by mistake
+        ignore = -1  # which is not a class, so that no row is ignored by mistake
     grad = memory.empty(logits.shape, dtype) if wants_grad and out is None else out
     label = target if target.dtype is _INDEX else target.astype(_INDEX)
     is_small = count * (classes + ROW) <= 3 * SERIAL
@@ -150,7 +150,7 @@ def _turns(classes: int) -> tuple[int, int, int]:
 
 
 def _count_kept(label: Array, classes: int, ignore: int, ignores: bool) -> int:
-    """How many labels are not ignored; -1 if one of those is no class."""
+    """How many labels are not ignored; -1 if one of those is not a class."""
     count_kept = function("count_kept")
     record = _of_labels(classes, ignore, ignores)
     if label.size <= LABELS:

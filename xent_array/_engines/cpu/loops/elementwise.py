@@ -189,5 +189,5 @@ def _count_kept(label: Array, classes: Index, ignore_index: Index, ignores: Flag
 
 @inner
 def kept_labels(label, classes, ignore_index, ignores):
-    """How many labels are not ignored; -1 if one of these is no class, or if flush-to-zero or the like is on."""
+    """How many labels are not ignored; -1 if one of these is not a class, or if flush-to-zero or the like is on."""
     return _count_kept(label, classes, ignore_index, ignores) if has_default_arithmetic() else -1
