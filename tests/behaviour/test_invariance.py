@@ -177,7 +177,7 @@ def answer():
     return [loss.tobytes() + grad.tobytes() for loss, grad in answers]
 
 wanted = answer()
-assert threads._pool.size == 2
+assert len(threads._pool.workers) == 2
 sys.setswitchinterval(1e-6)
 stop = threading.Event()
 def keep_the_pool_busy():
@@ -247,13 +247,13 @@ def test_fewer_threads_than_asked_for(small_blocks, body, monkeypatch, options):
     with monkeypatch.context() as patched:
         patched.setattr(threading.Thread, "start", mock.Mock(side_effect=RuntimeError("can't start new thread")))
         assert cross_entropy(LOGITS, LABELS, **options) == wanted
-    assert (pool.size, pool.calls.qsize()) == (0, 0)
+    assert pool.workers == []
     busy, go_on = threading.Barrier(3), threading.Event()
     pool.send(lambda: (busy.wait(), go_on.wait()), 2)
     busy.wait(10)
     try:
         assert cross_entropy(LOGITS, LABELS, **options) == wanted
-        assert (pool.size, pool.calls.qsize()) == (2, 2)  # called too late, when all is done
+        assert [worker.calls.qsize() for worker in pool.workers] == [1, 1]  # called too late, when all is done
     finally:
         go_on.set()
 

@@ -48,7 +48,7 @@ def is_right(given):
 
 def all_is_well():
     assert is_right(answers()) and isinstance(cpu.loops(), type(sys)), cpu.loops()
-    assert threads._pool.size == 2 == sum(t.name.startswith("xent_array") for t in threading.enumerate())
+    assert len(threads._pool.workers) == 2 == sum(t.name.startswith("xent_array") for t in threading.enumerate())
     return True
 
 right = answers("generic")
@@ -257,7 +257,7 @@ for count in range(3, 20):  # each time there is one more thread to start
     assert is_right(answers())
 signal.setitimer(signal.ITIMER_REAL, 0)
 names = [thread.name for thread in threading.enumerate() if thread.name.startswith("xent_array")]
-print(len(calls) > 0, threads._pool.size == len(names) == len(set(names)) == 18)
+print(len(calls) > 0, len(threads._pool.workers) == len(names) == len(set(names)) == 18)
 """
 
 
@@ -317,7 +317,7 @@ def test_an_interrupt_while_a_thread_starts(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         pool.send(lambda: None, 1)
     threads.whole(lambda: None)  # comes after it
-    assert pool.size == len(began) == 1
+    assert len(pool.workers) == len(began) == 1
 
 
 @is_posix
@@ -381,6 +381,22 @@ def test_parts_are_drawn_once():
     drawn = []
     threads.parallel(lambda parts: drawn.extend(parts), iter(range(20_000)), 5)
     assert sorted(drawn) == list(range(20_000))
+
+
+@pytest.mark.parametrize("busy", [0, 1, 2])
+def test_who_is_busy_is_asked_last(monkeypatch, busy):
+    """And all who are not are asked at once: none waits for another one to wake."""
+    pool = threads.Pool()
+    here, go_on, came = threading.Barrier(busy + 1), threading.Event(), threading.Barrier(4 - busy)
+    pool.send(lambda: None, 3)
+    for worker in pool.workers[:busy]:
+        worker.calls.put(lambda: (here.wait(10), go_on.wait(10)))
+    here.wait(10)
+    try:
+        pool.send(lambda: came.wait(10), 3 - busy)
+        came.wait(10)
+    finally:
+        go_on.set()
 
 
 # -- done whole --------------------------------------------------------------------------------------------------

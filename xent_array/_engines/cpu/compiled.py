@@ -128,9 +128,9 @@ def _run_over_threads(kind: _Kind, arrays: tuple[Array, Array, Array, Array], jo
     count, classes = len(loss), kind[1]
     team = threads.team(count * (classes + ROW), 3 * SERIAL)
     loop, record, per_row, q, size = _prepared(kind, count, job, scale, team)
-    # If these cannot be compiled, nothing may be written.
-    of_losses, of_groups = function("total", _NAMES[loss.dtype]), function("combined")
     sums = np.empty(-(-count // GROUP) if _turns(classes)[1] == GROUP else 0)
+    # If this cannot be compiled, nothing may be written.
+    add_up = function("combined") if len(sums) else function("total", _NAMES[loss.dtype])
     turns, results = threads.Turns(count), [0.0]
 
     def work_off(turn: Iterator[None]) -> None:
@@ -140,7 +140,7 @@ def _run_over_threads(kind: _Kind, arrays: tuple[Array, Array, Array, Array], jo
     threads.parallel(work_off, turns, team)
     if min(results) < 0:  # which no sum of losses is, and NaN neither
         return -1.0
-    return of_groups((sums,)) if len(sums) else of_losses((loss,))
+    return add_up((sums,) if len(sums) else (loss,))
 
 
 def _turns(classes: int) -> tuple[int, int, int]:

@@ -298,6 +298,26 @@ class Job(Generic[P]):
             self.ends.get()
 
 
+class Worker:
+    """A thread of the pool and the calls that it is sent.
+
+    Each has a queue of its own: of threads that wait at the same one, only the first is woken by a call, and wakes the
+    next when it runs, so that the last of many would start late.
+    """
+
+    def __init__(self) -> None:
+        self.calls: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self.is_busy = False
+
+    def run(self) -> None:
+        while True:
+            call = self.calls.get()
+            self.is_busy = True
+            call()
+            del call  # it holds the caller's arrays
+            self.is_busy = False
+
+
 class Pool:
     """Worker threads that wait for calls. They are daemon threads: an exiting interpreter does not wait for them.
 
@@ -305,26 +325,22 @@ class Pool:
     """
 
     def __init__(self) -> None:
-        self.calls: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self.size = 0
+        self.workers: list[Worker] = []
 
     def send(self, call: Callable[[], None], count: int) -> None:
-        """Has `count` threads run `call`, or as many as can be started."""
-        if count > self.size:
+        """Has `count` threads run `call`, or as many as can be started; those that are busy are the last choice."""
+        if count > len(self.workers):
             with suppress(Busy):
                 whole(partial(self._grow, count))
-        for _ in range(min(count, self.size)):
-            self.calls.put(call)
+        for worker in sorted(self.workers, key=lambda worker: worker.is_busy)[:count]:
+            worker.calls.put(call)
 
     def _grow(self, size: int) -> None:
         with suppress(RuntimeError):  # no more threads can be started: fewer will do
-            while self.size < size and not sys.is_finalizing():
-                threading.Thread(target=self._run, name=f"xent_array-{self.size}", daemon=True).start()
-                self.size += 1
-
-    def _run(self) -> None:
-        while True:
-            self.calls.get()()
+            while len(self.workers) < size and not sys.is_finalizing():
+                worker = Worker()
+                threading.Thread(target=worker.run, name=f"xent_array-{len(self.workers)}", daemon=True).start()
+                self.workers.append(worker)
 
 
 class _Own(threading.local):
