@@ -261,7 +261,7 @@ def _check_held(xp: Any, value: float, role: str, acc: DType, divides: bool = Fa
     smallest = float(info.smallest_normal)
     if divides and 0 < abs(value) < smallest:
         raise ValueError(
-            f"{role} must be at least {smallest!r} in size, the smallest normal number of the arithmetic, here"
+            f"{role} must be at least {smallest!r} in magnitude, the smallest normal number of the arithmetic, here"
             f" {_dtype_name(acc)}; got {value!r}"
         )
     if math.isfinite(value) and abs(value) > float(info.max):

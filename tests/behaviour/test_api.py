@@ -209,7 +209,7 @@ def test_an_integer_beyond_every_float_names_its_argument(role):
 
 
 def test_a_denominator_whose_inverse_the_arithmetic_cannot_hold_is_refused():
-    small = r"denominator must be at least 1\.17\d+e-38 in size, .* here float32; got -?1e-39"
+    small = r"denominator must be at least 1\.17\d+e-38 in magnitude, .* here float32; got -?1e-39"
     large = "denominator must be a number that the arithmetic can hold, here float32; got 1e\\+39"
     for bad, message in ((1e-39, small), (-1e-39, small), (1e39, large)):
         with pytest.raises(ValueError, match=message):

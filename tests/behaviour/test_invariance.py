@@ -52,8 +52,8 @@ def body(request, monkeypatch):
     """Each body of the cpu engine takes NumPy arrays in turn."""
     if request.param == "numpy":
         monkeypatch.setitem(ENGINES, "cpu", cpu.numpy_engine)
-    elif isinstance(cpu.loops(), str):
-        pytest.skip(cpu.loops())
+    elif isinstance(cpu.found_loops(), str):
+        pytest.skip(cpu.found_loops())
 
 
 @pytest.fixture
@@ -441,7 +441,7 @@ def test_exception_in_a_block(small_blocks, body, monkeypatch, exception, place,
     if way == "at once":
         if ENGINES["cpu"] is cpu.numpy_engine:
             pytest.skip("compiled loops only")
-        module, name, validate = cpu.loops(), "workspace", None
+        module, name, validate = cpu.found_loops(), "workspace", None
     does, caller, calls, later = getattr(module, name), threading.current_thread(), itertools.count(), []
 
     def fails(*given):

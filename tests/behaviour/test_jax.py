@@ -243,8 +243,8 @@ def test_eager_arrays_get_the_bits_of_numpy(no_generic, dtype, target, reduction
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_the_plainest_question_is_answered_at_once(monkeypatch, dtype):
-    if isinstance(_engines.cpu.loops(), str):
-        pytest.skip(_engines.cpu.loops())
+    if isinstance(_engines.cpu.found_loops(), str):
+        pytest.skip(_engines.cpu.found_loops())
     x, known = jnp.asarray(LOGITS[:4], dtype=dtype), LABELS[:4]
     wanted = bits([cross_entropy_value_and_grad(x, known), cross_entropy(x, known, reduction="none")])
     bound = jax.device_put(x, jax.devices()[0])

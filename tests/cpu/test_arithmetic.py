@@ -61,8 +61,8 @@ def changed(change):
 
 @pytest.fixture(params=["compiled", "numpy"])
 def engine(request):
-    if request.param == "compiled" and isinstance(cpu.loops(), str):
-        pytest.skip(cpu.loops())
+    if request.param == "compiled" and isinstance(cpu.found_loops(), str):
+        pytest.skip(cpu.found_loops())
     return "cpu" if request.param == "compiled" else "numpy"
 
 
@@ -112,11 +112,11 @@ def test_no_bit_depends_on_it(change, monkeypatch, engine, dtype, shared):
         assert bits(found) == wanted
 
 
-@pytest.mark.skipif(isinstance(cpu.loops(), str), reason="Numba is not installed")
+@pytest.mark.skipif(isinstance(cpu.found_loops(), str), reason="Numba is not installed")
 @pytest.mark.parametrize("count", [10, 100])
 def test_labels_are_not_checked_for_a_thread_by_another(changed, monkeypatch, count):
     """At once, whoever takes the parts: the loops are to run in this thread too."""
-    compiled = cpu.loops()
+    compiled = cpu.found_loops()
     monkeypatch.setattr(compiled, "LABELS", 50)
     monkeypatch.setattr(threads, "parallel", lambda work, parts, team: threads.whole(lambda: work(iter([*parts]))))
     labels = np.zeros(count, np.intp)
@@ -124,6 +124,24 @@ def test_labels_are_not_checked_for_a_thread_by_another(changed, monkeypatch, co
     with arithmetic.usual():
         assert compiled._count_kept(labels, 3, -1, False) == count
     assert changed()
+
+
+def test_what_is_prepared_for_a_call_is_not_what_it_makes_of_it(change):
+    """Numbers that are kept for the next call of this kind are computed as usual."""
+    x, labels = LOGITS[:8, :5].astype(np.float32), LABELS[:8] % 5
+    for smoothing in (0.1, 0.3):
+        options = {"reduction": "sum", "label_smoothing": smoothing}
+        if smoothing == 0.1:
+            is_still = change()
+        before = [*map(bytes, cross_entropy_value_and_grad(x, labels, **options))]
+        with arithmetic.usual():
+            assert [*map(bytes, cross_entropy_value_and_grad(x, labels, **options))] == before
+            compiled = cpu.found_loops()
+            if not isinstance(compiled, str):
+                compiled._prepared.cache_clear()
+                compiled._prepared_for_any.cache_clear()
+            assert [*map(bytes, cross_entropy_value_and_grad(x, labels, **options))] == before
+    assert is_still()
 
 
 def test_what_is_made_once_is_made_as_usual(changed):

@@ -4,6 +4,7 @@ import ast
 import os
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,8 +13,8 @@ from support.sizes import forget
 
 from xent_array._engines import cpu
 
-if isinstance(cpu.loops(), str):
-    pytest.skip(cpu.loops(), allow_module_level=True)
+if isinstance(cpu.found_loops(), str):
+    pytest.skip(cpu.found_loops(), allow_module_level=True)
 
 from xent_array._engines.cpu import machine_code, threads
 from xent_array._engines.cpu.loops import build
@@ -121,17 +122,15 @@ def test_a_file_that_is_damaged_is_made_anew(folder, total, compiled, damage):
     assert file.read_bytes() != damage(content)
 
 
-@pytest.mark.parametrize("what", ["mkdir", "write_bytes", "replace", "read_bytes"])
+@pytest.mark.parametrize("what", ["mkdir", "replace", "_write", "_read", "_remove_older"])
 def test_a_folder_that_fails(folder, monkeypatch, total, compiled, what):
     def fails(*_, **__):
         raise OSError(30, "Read-only file system")
 
-    machine_code._sources()  # which are read, too
-    machine_code._environment()
     with monkeypatch.context() as patched:
-        patched.setattr(Path, what, fails)
+        patched.setattr(machine_code if what[0] == "_" else Path, what, fails)
         assert (total(), len(compiled)) == (10, 1)
-    assert len([path for path in folder.rglob("*") if path.is_file()]) == (what == "read_bytes")
+    assert len([path for path in folder.rglob("*") if path.is_file()]) == (what in ("_read", "_remove_older"))
 
 
 def test_the_first_folder_that_can_be_written_to(folder, monkeypatch, total, compiled):
@@ -151,10 +150,12 @@ def test_where_code_is_kept(monkeypatch):
     monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "somewhere")
     monkeypatch.setattr(machine_code.sys, "platform", "linux")
-    assert [*machine_code._folders()] == [machine_code.HERE / "__pycache__", Path("somewhere", "xent_array")]
+    beside, of_user = machine_code._folders()
+    assert beside == machine_code.HERE / "__pycache__"
+    assert of_user.parent == Path("somewhere")
     monkeypatch.setenv("NUMBA_CACHE_DIR", "there")
     (found,) = machine_code._folders()
-    assert found.parent == Path("there")
+    assert found == Path("there", of_user.name)  # by which installations are told apart
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="this system has no owners and modes")
@@ -170,14 +171,50 @@ def test_a_folder_that_others_can_write_to_or_replace_is_not_used(folder, total,
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="this system has no owners and modes")
-@pytest.mark.parametrize(("owner", "ours"), [(1, True), (2, True), (3, False)])
-def test_a_folder_is_of_this_user_or_of_the_owner_of_the_package(monkeypatch, owner, ours):
+@pytest.mark.parametrize(
+    ("owner", "group", "mode", "ours"),
+    [
+        (1, 1, 0o40755, True), (2, 2, 0o40755, True), (3, 3, 0o40755, False), (1, 1, 0o40775, True),
+        (1, 5, 0o40775, False), (1, 5, 0o40755, True), (1, 1, 0o40757, False), (1, 1, 0o120755, False),
+    ],
+)  # fmt: skip
+def test_what_is_only_of_this_user_or_of_the_owner_of_the_package(monkeypatch, owner, group, mode, ours):
+    """A group may write if it is the user's own, and a link may lead anywhere."""
     monkeypatch.setattr(machine_code.os, "geteuid", lambda: 1)
     with monkeypatch.context() as patched:
-        of = {machine_code.__file__: 2, Path("there"): owner, Path("."): 3}
-        patched.setattr(machine_code.os, "stat", lambda path: SimpleNamespace(st_uid=of[path], st_mode=0o40755))
-        answer = machine_code._is_ours(Path("there"))
+        patched.setattr(machine_code.os, "stat", lambda _: SimpleNamespace(st_uid=2))
+        answer = machine_code._is_only_ours(SimpleNamespace(st_uid=owner, st_gid=group, st_mode=mode))
     assert answer is ours
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="this system has no owners and modes")
+@pytest.mark.parametrize("how", ["writable", "linked", "its folder linked"])
+def test_a_file_that_others_may_have_written_is_not_loaded(folder, total, compiled, how):
+    total()
+    (file,) = folder.rglob("*.code")
+    if how == "writable":
+        file.chmod(0o666)
+    else:
+        moved = file if how == "linked" else file.parent
+        elsewhere = folder.parent / f"{folder.name} elsewhere"
+        moved.rename(elsewhere)
+        moved.symlink_to(elsewhere)
+    assert (total(), len(compiled)) == (10, 2)
+
+
+def test_a_numba_that_does_not_say_where_it_is(folder, monkeypatch, total, compiled):
+    spec = machine_code._spec
+    monkeypatch.setattr(machine_code, "_spec", lambda name: SimpleNamespace() if name == "numba" else spec(name))
+    forget(monkeypatch)
+    assert (total(), total(), len(compiled)) == (10, 10, 1)
+
+
+def test_a_lack_of_memory_passes(folder, monkeypatch, total):
+    with monkeypatch.context() as patched:
+        patched.setattr(build, "build", mock.Mock(side_effect=MemoryError))
+        with pytest.raises(threads.Busy):
+            total()
+    assert total() == 10
 
 
 def test_code_that_has_no_entry_is_not_called(folder, monkeypatch, total):

@@ -8,8 +8,8 @@ import pytest
 
 from xent_array._engines import cpu
 
-if isinstance(cpu.loops(), str):
-    pytest.skip(cpu.loops(), allow_module_level=True)
+if isinstance(cpu.found_loops(), str):
+    pytest.skip(cpu.found_loops(), allow_module_level=True)
 
 from numba import njit
 from support.problems import each_wide

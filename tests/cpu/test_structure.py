@@ -131,7 +131,7 @@ def run_of_files(frame):
     return files[::-1]
 
 
-@pytest.mark.skipif(isinstance(cpu.loops(), str), reason="Numba is not installed")
+@pytest.mark.skipif(isinstance(cpu.found_loops(), str), reason="Numba is not installed")
 @pytest.mark.parametrize("shape", [(32, 10), (32, 300), (5000, 300)], ids=str)
 def test_a_call_is_soon_in_a_loop(monkeypatch, shape):
     from support.problems import Spy

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ INTERRUPTS, FORKS = (int(os.environ.get(f"XENT_ARRAY_TEST_{name}", "16")) for na
 
 is_posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has neither forks nor such signals")
 needs_numba = pytest.mark.skipif(
-    isinstance(cpu.loops(), str), reason="there is nothing to import or to compile without Numba"
+    isinstance(cpu.found_loops(), str), reason="there is nothing to import or to compile without Numba"
 )
 
 SETTING = """
@@ -47,7 +48,7 @@ def is_right(given):
     return True
 
 def all_is_well():
-    assert is_right(answers()) and isinstance(cpu.loops(), type(sys)), cpu.loops()
+    assert is_right(answers()) and isinstance(cpu.found_loops(), type(sys)), cpu.found_loops()
     assert len(threads._pool.workers) == 2 == sum(t.name.startswith("xent_array") for t in threading.enumerate())
     return True
 
@@ -373,6 +374,54 @@ def test_a_fork_in_the_middle_of_a_job():
     assert os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1]) == 0
 
 
+FORKED_BY_A_HANDLER = """
+def work(parts):
+    for _ in parts:
+        time.sleep(0.2 if threading.current_thread() is threading.main_thread() else 1)
+
+def handle(*_):
+    if not os.fork():
+        os._exit(0)
+    os.wait()
+
+import warnings
+warnings.simplefilter("ignore", DeprecationWarning)
+signal.signal(signal.SIGALRM, handle)
+signal.setitimer(signal.ITIMER_REAL, 0.5)
+threads.parallel(work, range(2), 2)
+print("returned")
+"""
+
+
+@is_posix
+def test_a_fork_by_a_handler_while_others_are_waited_for(tmp_path):
+    """It waits for them itself, and what it interrupted goes on."""
+    assert ended(started(FORKED_BY_A_HANDLER, cache=tmp_path), timeout=30) == ["returned"]
+
+
+@is_posix
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*fork:RuntimeWarning")
+@pytest.mark.parametrize("shares", [lambda: range(10), lambda: threads.Turns(10)], ids=["parts", "turns"])
+def test_an_interrupt_while_a_fork_waits(monkeypatch, shares):
+    """It is raised by the job, of which nothing is left out in silence."""
+    done = []
+
+    def work(parts):
+        for part in parts:
+            done.append(part)
+            if len(done) == 1:
+                threads._own.jobs[-1]._wait = mock.Mock(side_effect=[KeyboardInterrupt, None, None, None])
+                child = os.fork()
+                if child == 0:
+                    os._exit(0)
+                os.waitpid(child, 0)
+
+    with pytest.raises(KeyboardInterrupt):
+        threads.parallel(work, shares(), 1)
+    assert len(done) == 1
+
+
 def answer():
     return cross_entropy(np.zeros((60_000, 10), np.float32), np.zeros(60_000, int))
 
@@ -450,5 +499,5 @@ def test_what_says_nothing_of_the_next_time_is_forgotten(monkeypatch):
             patched.delitem(sys.modules, "xent_array._engines.cpu.compiled", raising=False)
             patched.delattr("xent_array._engines.cpu.compiled", raising=False)
             patched.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
-            assert all(cpu.loops().startswith("Numba cannot be used") for _ in range(2))
+            assert all(cpu.found_loops().startswith("Numba cannot be used") for _ in range(2))
         assert len(tries) == calls

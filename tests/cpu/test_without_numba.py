@@ -6,7 +6,7 @@ from support.process import run
 from xent_array import __main__ as program
 from xent_array._engines import cpu
 
-needs_numba = pytest.mark.skipif(isinstance(cpu.loops(), str), reason="Numba is not installed")
+needs_numba = pytest.mark.skipif(isinstance(cpu.found_loops(), str), reason="Numba is not installed")
 
 WITHOUT = """
 import sys
@@ -142,7 +142,7 @@ def is_said(told):
     wanted = "xent_array works with NumPy alone, which is several times slower: Numba cannot compile the loops: "
     assert warning.category is RuntimeWarning
     assert str(warning.message).startswith(wanted) and "nothing is compiled here" in str(warning.message), warning
-    assert cpu.loops() in str(warning.message)
+    assert cpu.found_loops() in str(warning.message)
 
 if report_first == "report":
     code, told = called(program.main, [])

@@ -162,7 +162,7 @@ class Cpu:
 
     def _loops(self) -> ModuleType | None:
         """The compiled loops, if this engine uses them and there are any."""
-        found = loops() if self.compile else None
+        found = found_loops() if self.compile else None
         return found if isinstance(found, ModuleType) else None
 
 
@@ -180,7 +180,7 @@ numpy_engine = Cpu("numpy", compile=False)
 _found: ModuleType | str | None = None
 
 
-def loops() -> ModuleType | str:
+def found_loops() -> ModuleType | str:
     """The loops that Numba compiles, or why there are none."""
     if _found is None:
         try:
@@ -199,7 +199,7 @@ def _find() -> ModuleType | str:
             _found = machine_code.missing() or compiled
         except MemoryError as error:  # may not happen again
             return f"Numba cannot be used: {error}"
-        except Exception as error:  # which only a library can raise that is asked for where Numba is
+        except Exception as error:  # from whatever else takes part in finding Numba
             _found = f"Numba cannot be used: {error}"
             _warn(_found)
     return _found

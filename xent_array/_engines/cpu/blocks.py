@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -80,11 +81,13 @@ _lent: deque[Array] = deque(maxlen=2)
 
 def borrow(size: int) -> Array:
     """At least `size` bytes for the time of a call; no other call gets them until they are given back."""
-    try:
-        found = _lent.pop()
-    except IndexError:
-        found = np.empty(0, np.uint8)
-    return found if len(found) >= size else np.empty(size, np.uint8)
+    for _ in range(len(_lent)):
+        with suppress(IndexError):  # another thread was faster
+            found = _lent.popleft()
+            if len(found) >= size:
+                return found
+            _lent.append(found)
+    return np.empty(size, np.uint8)
 
 
 def give_back(memory: Array) -> None:

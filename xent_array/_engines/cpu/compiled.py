@@ -14,6 +14,7 @@ import numpy as np
 from ... import _rows
 from ..._rows import Array, Rows
 from . import memory, threads
+from .arithmetic import is_usual
 from .blocks import KEPT, WHOLE, Buffers, Part, borrow, contiguous, distribution, give_back, store, workspace
 from .loops import (
     CHECK,
@@ -70,10 +71,10 @@ def at_once(
 ) -> tuple[Array, Array | None] | None:
     """Loss and gradient of contiguous rows with labels, and options that are plain numbers.
 
-    None, before anything is written, if the call is not so simple or a label is wrong. The results have the same bits
-    as those of `block`, because the loops are the same.
+    None, before anything of the caller's is written, if the call is not so simple or a label is wrong. The results have
+    the same bits as those of `block`, because the loops are the same.
     """
-    if not takes_at_once(logits, target, options, out):
+    if not (is_usual() and takes_at_once(logits, target, options, out)):
         return None
     _, reduction, _, _, ignore, smoothing, z_loss, softcap, _, _, _, factor = options
     dtype, classes, count = logits.dtype, logits.shape[-1], target.size
@@ -93,16 +94,19 @@ def at_once(
     scale = 1.0 if factor is None else factor
     job = LOSS if grad is None else LOSS | GRAD
     found, kept = -1.0, count
-    if (is_small or (out is None and classes <= FUSED)) and not 0 <= ignore < classes:
-        run = _run if is_small else _run_over_threads
-        found = run(kind, arrays, job | CHECK | SUM, scale / count if is_mean else scale)
+    run = _run if is_small else _run_over_threads
+    total = 0 if reduction == "none" else SUM
+    if (
+        is_small or (out is None and classes <= FUSED and _may_all_count(label, classes))
+    ) and not 0 <= ignore < classes:
+        found = run(kind, arrays, job | CHECK | total, scale / count if is_mean else scale)
     if found < 0:  # labels could not be checked along with the rows, or some label is ignored or wrong
         kept = _count_kept(label, classes, ignore, ignores)
         if kept <= 0:
             return None
         job |= IGNORE if kept < count else 0
         scale = scale / kept if is_mean else scale
-        found = (_run if is_small else _run_over_threads)(kind, arrays, job | SUM, scale)
+        found = run(kind, arrays, job | total, scale)
     if reduction == "none":
         return loss.reshape(target.shape), grad
     if room is not None:
@@ -128,9 +132,10 @@ def _run_over_threads(kind: _Kind, arrays: tuple[Array, Array, Array, Array], jo
     count, classes = len(loss), kind[1]
     team = threads.team(count * (classes + ROW), 3 * SERIAL)
     loop, record, per_row, q, size = _prepared(kind, count, job, scale, team)
-    sums = np.empty(-(-count // GROUP) if _turns(classes)[1] == GROUP else 0)
+    in_groups = job & SUM and _turns(classes)[1] == GROUP
+    sums = np.empty(-(-count // GROUP) if in_groups else 0)
     # If this cannot be compiled, nothing may be written.
-    add_up = function("combined") if len(sums) else function("total", _NAMES[loss.dtype])
+    add_up = function("combined") if in_groups else function("total", _NAMES[loss.dtype])
     turns, results = threads.Turns(count), [0.0]
 
     def work_off(turn: Iterator[None]) -> None:
@@ -138,9 +143,17 @@ def _run_over_threads(kind: _Kind, arrays: tuple[Array, Array, Array, Array], jo
         results.extend(loop(given) for _ in turn)
 
     threads.parallel(work_off, turns, team)
-    if min(results) < 0:  # which no sum of losses is, and NaN neither
+    if min(results) < 0:  # CHECK has found a fault
         return -1.0
-    return add_up((sums,) if len(sums) else (loss,))
+    return add_up((sums if in_groups else loss,)) if job & SUM else 0.0
+
+
+def _may_all_count(label: Array, classes: int) -> bool:
+    """Whether the first and the last labels are classes: those to ignore are often at the end."""
+    if label.size <= 2 * GROUP:
+        return True
+    record, flat = _of_labels(classes, 0, False), label.reshape(-1)
+    return all(function("count_kept")((some, record)) >= 0 for some in (flat[:GROUP], flat[-GROUP:]))
 
 
 def _turns(classes: int) -> tuple[int, int, int]:
@@ -176,17 +189,26 @@ def _prepared(
     kind: _Kind, count: int, job: int, scale: float, team: int = 1
 ) -> tuple[Function, Array, Array, Array, int]:
     """The loop for `count` contiguous rows and its constant arguments: record, per_row, q, size of the workspace."""
+    loop, of_any_count, per_row, q, size = _prepared_for_any(kind, job, team)
+    record, per_row = of_any_count.copy(), per_row.copy()
+    record["outer"], per_row[SCALE] = count, scale
+    return loop, record, per_row, q, size
+
+
+@lru_cache(maxsize=256)
+def _prepared_for_any(kind: _Kind, job: int, team: int) -> tuple[Function, Array, Array, Array, int]:
+    """The same for any number of rows and any scale."""
     dtype, classes, to_memory, smoothing, z_loss, softcap, ignore_index = kind
     acc = arithmetic(dtype)
     path = of_contiguous(classes, job, to_memory, dtype.itemsize)
     q, (least, most, quota) = np.array([smoothing / classes], acc), _turns(classes)
     arguments = Arguments(
-        path.job, count, 1, classes, classes, 1, classes, 1, path.width,
+        path.job, 0, 1, classes, classes, 1, classes, 1, path.width,
         is_half=dtype == _HALF, softcap=softcap, z_loss=z_loss, ignore_index=ignore_index,
         team=team, least=least, most=most, quota=quota,
     )  # fmt: skip
     loop = _loop(path.code, acc, dtype.itemsize, dtype.itemsize)
-    per_row = np.array([1 - smoothing, 1, scale], acc)
+    per_row = np.array([1 - smoothing, 1, 1], acc)
     size = workspace_size(path.code, classes, path.width, acc.itemsize)
     return loop, arguments.record(), per_row, q if q[0] else q[:0], size
 
@@ -256,7 +278,7 @@ def _labels(rows: Rows, want: Want) -> tuple[Array, Array]:
     label: Array = _NONE[_INDEX]
     on_label: Any = 1
     if rows.has_labels:
-        label = np.ascontiguousarray(rows.target if known is None else known.index, np.intp).reshape(-1)
+        label = np.require(rows.target if known is None else known.index, np.intp, ["C", "A"]).reshape(-1)
         if rows.label_smoothing:
             on_label = acc.type(1 - rows.label_smoothing)
         if rows.weight is not None and on_label:  # a target of 0 counts 0, whatever the weight

@@ -97,9 +97,9 @@ def _get(name: tuple[str, ...]) -> Function:
 def _stored(name: tuple[str, ...]) -> Function | None:
     for folder in _folders():
         with suppress(Exception):  # there is none, or it is damaged
-            content = (folder / _file(name)).read_bytes()
+            content = _read(folder, _file(name))
             code = content[_DIGEST:]
-            if _is_ours(folder) and hashlib.sha256(code).digest() == content[:_DIGEST]:
+            if hashlib.sha256(code).digest() == content[:_DIGEST]:
                 return _loaded(code)
     return None
 
@@ -114,6 +114,8 @@ def _compiled(name: tuple[str, ...]) -> Function:
     try:
         code = build.build(*name)
         found = _loaded(code)
+    except MemoryError as error:
+        raise threads.Busy("Numba cannot compile the loops: there is no memory left") from error
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         raise threads.CannotCompile(f"Numba cannot compile the loops: {reason}") from error
@@ -152,18 +154,18 @@ def _initialize() -> None:
 
 def _folders() -> Iterator[Path]:
     """Where code may be kept, in order: where Numba keeps its own."""
-    told = os.environ.get("NUMBA_CACHE_DIR")
+    told, own = os.environ.get("NUMBA_CACHE_DIR"), f"xent_array-{_short(os.fsencode(HERE))}"
     if told:
-        yield Path(told) / f"xent_array-{_short(os.fsencode(HERE))}"
+        yield Path(told) / own
         return
     yield HERE / "__pycache__"
     with suppress(RuntimeError):  # there is no home
         if sys.platform == "win32":
-            yield Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / "xent_array"
+            yield Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local") / own
         elif sys.platform == "darwin":
-            yield Path.home() / "Library" / "Caches" / "xent_array"
+            yield Path.home() / "Library" / "Caches" / own
         else:
-            yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xent_array"
+            yield Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / own
 
 
 def _file(name: tuple[str, ...]) -> str:
@@ -190,8 +192,11 @@ def _environment() -> str:
     import llvmlite
     from llvmlite import binding
 
-    spec = _spec("numba")
-    version = Path(spec.origin).with_name("_version.py").read_bytes() if spec.origin else b""
+    origin = Path(getattr(_spec("numba"), "origin", None) or "numba/__init__.py")
+    versions = [path.name for path in origin.parent.parent.glob("numba-*.dist-info")]
+    for file in (origin.with_name("_version.py"), Path(".numba_config.yaml")):
+        with suppress(OSError):
+            versions.append(file.read_text())
     settings = {name: value for name, value in os.environ.items() if name.startswith("NUMBA_")}
     for name in ("NUMBA_CACHE_DIR", "NUMBA_NUM_THREADS"):
         settings.pop(name, None)
@@ -199,26 +204,42 @@ def _environment() -> str:
         sys.implementation.cache_tag, tuple.__basicsize__, object.__basicsize__, llvmlite.__version__,
         binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten(), sorted(settings.items()),
     )  # fmt: skip
-    return _short(version + repr(others).encode())
+    return _short(repr((sorted(versions), others)).encode())
 
 
 def _store(name: tuple[str, ...], code: bytes) -> None:
     """Keep code in the first folder that can be written to; if there is none, it is in memory only."""
     for folder in _folders():
-        with suppress(OSError):
+        with suppress(Exception):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if not _is_ours(folder):
                 continue
             _write(folder / _file(name), hashlib.sha256(code).digest() + code)
-            _remove_older(folder, name)
+            with suppress(OSError):
+                _remove_older(folder, name)
             return
+
+
+_NO_LINK = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+
+
+def _read(folder: Path, name: str) -> bytes:
+    """A file that nobody else can have written, in a folder that nobody else can write to; else OSError."""
+    if not _is_ours(folder):
+        raise PermissionError(f"others can write to {folder}")
+    with open(folder / name, "rb", opener=lambda path, _: os.open(path, os.O_RDONLY | _NO_LINK)) as file:
+        if not _is_only_ours(os.fstat(file.fileno())):
+            raise PermissionError(f"others can write to {file.name}")
+        return file.read()
 
 
 def _write(file: Path, content: bytes) -> None:
     """Put a file there whole, whoever else does so."""
     part = file.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_LINK
     try:
-        part.write_bytes(content)
+        with open(part, "wb", opener=lambda path, _: os.open(path, flags, 0o644)) as opened:
+            opened.write(content)
         part.replace(file)
     finally:
         part.unlink(missing_ok=True)
@@ -233,9 +254,19 @@ def _remove_older(folder: Path, name: tuple[str, ...]) -> None:
 
 def _is_ours(folder: Path) -> bool:
     """Whether only this user and the owner of this file can write to the directory, or replace it by another one."""
+    above = os.stat(folder.parent)
+    is_replaceable = above.st_mode & (stat.S_IWOTH | stat.S_IWGRP) and not above.st_mode & stat.S_ISVTX
+    return _is_only_ours(os.lstat(folder)) and (not is_replaceable or _is_only_ours(above))
+
+
+def _is_only_ours(found: os.stat_result) -> bool:
+    """Whether a file or directory is of this user or the owner of this file, no link, and not writable for others.
+
+    A group with the number of its user is taken for that user's own, as it is where new files are writable for groups.
+    """
     if not hasattr(os, "geteuid"):
         return True  # Windows, where other users cannot write to a user's directories
-    found, above = os.stat(folder), os.stat(folder.parent)
-    if above.st_mode & stat.S_IWOTH and not above.st_mode & stat.S_ISVTX:
-        return False
-    return found.st_uid in (os.geteuid(), os.stat(__file__).st_uid) and not found.st_mode & stat.S_IWOTH
+    is_shared = found.st_mode & stat.S_IWOTH or (found.st_mode & stat.S_IWGRP and found.st_gid != found.st_uid)
+    return (
+        found.st_uid in (os.geteuid(), os.stat(__file__).st_uid) and not is_shared and not stat.S_ISLNK(found.st_mode)
+    )

@@ -1,8 +1,8 @@
 """How a call is executed: this is decided here, once per call, and nowhere else.
 
 A `Path` says which code processes the rows, their memory layout, what is asked for, and how large a block of work is.
-It follows from the layout, the number of classes, the options and what is installed, and never from the number of rows,
-so that a row has the same result in any batch.
+It follows from the layout, the number of classes, the options and what is installed. The number of rows decides only
+whether the gradient is written past the caches, so that a row has the same result in any batch.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def of_contiguous(classes: int, job: int, to_memory: bool, itemsize: int) -> Pat
 def arithmetic(dtype: Any) -> Any:
     """The dtype of the arithmetic for logits of a dtype that the loops read directly; None for any other dtype."""
     found = _ARITHMETIC.get(dtype)
-    if found is None and dtype.name == "bfloat16":  # of ml_dtypes, which need not be installed
+    if found is None and dtype.name == "bfloat16" and dtype.isnative:  # of ml_dtypes, which need not be installed
         found = _ARITHMETIC[dtype] = _ARITHMETIC[np.dtype(np.float16)]
     return found
 

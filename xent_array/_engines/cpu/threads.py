@@ -41,10 +41,7 @@ class CannotCompile(RuntimeError):
 
 
 class Busy(CannotCompile):
-    """It fails now, which says nothing of the next time.
-
-    Such as in a call while its thread is in the middle of an import that Numba waits for.
-    """
+    """Numba fails for a passing reason: lack of memory, or the caller is importing a module that Numba waits for."""
 
 
 class _Asked:
@@ -178,8 +175,9 @@ class Parts(Generic[P]):
             raise StopIteration from None
 
     def clear(self) -> None:
-        """Let no thread take any more."""
+        """Let no thread take any more, ever."""
         self.left.clear()
+        self.held.clear()
 
     def hold(self) -> None:
         """Let no thread take any more until `release`."""
@@ -192,16 +190,16 @@ class Parts(Generic[P]):
         self.held.clear()
 
 
-class Turns(Parts[None]):
-    """The same for `count` rows of which compiled code takes parts: it runs as long as rows are left.
-
-    The iterator says again and again that some are.
-    """
+class Turns:
+    """The same for `count` rows of which compiled code takes parts: the iterator yields None while rows are left."""
 
     def __init__(self, count: int) -> None:
         self.count = count
         self.numbers = np.zeros(TURNS, np.int64)
         self.numbers[LIMIT] = count
+
+    def __iter__(self) -> Turns:
+        return self
 
     def __next__(self) -> None:
         if self.numbers[NEXT] >= self.numbers[LIMIT]:
@@ -211,18 +209,18 @@ class Turns(Parts[None]):
         self.count = self.numbers[LIMIT] = 0
 
     def hold(self) -> None:
-        self.numbers[LIMIT] = 0  # who has seen the old limit still takes one
+        self.numbers[LIMIT] = 0  # a thread that has read the limit before still takes one part
 
     def release(self) -> None:
         self.numbers[LIMIT] = self.count
 
 
-def parallel(work: Callable[[Iterator[P]], None], parts: Iterable[P], team: int) -> None:
+def parallel(work: Callable[[Iterator[Any]], None], parts: Iterable[Any], team: int) -> None:
     """Calls `work(parts)` in this thread and in up to `team` - 1 pool threads at once; returns when all have finished.
 
     Each call takes parts that no other has taken; once one call has failed, none takes any more.
     """
-    job = Job(work, parts if isinstance(parts, Parts) else Parts(parts), team - 1)
+    job = Job(work, parts if isinstance(parts, Turns) else Parts(parts), team - 1)
     try:
         _own.jobs.append(job)
         _pool.send(job.help, team - 1)
@@ -237,11 +235,12 @@ def parallel(work: Callable[[Iterator[P]], None], parts: Iterable[P], team: int)
         raise errors[0]
 
 
-class Job(Generic[P]):
+class Job:
     """Parts that several threads take one by one, and the function that processes them."""
 
-    def __init__(self, work: Callable[[Iterator[P]], None], parts: Parts[P], helpers: int) -> None:
+    def __init__(self, work: Callable[[Iterator[Any]], None], parts: Parts[Any] | Turns, helpers: int) -> None:
         self.work, self.parts = work, parts
+        self.interrupt: BaseException | None = None
         self.numbers, self.helpers = count(), helpers
         self.helps: dict[int, bool] = {}  # whether a helper came before the job was closed; the first value set stands
         self.ended: dict[int, BaseException | None] = {}
@@ -272,24 +271,31 @@ class Job(Generic[P]):
         An interrupt is raised only after the helpers have finished, which is soon, so that no thread still writes to
         the caller's arrays.
         """
-        interrupt = None
-        while True:
-            try:
-                if interrupt is not None:
-                    self.parts.clear()
-                self._wait()
-                break
-            except BaseException as raised:
-                interrupt = raised
-        if interrupt is not None:
-            raise interrupt
+        self._wait_whatever_happens()
+        if self.interrupt is not None:
+            raise self.interrupt
         return [error for error in self.ended.values() if error is not None]
 
     def settle(self) -> None:
-        """Leaves the parts that have not been started to this thread alone, and waits for the others."""
+        """Leaves the parts that have not been started to this thread alone, and waits for the others.
+
+        Called by a signal handler, perhaps in the middle of `_wait`; an interrupt meanwhile is raised by `close`.
+        """
         self.parts.hold()
-        self._wait()
-        self.parts.release()
+        try:
+            self._wait_whatever_happens()
+        finally:
+            self.parts.release()
+            self.ends.put(None)  # for a `_wait` that has been interrupted: this one has taken what it waits for
+
+    def _wait_whatever_happens(self) -> None:
+        while True:
+            try:
+                self._wait()
+                return
+            except BaseException as raised:
+                self.interrupt = raised
+                self.parts.clear()
 
     def _wait(self) -> None:
         for number in range(self.helpers):
@@ -308,6 +314,10 @@ class Worker:
     def __init__(self) -> None:
         self.calls: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self.is_busy = False
+
+    def waiting(self) -> int:
+        """How many calls it has been sent and has not finished."""
+        return self.is_busy + self.calls.qsize()
 
     def run(self) -> None:
         while True:
@@ -332,7 +342,7 @@ class Pool:
         if count > len(self.workers):
             with suppress(Busy):
                 whole(partial(self._grow, count))
-        for worker in sorted(self.workers, key=lambda worker: worker.is_busy)[:count]:
+        for worker in sorted(self.workers, key=Worker.waiting)[:count]:
             worker.calls.put(call)
 
     def _grow(self, size: int) -> None:
@@ -345,7 +355,7 @@ class Pool:
 
 class _Own(threading.local):
     def __init__(self) -> None:
-        self.jobs: list[Job[Any]] = []  # of this thread; inner ones belong to signal handlers
+        self.jobs: list[Job] = []  # of this thread; inner ones belong to signal handlers
         self.held: list[Any] = []  # locks that this thread holds while it forks
 
 

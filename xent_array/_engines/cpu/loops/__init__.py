@@ -23,7 +23,8 @@ makes a function of machine code of each, which Python calls with one tuple of a
     turns       empty; or the counter from which several threads that make the same call take parts of it
     sums        empty; or, where turns are of GROUP rows, the sum of the losses of each turn
 
-The result is -1 if CHECK finds a fault, after which no turn is left; otherwise the sum of the losses with SUM, else 0.
+The result is -1 if CHECK finds a fault, after which no turn is left; otherwise the sum of the losses with SUM, else 0;
+and 0 where turns are taken. The strided loop knows neither CHECK nor SUM, and takes no turns.
 
 This module and `memory.py` are all that code outside of this folder needs: the others need Numba, and are imported to
 compile something.
@@ -31,7 +32,6 @@ compile something.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple, get_type_hints
 
 import numpy as np
@@ -88,7 +88,6 @@ class Arguments(NamedTuple):
     most: int = 0
     quota: int = 0  # rows after which the call returns even if some are left, so that it can be interrupted
 
-    @lru_cache(maxsize=256)  # noqa: B019  # of immutable tuples
     def record(self) -> Array:
         """The same as an array of one ARGUMENTS, for compiled code; nothing writes to it."""
         record = np.empty(1, ARGUMENTS)

@@ -6,7 +6,7 @@ from typing import Any
 
 from numba import njit
 
-# No way in from Python, which takes as long to compile as the rest: `build` makes one for all.
+# Without a way in from Python, which takes as long to compile as the rest: `build` makes one of another kind.
 OPTIONS: dict[str, Any] = {
     "nogil": True, "error_model": "numpy", "_nrt": False, "no_cpython_wrapper": True, "no_cfunc_wrapper": True,
 }  # fmt: skip

@@ -558,7 +558,7 @@ _AXES, _SHAPE, _POINTER = _DATA + 8, _DATA + 16, 8
 def arrays_in(dtypes: list[Any]) -> Any:
     """A function for compiled code that takes the address of a tuple of arrays, and returns them as flat arrays.
 
-    It needs no interpreter: an array that is in a tuple stays where it is.
+    It needs no interpreter: an array that is in a tuple stays where it is, and nobody may change its shape meanwhile.
     """
     wanted = [types.Array(dtype, 1, "C") for dtype in dtypes]
 
