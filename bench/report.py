@@ -387,7 +387,7 @@ def _first(rows: Rows) -> str:
     if cold is None or warm is None:
         return ""
     return (
-        f"The first call of a process, which imports Numba, takes {warm:.1f} s for loss and gradient of"
+        f"The first call of a process, which loads the machine code, takes {warm:.2f} s for loss and gradient of"
         f" {_size(suite.FIRST)}, and {cold:.1f} s if nothing has been compiled on the machine before."
     )
 
