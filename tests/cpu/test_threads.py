@@ -244,6 +244,7 @@ def test_a_fork_while_there_is_a_first_call(first_calls):
 HANDLED = """
 calls = []
 from support.sizes import resized
+from xent_array._engines.cpu import compiled  # which has one of these sizes
 with_small_sizes = resized(SERIAL=1 << 12, PART=1 << 10)  # so that more threads take part
 with_small_sizes.__enter__()
 
@@ -438,6 +439,8 @@ def test_who_is_busy_is_asked_last(monkeypatch, busy):
     pool = threads.Pool()
     here, go_on, came = threading.Barrier(busy + 1), threading.Event(), threading.Barrier(4 - busy)
     pool.send(lambda: None, 3)
+    while any(map(threads.Worker.waiting, pool.workers)):  # they have just been started
+        time.sleep(0.001)
     for worker in pool.workers[:busy]:
         worker.calls.put(lambda: (here.wait(10), go_on.wait(10)))
     here.wait(10)
