@@ -10,15 +10,18 @@ from unittest import mock
 import ml_dtypes
 import numpy as np
 import pytest
-from support.problems import DTYPES, each_dtype, each_wide
+from support.problems import DTYPES, Spy, each_dtype, each_wide
 from support.sizes import resize
 
 from xent_array import cross_entropy, cross_entropy_value_and_grad
 from xent_array._engines import cpu
-from xent_array._engines.cpu.loops import GROUP
+from xent_array._engines.cpu import blocks, path
+from xent_array._engines.cpu.loops import GROUP, LIMIT, NEXT
 
 if isinstance(cpu.found_loops(), str):
     pytest.skip(cpu.found_loops(), allow_module_level=True)
+
+from xent_array._engines.cpu.loops import transposed
 
 ENGINE_ANSWER = cpu.engine.at_once
 
@@ -150,6 +153,42 @@ def test_labels_that_are_checked_along_with_the_rows(answered, monkeypatch, clas
     y[where] = classes
     with pytest.raises(IndexError, match=f"is {classes}, which is not a class"):
         cross_entropy_value_and_grad(x, y)
+
+
+def test_how_often_a_loop_is_called(monkeypatch):
+    """Again for an interrupt to have its chance; but not for what the last labels tell, nor after a wrong one."""
+    monkeypatch.setenv("XENT_ARRAY_NUM_THREADS", "1")
+    x, y = np.zeros((5 * GROUP, 2), np.float32), np.zeros(5 * GROUP, int)
+    spy = Spy(monkeypatch, transposed)
+    for most, calls in ((1 << 25, 1), (2 * GROUP * (2 + path.ROW), 3)):
+        resize(monkeypatch, SERIAL=100, MOST=most)
+        spy.calls = 0
+        cross_entropy(x, y)
+        assert spy.calls == calls
+    resize(monkeypatch, MOST=1 << 25)
+    for place, calls in ((-1, 1), (3 * GROUP, 2)):
+        y[:], spy.calls = 0, 0
+        y[place] = -100
+        cross_entropy(x, y)
+        assert spy.calls == calls
+    y[3 * GROUP] = 2
+    with pytest.raises(IndexError):
+        cross_entropy(x, y)
+    turns = spy.given[8]
+    assert turns[NEXT] < len(x)
+    assert turns[LIMIT] == 0
+
+
+def test_the_memory_of_losses_goes_to_one_call_at_a_time(monkeypatch):
+    blocks._returned.clear()
+    resize(monkeypatch, SERIAL=100)
+    x, y = np.zeros((5000, 3), np.float32), np.zeros(5000, int)
+    cross_entropy(x, y)
+    (room,) = blocks._returned
+    cross_entropy(x, y)
+    assert [*map(id, blocks._returned)] == [id(room)]
+    assert blocks.borrow(100) is room
+    assert blocks.borrow(100) is not room
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])

@@ -199,7 +199,7 @@ def test_smoothing_too_small_to_be_a_number():
     np.testing.assert_array_equal(got[1], wanted[1])
 
 
-@pytest.mark.parametrize("classes", [8, 300])
+@pytest.mark.parametrize("classes", [2, 8, 300])
 def test_stats_of_more_classes_than_are_here(classes):
     """A maximum that no class here has, as where another machine holds the rest of the row."""
     x = RNG.standard_normal((30, 2 * classes)).astype(np.float64)

@@ -442,7 +442,7 @@ def test_who_is_busy_is_asked_last(monkeypatch, busy):
     while any(map(threads.Worker.waiting, pool.workers)):  # they have just been started
         time.sleep(0.001)
     for worker in pool.workers[:busy]:
-        worker.calls.put(lambda: (here.wait(10), go_on.wait(10)))
+        worker.calls.put(lambda: (here.wait(10), go_on.wait(60)))
     here.wait(10)
     try:
         pool.send(lambda: came.wait(10), 3 - busy)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -76,23 +75,17 @@ def workspace(size: int) -> Array:
     return found
 
 
-_lent: deque[Array] = deque(maxlen=2)
+_returned: deque[Array] = deque(maxlen=2)
 
 
 def borrow(size: int) -> Array:
-    """At least `size` bytes for the time of a call; no other call gets them until they are given back."""
-    for _ in range(len(_lent)):
-        with suppress(IndexError):  # another thread was faster
-            found = _lent.popleft()
-            if len(found) >= size:
-                return found
-            _lent.append(found)
-    return np.empty(size, np.uint8)
+    """At least `size` bytes, at most KEPT, for the time of a call; no other call gets them until they are returned."""
+    found: Array | None = memory.taken(_returned, size, KEPT)
+    return np.empty(size, np.uint8) if found is None else found
 
 
-def give_back(memory: Array) -> None:
-    if len(memory) <= KEPT:
-        _lent.append(memory)
+def give_back(borrowed: Array) -> None:
+    _returned.append(borrowed)
 
 
 # Copies

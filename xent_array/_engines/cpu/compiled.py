@@ -42,7 +42,6 @@ _NONE = {dtype: np.empty(0, dtype) for dtype in (*_NAMES, _INDEX)}
 _ALONE = _NONE[_INDEX], _NONE[np.dtype(np.float64)]  # `turns` and `sums` of a call by one thread
 _ONES = {dtype: np.ones(3, dtype) for dtype in _NAMES}  # `per_row` of such rows
 _INTEGERS = 2**63
-MOST_LOSSES = KEPT // 8
 LABELS = 1 << 18  # labels too few to check in another thread
 FUSED = 16  # up to so many classes, labels are checked along with the rows: else they are read twice
 PART, LARGEST = 1 << 16, 1 << 20  # logits that a thread takes at once, at least and at most: 10 µs of work, and 200
@@ -87,7 +86,8 @@ def at_once(
     label = target if target.dtype is _INDEX else target.astype(_INDEX)
     is_small = count * (classes + ROW) <= 3 * SERIAL
     # Losses of which only the sum is wanted are in memory that is used again.
-    room = None if is_small or reduction == "none" or count > MOST_LOSSES else borrow(count * acc.itemsize)
+    is_lent = not is_small and reduction != "none" and count * acc.itemsize <= KEPT
+    room = borrow(count * acc.itemsize) if is_lent else None
     loss = memory.empty((count,), acc) if room is None else room[: count * acc.itemsize].view(acc)
     arrays = logits, label, loss, _NONE[acc] if grad is None else grad
     kind = dtype, classes, is_large(grad), smoothing, z_loss, softcap or 0.0, ignore

@@ -44,7 +44,7 @@ _KEYS = tuple(getattr(os.environ, "encodekey", str)(name) for name in _NAMES)
 
 def _environment() -> Iterable[str]:
     """The values of these variables, "" for one that is not set."""
-    data = getattr(os.environ, "_data", None)  # a lookup in `os.environ` itself takes 1 µs, and 10 at times
+    data = getattr(os.environ, "_data", None)  # each lookup in `os.environ` itself raises and catches an exception
     if data is not None and not any(key in data for key in _KEYS):
         return "", "", ""
     return (os.environ.get(name, "") for name in _NAMES)

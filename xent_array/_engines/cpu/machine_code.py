@@ -1,7 +1,7 @@
 """The loops as functions that Python can call: loaded from a file, or else compiled by Numba and kept in one.
 
-Loading takes some milliseconds and needs llvmlite alone. To import Numba takes half a second, so that is left until
-there is something to compile. Kept code is executed, so it must be the user's own, and compiled from exactly these
+Loading needs llvmlite alone. To import Numba takes many times as long, so that is left until there is something to
+compile. Kept code is executed, so it must be the user's own, and compiled from exactly these
 sources for exactly this processor; and a call must not fail because a file or its folder does.
 """
 
@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from . import threads
-from .loops import NAME
+from .loops import AXES, DATA, ITEMS, NAME, POINTER, SHAPE
 
 HERE = Path(__file__).parent
 SOURCES = (HERE / "memory.py", *sorted((HERE / "loops").glob("*.py")))  # what the machine code is compiled from
@@ -80,11 +80,11 @@ def _is_laid_out_as_known() -> bool:
 
     if sys.implementation.name != "cpython" or ctypes.sizeof(ctypes.c_size_t) != 8:
         return False
-    start = id(array) + object.__basicsize__
+    start = id(array)
     return bool(
-        word(id(given) + tuple.__basicsize__ + 8) == id(array)
-        and (word(start) == array.__array_interface__["data"][0] and word(start + 8, ctypes.c_int) == 2)
-        and [word(word(start + 16) + 8 * axis) for axis in range(2)] == [2, 3]
+        word(id(given) + ITEMS + POINTER) == start
+        and (word(start + DATA) == array.__array_interface__["data"][0] and word(start + AXES, ctypes.c_int) == 2)
+        and [word(word(start + SHAPE) + POINTER * axis) for axis in range(2)] == [2, 3]
     )
 
 
@@ -201,7 +201,7 @@ def _environment() -> str:
     for name in ("NUMBA_CACHE_DIR", "NUMBA_NUM_THREADS"):
         settings.pop(name, None)
     others = (
-        sys.implementation.cache_tag, tuple.__basicsize__, object.__basicsize__, llvmlite.__version__,
+        sys.implementation.cache_tag, ITEMS, DATA, llvmlite.__version__,
         binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten(), sorted(settings.items()),
     )  # fmt: skip
     return _short(repr((sorted(versions), others)).encode())

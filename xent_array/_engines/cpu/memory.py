@@ -14,12 +14,15 @@ import math
 import mmap
 import weakref
 from collections import deque
+from collections.abc import Sized
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from ..._rows import Array
+
+M = TypeVar("M", bound=Sized)
 
 LARGE = 1 << 25  # bytes
 ALIGNED = 1 << 18  # bytes from which arrays start at a cache line; JAX copies smaller ones faster than it takes them
@@ -36,7 +39,7 @@ def empty(shape: tuple[int, ...], dtype: Any) -> Array:
         return np.empty(shape, dtype)
     if size < LARGE or not _CAN_KEEP:
         return in_lines(math.prod(shape), dtype).reshape(shape)
-    memory = _reused(size)
+    memory = taken(_kept, size, 2 * size)
     if memory is None:
         try:
             memory = _mapped(size)
@@ -47,14 +50,14 @@ def empty(shape: tuple[int, ...], dtype: Any) -> Array:
     return np.ndarray(shape, dtype, held)
 
 
-def _reused(size: int) -> mmap.mmap | None:
-    """A kept piece of memory that is not too small, nor twice too large."""
-    for _ in range(len(_kept)):
+def taken(kept: deque[M], least: int, most: int) -> M | None:
+    """A kept piece of memory of a size in that range, which is no longer kept."""
+    for _ in range(len(kept)):
         with suppress(IndexError):  # another thread was faster
-            memory = _kept.popleft()
-            if size <= len(memory) <= 2 * size:
+            memory = kept.popleft()
+            if least <= len(memory) <= most:
                 return memory
-            _kept.append(memory)
+            kept.append(memory)
     return None
 
 

@@ -101,8 +101,7 @@ def choose(rows: Rows, want: Want, has_loops: bool) -> Path:
             return _tiled("strided", want.job | _streaming(output, out), x, out, classes)
     x = out = None
     if inner == 1:
-        x = _strides(rows.logits, acc, False)
-        out = None if output is None else _strides(output, acc, False)
+        x, out = _strides(rows.logits, acc, False), _strides(output, acc, False)
     is_copied = x is None or (output is not None and out is None)
     if has_options and (want.stats or want.given or (rows.label_smoothing and rows.weight is not None)):
         fits_lanes = False
@@ -243,11 +242,9 @@ def _strides(array: Array | None, acc: Any, is_strided: bool) -> Strides | None:
     if array is None:
         return None
     dtype, size = array.dtype, array.itemsize
-    outer, class_, inner = array.strides
-    if dtype is acc and class_ == size and not is_strided and outer == size * array.shape[1] and array.flags.aligned:
-        return Strides(array.shape[1], 1)  # the usual case
     if dtype != acc and not (size == 2 and dtype.isnative):
         return None
+    outer, class_, inner = array.strides
     if outer % size or class_ % size or not array.flags.aligned:
         return None
     if is_strided:

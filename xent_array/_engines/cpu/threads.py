@@ -181,9 +181,7 @@ class Parts(Generic[P]):
 
     def hold(self) -> None:
         """Let no thread take any more until `release`."""
-        with suppress(IndexError):
-            while True:
-                self.held.append(self.left.popleft())
+        self.held, self.left = self.left, deque()  # a thread that is in `__next__` may still take one
 
     def release(self) -> None:
         self.left.extend(self.held)
@@ -281,8 +279,8 @@ class Job:
 
         Called by a signal handler, perhaps in the middle of `_wait`; an interrupt meanwhile is raised by `close`.
         """
-        self.parts.hold()
         try:
+            self.parts.hold()
             self._wait_whatever_happens()
         finally:
             self.parts.release()

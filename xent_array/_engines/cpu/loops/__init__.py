@@ -60,6 +60,10 @@ KINDS = 12  # kinds of numbers in `tiles.State`
 
 NAME = "entry"  # of every function in its machine code
 
+# Where the C API has what is in a tuple, and the data, the number of axes and the shape of an array, in bytes
+ITEMS, DATA = tuple.__basicsize__, object.__basicsize__
+AXES, SHAPE, POINTER = DATA + 8, DATA + 16, 8
+
 # Places in `turns`, each in a cache line of its own
 NEXT, LIMIT = 8, 16  # the row that the next turn begins with; where the last one ends, or 0 if none may be taken
 TURNS = 24  # its length

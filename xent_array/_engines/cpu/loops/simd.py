@@ -24,7 +24,7 @@ from numba.extending import intrinsic
 from numba.np.arrayobj import populate_array
 
 from ..memory import LINE as LINE
-from . import LIMIT, NEXT
+from . import AXES, DATA, ITEMS, LIMIT, NEXT, POINTER, SHAPE
 
 INT1, INT16, INT32, INT64 = (ir.IntType(width) for width in (1, 16, 32, 64))
 HALF, FLOAT, DOUBLE = ir.HalfType(), ir.FloatType(), ir.DoubleType()
@@ -550,10 +550,6 @@ places_in = _region(lambda dtype: types.Integer.from_bitwidth(dtype.bitwidth))  
 
 # The way in from Python
 
-# Where the C API has what is in a tuple, and the data, the number of axes and the shape of an array
-_ITEMS, _DATA = tuple.__basicsize__, object.__basicsize__
-_AXES, _SHAPE, _POINTER = _DATA + 8, _DATA + 16, 8
-
 
 def arrays_in(dtypes: list[Any]) -> Any:
     """A function for compiled code that takes the address of a tuple of arrays, and returns them as flat arrays.
@@ -572,15 +568,15 @@ def arrays_in(dtypes: list[Any]) -> Any:
 
         found = []
         for number, type_ in enumerate(wanted):
-            array = read(arguments[0], _ITEMS + number * _POINTER, _BYTE)
-            length, shape = cgutils.alloca_once_value(builder, INT64(1)), read(array, _SHAPE, _BYTE)
-            with cgutils.for_range(builder, read(array, _AXES, INT32)) as axis:
-                place = builder.mul(builder.sext(axis.index, INT64), INT64(8))
+            array = read(arguments[0], ITEMS + number * POINTER, _BYTE)
+            length, shape = cgutils.alloca_once_value(builder, INT64(1)), read(array, SHAPE, _BYTE)
+            with cgutils.for_range(builder, read(array, AXES, INT32)) as axis:
+                place = builder.mul(builder.sext(axis.index, INT64), INT64(POINTER))
                 side = builder.load(builder.bitcast(builder.gep(shape, [place]), INT64.as_pointer()))
                 builder.store(builder.mul(builder.load(length), side), length)
             made = context.make_array(type_)(context, builder)
             size = INT64(context.get_abi_sizeof(made.data.type.pointee))
-            data = builder.bitcast(read(array, _DATA, _BYTE), made.data.type)
+            data = builder.bitcast(read(array, DATA, _BYTE), made.data.type)
             populate_array(made, data=data, shape=[builder.load(length)], strides=[size], itemsize=size, meminfo=None)
             found.append(made._getvalue())
         return context.make_tuple(builder, signature.return_type, found)
