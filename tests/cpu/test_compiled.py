@@ -134,6 +134,7 @@ def test_one_machine_code_for_all_options(classes):
         cross_entropy(logits, labels, engine="cpu")
         cross_entropy(np.tile(logits, 30), labels, engine="cpu")
         cross_entropy_value_and_grad(np.asfortranarray(logits), labels, engine="cpu")
+        cross_entropy_value_and_grad(logits, RNG.random(x.shape), engine="cpu")  # by the loop of long rows
         before = set(machine_code._functions)
         for given in (logits, read_only(logits), padded(logits), np.asfortranarray(logits), unaligned(logits)):
             for options in (
