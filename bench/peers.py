@@ -33,6 +33,7 @@ from .suite import (
     EAGER,
     GRAD,
     IN_PLACE,
+    INT32,
     LOSS,
     MODULE,
     OURS,
@@ -70,7 +71,7 @@ class Problem:
 
     @property
     def has_labels(self) -> bool:
-        return self.case.target == "labels"
+        return self.case.has_labels
 
     @property
     def rows(self) -> int:
@@ -87,7 +88,9 @@ class Problem:
 
     @cached_property
     def divisor(self) -> float:
-        """What the mean divides by: the total weight of the rows."""
+        """What the mean divides by: the total weight of the rows that are not ignored."""
+        if "ignore_index" in self.options:
+            return float((host(self.target) != self.options["ignore_index"]).sum())
         if "sample_weight" in self.options:
             return float(host(self.options["sample_weight"]).astype(np.float64).sum())
         if "weight" in self.options and self.has_labels:
@@ -159,6 +162,8 @@ def torch(problem: Problem, compiled: bool = False) -> Calls:
 
     if problem.case.axis % len(problem.case.shape) != 1:
         raise Unsupported("takes classes along axis 1 only")
+    if problem.case.target == INT32:
+        raise Unsupported("takes int64 labels only")
     x, y = _tensors(problem)
     options = {name: tensor(value) if name.endswith("weight") else value for name, value in problem.options.items()}
     softcap, z_loss, by_row = (options.pop(name, None) for name in ("softcap", "z_loss", "sample_weight"))
@@ -236,6 +241,9 @@ def jax(problem: Problem) -> Calls:
             return -(y * jax.nn.log_softmax(x, axis)).sum(axis).mean()
         if "softcap" in options:
             x = options["softcap"] * jnp.tanh(x / options["softcap"])
+        if "ignore_index" in options:
+            kept = y != options["ignore_index"]
+            y = jnp.where(kept, y, 0)
         label_logits = jnp.take_along_axis(x, jnp.expand_dims(y, axis), axis).squeeze(axis)
         lse = jax.nn.logsumexp(x, axis)
         if "label_smoothing" in options:
@@ -243,6 +251,8 @@ def jax(problem: Problem) -> Calls:
             return (lse - (1 - e) * label_logits - e * x.mean(axis)).mean()
         if "z_loss" in options:
             return (lse - label_logits + options["z_loss"] * lse**2).mean()
+        if "ignore_index" in options:
+            return jnp.average(lse - label_logits, weights=kept)
         s = options["weight"][y] if "weight" in options else options.get("sample_weight")
         return jnp.average(lse - label_logits, weights=s)
 

@@ -24,7 +24,10 @@ OPTIONS = {  # None: an array of random weights
     "sample_weight": None,
     "z_loss": 1e-4,
     "softcap": 30.0,
+    "ignore_index": -100,  # the label of a quarter of the rows
 }
+EACH_OPTION = [name for name in OPTIONS if name != "ignore_index"]  # that large problems are timed with
+INT32 = "int32 labels"
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 
@@ -34,7 +37,7 @@ class Case(NamedTuple):
     group: str
     shape: tuple[int, ...]
     dtype: str = "float32"
-    target: str = "labels"  # or "soft": a distribution per row, in the dtype of the logits
+    target: str = "labels"  # of int64; or INT32; or "soft": a distribution per row, in the dtype of the logits
     axis: int = -1
     memory: bool = False  # whether peak memory is measured too
     host: bool = False  # on a GPU: time the call as its caller sees it, not the device
@@ -60,6 +63,10 @@ class Case(NamedTuple):
         return self.shape[self.axis]
 
     @property
+    def has_labels(self) -> bool:
+        return self.target != "soft"
+
+    @property
     def nbytes(self) -> int:
         return self.size * ITEMSIZE[self.dtype]
 
@@ -67,8 +74,15 @@ class Case(NamedTuple):
         """The fewest bytes that the operation has to move: the target and the logits once, the gradient once."""
         if operation in (COPY, COPY_BY_ONE, READ, ACROSS):
             return self.nbytes * (1 if operation == READ else 2)
-        target = self.nbytes if self.target == "soft" else 8 * self.size // self.classes
+        label = 4 if self.target == INT32 else 8
+        target = label * self.size // self.classes if self.has_labels else self.nbytes
         return target + self.nbytes * (1 if operation in (LOSS, EACH) else 2)
+
+
+def case_of(fields: list[Any]) -> Case:
+    """The case with these fields, as JSON returns them: with lists in place of tuples."""
+    case = Case(*fields)
+    return case._replace(shape=tuple(case.shape), operations=tuple(case.operations))
 
 
 # The CPU's cases
@@ -81,7 +95,14 @@ DTYPES = [
 ]
 DTYPES.append(Case("dtypes", LARGE[1], "float64", operations=(LOSS, GRAD)))
 SOFT = [Case("soft", LARGE[0], target="soft", operations=(GRAD,))]
-WITH_OPTION = [Case("options", LARGE[0], operations=(GRAD,), option=name) for name in OPTIONS]
+WITH_OPTION = [Case("options", LARGE[0], operations=(GRAD,), option=name) for name in EACH_OPTION]
+SMALL_OPTIONS = [
+    *(
+        Case("small options", SMALL[1], operations=(GRAD,), option=name)
+        for name in ("label_smoothing", "softcap", "ignore_index")
+    ),
+    *(Case("small options", shape, target=INT32, operations=(GRAD,)) for shape in SMALL[1:]),
+]
 FIRST = Case("first", (4096, 1000), operations=(COLD, WARM))  # each in a new process
 CLASSES = [
     Case("classes", (2**24 // c, c), operations=(GRAD,)) for c in (2, 16, 64, 256, 1024, 4096, 16384, 65536, 262144)
@@ -95,7 +116,7 @@ AXIS = [
 QUICK = [
     *(Case("quick", (64, 100), dtype, target) for dtype in ITEMSIZE for target in ("labels", "soft")),
     Case("quick", (2, 20000)),
-    *(Case("quick", (64, 100), option=name) for name in OPTIONS),
+    *(Case("quick", (64, 100), option=name) for name in EACH_OPTION),
     Case("quick", (2, 7, 5, 3), axis=1),
     *SIZES[4:6],
 ]
@@ -128,7 +149,7 @@ _NARROW = ("float32", "bfloat16")
 GPU_OTHER = [
     HOST,
     *(Case("peaked", (32768, c), dtype, operations=_FEW, peaked=True) for dtype in _NARROW for c in (1024, 32768)),
-    *(Case("options", (32768, c), operations=_FEW, option=name) for c in (1000, 32000) for name in OPTIONS),
+    *(Case("options", (32768, c), operations=_FEW, option=name) for c in (1000, 32000) for name in EACH_OPTION),
     *(Case("soft", (32768, c), dtype, "soft", operations=_FEW) for c in (1000, 32000) for dtype in _NARROW),
     *(Case("dtypes", shape, dtype, operations=_FEW) for shape in ((32768, 1000), (8192, 50257)) for dtype in ITEMSIZE),
     *(Case("few", (1 << 24, c), dtype, operations=_FEW) for c in (2, 10, 21) for dtype in _NARROW),
@@ -166,7 +187,7 @@ def cases(backend: str, quick: bool) -> list[Case]:
         return QUICK
     if backend == "cupy":
         return [*GPU_CELLS, *GPU_OTHER, *ENGINES]
-    return [*SIZES, *DTYPES, *SOFT, *WITH_OPTION, FIRST, *CLASSES, *ROWS, *AXIS]
+    return [*SIZES, *DTYPES, *SOFT, *WITH_OPTION, *SMALL_OPTIONS, FIRST, *CLASSES, *ROWS, *AXIS]
 
 
 # The goals
@@ -232,6 +253,7 @@ def _cpu_goals() -> list[Goal]:
     by_shape = {case.shape: case for case in SIZES}
     large = [by_shape[shape] for shape in LARGE]
     medium, small, tiny = (by_shape[shape] for shape in SMALL)
+    few = {case.classes: case for case in CLASSES}
     return [
         *(_against("torch", case, 5) for case in large),
         *(_against("torch", case, 6.5, GRAD, OUT) for case in large),
@@ -254,6 +276,15 @@ def _cpu_goals() -> list[Goal]:
         _spread("time per logit, slowest / fastest of N = 4096 to 65536", (c for c in ROWS if c.shape[0] >= 4096), 1.5),
         _ratio((AXIS[0], OURS, GRAD), (AXIS[1], OURS, GRAD), 1.5, at_least=False),
         _ratio((AXIS[2], OURS, GRAD), (large[0], OURS, GRAD), 1.5, at_least=False),
+        # What label_smoothing, softcap, ignore_index and int32 labels cost a small call; int32 labels, a tiny one too.
+        *(
+            _ratio((case, OURS, GRAD), (by_shape[case.shape], OURS, GRAD), bound, at_least=False)
+            for case, bound in zip(SMALL_OPTIONS, (1.5, 3, 1.2, 1.1, 1.5), strict=True)
+        ),
+        *(
+            _ratio((few[classes], OURS, GRAD), (few[classes], COPY, COPY), bound, at_least=False)
+            for classes, bound in ((2, 4), (16, 1.6), (64, 1.4))
+        ),
     ]
 
 

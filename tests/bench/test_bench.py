@@ -187,8 +187,14 @@ def test_a_peaked_case_has_large_labels_and_the_same_truth():
     assert SMALL._replace(peaked=True).name == f"{SMALL.name} peaked"
 
 
-@pytest.mark.parametrize("option", ["", "sample_weight"])
-@pytest.mark.parametrize("target", ["labels", "soft"])
+@pytest.mark.parametrize(
+    ("target", "option"),
+    [
+        *itertools.product(("labels", "soft"), ("", "sample_weight")),
+        ("labels", "ignore_index"),
+        (suite.INT32, ""),
+    ],
+)
 def test_a_tile_is_repeated_along_every_axis_of_rows(target, option, monkeypatch):
     """And looked for at the start, in the middle and at the end."""
     monkeypatch.setattr(run, "CHECKED", 100)
@@ -203,7 +209,47 @@ def test_a_tile_is_repeated_along_every_axis_of_rows(target, option, monkeypatch
         run.check((loss, grad), truth, tiles, strictly=True)
 
 
-@pytest.mark.parametrize("option", ["", "weight", "sample_weight"])
+def test_a_quarter_of_the_labels_is_ignored(monkeypatch):
+    """In each tile; the mean divides by the others. Where a gradient is exactly 0 and must be, its error is 0."""
+    monkeypatch.setattr(run, "CHECKED", 60)
+    case = Case("test", (24, 5), option="ignore_index")
+    problem, truth, tiles = run.make(case, 0, 1, np)
+    plain = run.make(case._replace(option=""), 0, 1, np)[0]
+    ignored = problem.target == -100
+    assert problem.options == {"ignore_index": -100}
+    assert ignored.reshape(2, 12).sum(1).tolist() == [3, 3]
+    np.testing.assert_array_equal(problem.logits, plain.logits)
+    np.testing.assert_array_equal(problem.target[~ignored], plain.target[~ignored])
+    assert (problem.divisor, plain.divisor) == (18, 24)
+    loss, grad = peers.ours(problem)[GRAD].run()
+    assert (grad[ignored] == 0).all()
+    errors = run.check((loss, grad), truth, tiles, strictly=True)
+    assert all(0 < error <= BAR for error in errors.values())
+    grad[np.flatnonzero(ignored)[0], 0] = 1e-9
+    assert run.check((loss, grad), truth, tiles, strictly=False)["grad_units"] == math.inf
+
+
+@pytest.mark.parametrize("library", ["torch", "JAX", "NumPy", "SciPy", "scikit-learn"])
+@pytest.mark.parametrize("case", suite.SMALL_OPTIONS, ids=lambda case: case.name)
+def test_a_peer_does_a_small_option_right_or_says_why_not(case, library):
+    """PyTorch and JAX do all of them, but for PyTorch int32 labels; without options, all do."""
+    module, maker = peers.PEERS["numpy"][library]
+    pytest.importorskip(module)
+    problem, truth, tiles = run.make(case._replace(shape=(32, 10)), 0, 1, np)
+    assert problem.has_labels
+    assert problem.target.dtype == (np.int32 if case.target == suite.INT32 else np.int64)
+    if library == "torch" and case.target == suite.INT32:
+        with pytest.raises(peers.Unsupported, match="takes int64 labels only"):
+            maker(problem)
+    elif library not in ("torch", "JAX") and case.option:
+        with pytest.raises(peers.Unsupported, match="without options"):
+            maker(problem)
+    else:
+        call = maker(problem)[GRAD]
+        run.check(call.finish(call.run()), truth, tiles, strictly=False)
+
+
+@pytest.mark.parametrize("option", ["", "weight", "sample_weight", "ignore_index"])
 def test_losses_of_each_row_are_held_against_the_mean(option):
     """As on a GPU: the calls of a problem whose arrays are CuPy's, on arrays that are not."""
     problem, truth, tiles = run.make(Case("test", (8, 5), option=option), 0, 1, np)
@@ -388,6 +434,7 @@ def test_the_copy_copies(threads, shape):
 def test_bytes_that_must_move():
     assert Case("test", (4, 10)).must_move(LOSS) == 4 * 10 * 4 + 4 * 8
     assert Case("test", (4, 10)).must_move(GRAD) == 2 * 4 * 10 * 4 + 4 * 8
+    assert Case("test", (4, 10), target=suite.INT32).must_move(GRAD) == 2 * 4 * 10 * 4 + 4 * 4
     assert Case("test", (4, 10), "bfloat16", "soft").must_move(GRAD) == 3 * 4 * 10 * 2
     assert Case("test", (2, 5, 3), axis=1).must_move(COPY) == 2 * 30 * 4
 
@@ -521,6 +568,37 @@ def test_goals_are_met_missed_or_not_run():
         ["MISSED", "0.75", ">=", "0.8"],
         ["MISSED", "1.60", "<=", "1.5"],
     ]
+
+
+def test_small_options_and_few_classes_have_goals():
+    """The time with an option divided by that without; that of few classes divided by the time of a copy."""
+    plain, tiny = suite.SIZES[4:6]
+    few = [case for case in suite.CLASSES if case.classes <= 64]
+    over = [(case, OURS, GRAD, tiny if case.shape == tiny.shape else plain, OURS, GRAD) for case in suite.SMALL_OPTIONS]
+    over += [(case, OURS, GRAD, case, COPY, COPY) for case in few]
+    texts = [
+        *(f"{case.name}: {OURS} / {OURS} {GRAD} of {other.name}" for case, _, _, other, _, _ in over[:5]),
+        *(f"{case.name}: {OURS} {GRAD} / {COPY} {COPY}" for case in few),
+    ]
+    bounds = [1.5, 3, 1.2, 1.1, 1.5, 4, 1.6, 1.4]
+    assert [case.classes for case in few] == [2, 16, 64]
+    assert [case.option or case.target for case in suite.SMALL_OPTIONS] == [
+        "label_smoothing", "softcap", "ignore_index", suite.INT32, suite.INT32,
+    ]  # fmt: skip
+    for text, bound, (case, library, operation, *other) in zip(texts, bounds, over, strict=True):
+        for factor, verdict in ((0.99, "met"), (1.01, "MISSED")):
+            times = {(case.name, library, operation): factor * bound, (other[0].name, *other[1:]): 1.0}
+            rows = [
+                {"case": name, "library": library, "operation": operation, "seconds": seconds}
+                for (name, library, operation), seconds in times.items()
+            ]
+            _, line = run.goals(rows, "numpy")
+            assert line.split(maxsplit=4) == [verdict, f"{factor * bound:.2f}", "<=", f"{bound:g}", text]
+
+
+def test_a_case_is_itself_again_from_json():
+    for case in suite.cases("numpy", quick=False):
+        assert suite.case_of(json.loads(json.dumps(case))) == case
 
 
 @pytest.mark.parametrize("backend", suite.GOALS)
