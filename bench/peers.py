@@ -18,8 +18,6 @@ from typing import Any
 import numpy as np
 
 import xent_array
-from xent_array._engines import ENGINES
-from xent_array._problem import problem_without_target
 
 from .suite import (
     ACROSS,
@@ -470,6 +468,9 @@ def namespace(backend: str) -> Any:
 
 def libraries(backend: str, xp: Any, only: str | None = None) -> tuple[dict[str, Maker], dict[str, str]]:
     """The makers that can be used here, and why the others cannot; `only` selects one of the peers."""
+    from xent_array._engines import ENGINES  # which a tree that `bench.compare` imports may lack
+    from xent_array._problem import problem_without_target
+
     found: dict[str, Maker] = {COPY: copy, OURS: ours}
     absent = {}
     rows = problem_without_target(xp.zeros((1, 1), dtype=xp.float32), -1)

@@ -102,9 +102,9 @@ def run(
     limit_threads(settings.threads)
     xp = peers.namespace(settings.backend)
     makers, absent = peers.libraries(settings.backend, xp, only=None if settings.peers else "")
-    about = _about(settings, xp)
+    origin = about(settings, xp)
     say = functools.partial(tqdm.write, file=sys.stdout)
-    say(_header(about))
+    say(header(origin))
     for name, reason in absent.items():
         say(f"absent: {name}: {reason}")
     if settings.out is not None:
@@ -128,7 +128,7 @@ def run(
                 continue
             progress.set_postfix_str(case.name)
             found, notes = (measure_by or measure)(case, makers, settings, xp, begun.get(case))
-            found = [row | about for row in found]
+            found = [row | origin for row in found]
             say("\n" + "\n".join([*table(case, found), *notes]))
             rows += found
             if settings.out is not None:
@@ -170,19 +170,30 @@ class Begun(NamedTuple):
     calls: dict[tuple[str, str], Call]
 
 
-def begin(case: Case, makers: dict[str, peers.Maker], settings: Settings, xp: Any) -> Begun:
-    """Makes a problem, and runs and checks every operation of every library on it."""
+def begin(
+    case: Case,
+    makers: dict[str, peers.Maker],
+    settings: Settings,
+    xp: Any,
+    look: Callable[[str, Any], object] | None = None,
+) -> Begun:
+    """Makes a problem, and runs and checks every operation of every library on it.
+
+    `look` is called with the name of each operation and its result, before another run can overwrite that.
+    """
     problem, truth, tiles = make(case, settings.seed, settings.threads, xp)
     begun = Begun({}, [], {})
     for (library, operation), call in _calls(problem, makers, begun.notes):
         row = begun.rows[library, operation] = _empty_row(case, library, operation, settings)
         try:
             result = _first(call, row, xp)
+            if look is not None:
+                look(operation, result)
             if library != COPY:
                 row |= check(result, truth, tiles, strictly=library.startswith(OURS))
             begun.calls[library, operation] = call
         except Exception as error:
-            row["failed"] = _short(error)
+            row["failed"] = short(error)
             _release(xp)
     return begun
 
@@ -198,7 +209,7 @@ def _calls(
             notes.append(f"  {library} {why}")
             continue
         except Exception as error:  # a peer that breaks must not end the run
-            notes.append(f"  {library} FAILED: {_short(error)}")
+            notes.append(f"  {library} FAILED: {short(error)}")
             continue
         for operation, call in made.items():
             if operation not in suite.EVERY or operation in problem.case.operations:
@@ -238,7 +249,7 @@ def measure(
         if np.median(by_one) < np.median(times[COPY, COPY]):
             times[COPY, COPY], rows[COPY, COPY] = by_one, row | {"operation": COPY, "threads": 1}
     for key, reason in failed.items():
-        rows[key]["failed"] = _short(reason)
+        rows[key]["failed"] = short(reason)
     for (_, operation), row in rows.items():
         row["bytes"] = case.must_move(operation)
     for key, taken in times.items():
@@ -378,7 +389,7 @@ def _release(xp: Any) -> None:
             sys.modules["torch"].cuda.empty_cache()
 
 
-def _short(error: BaseException) -> str:
+def short(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".partition("\n")[0][:300]
 
 
@@ -470,14 +481,14 @@ def print_first_call(threads: str, *shape: str) -> None:
 # The report of a run
 
 
-def _about(settings: Settings, xp: Any) -> Row:
+def about(settings: Settings, xp: Any) -> Row:
     """Where the numbers of this run come from."""
     machine: Row = {"cpu": _cpu(), "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 2), "gpu": None}
     machine |= {"whole_cores": _whole_cores(), "nodes": len(list(Path("/sys/devices/system/node").glob("node[0-9]*")))}
     if xp is not np:
         properties = xp.cuda.runtime.getDeviceProperties(xp.cuda.Device().id)
         machine |= {"gpu": properties["name"].decode(), "cuda_driver": xp.cuda.runtime.driverGetVersion()}
-    commit, dirty = settings.commit or _git("rev-parse", "HEAD"), _git("status", "--porcelain", "-uno")
+    commit, dirty = settings.commit or git("rev-parse", "HEAD"), git("status", "--porcelain", "-uno")
     return {
         "machine": machine,
         "versions": {"python": platform.python_version(), **_versions()},
@@ -513,7 +524,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _git(*arguments: str) -> str | None:
+def git(*arguments: str) -> str | None:
     try:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
     except OSError:
@@ -521,7 +532,7 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _header(about: Row) -> str:
+def header(about: Row) -> str:
     machine = about["machine"]
     commit = (about["commit"] or "unknown commit")[:10] + (", with uncommitted changes" if about["dirty"] else "")
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
@@ -548,7 +559,7 @@ def table(case: Case, rows: list[Row]) -> list[str]:
         units = max((row[f"{what}_units"] or 0 for what in ("loss", "grad")), default=0)
         mine = ours.get(row["operation"])
         lines.append(
-            f"{name}{_ms(row['seconds']):>10} {_ms(row['q1']):>10}-{_ms(row['q3']):>10} {_ms(row['first']):>9} "
+            f"{name}{ms(row['seconds']):>10} {ms(row['q1']):>10}-{ms(row['q3']):>10} {ms(row['first']):>9} "
             f"{row['gb_per_s']:>7.2f} {_or_blank(row['of_copy'], '.0%'):>8} "
             f"{_or_blank(mine and row['seconds'] / mine, '.2f'):>7} {_or_blank(units or None, '.2g'):>15} "
             f"{_or_blank(row['memory'] is not None and row['memory'] / case.nbytes, '.2f', ' x logits'):>12}".rstrip()
@@ -556,7 +567,7 @@ def table(case: Case, rows: list[Row]) -> list[str]:
     return lines
 
 
-def _ms(seconds: float) -> str:
+def ms(seconds: float) -> str:
     return f"{seconds * 1e3:.4g}"
 
 
