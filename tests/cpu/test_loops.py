@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ from support.problems import (
 from support.sizes import only_contiguous, resize
 
 from xent_array._engines.cpu import compiled, machine_code, memory, path
-from xent_array._engines.cpu.loops import STREAM, contiguous, strided, transposed
+from xent_array._engines.cpu.loops import PLAIN, STREAM, contiguous, strided, transposed
 
 RNG = np.random.default_rng(0)
 CLASSES = (1, 2, 3, 4, 5, 9, 31, 32, 33, 64, 255, 256, 257, 512, 513, 1000)
@@ -57,6 +58,38 @@ def test_all_loops_are_bit_identical(monkeypatch, dtype, names):
             assert all_that_comes_out(apart, labels, 1, labels.shape, **options) == wanted
             assert by_row.calls == before
     assert min(by_row.calls, transposed_rows.calls, strided_rows.calls) > 0
+
+
+@each_dtype
+@pytest.mark.parametrize("ignores", [False, True])
+def test_plain_rows_are_bit_identical(monkeypatch, dtype, ignores):
+    """Rows of few classes without options have code of their own: whole tiles, the rest of one, and every way there."""
+    spy = Spy(monkeypatch, transposed)
+    for classes, count in itertools.product((1, 2, 3, 4, 5, 7, 8, 16, 31, 32, 33, 65, 150), (1, 15, 16, 17, 100, 301)):
+        x, _, _ = problem(classes, count, DTYPES[dtype], seed=classes + count)
+        labels = RNG.integers(classes, size=count)
+        labels[labels == x.argmax(1)] = RNG.integers(classes)
+        if ignores:
+            labels[2::3] = -5
+            labels[-1] = 0  # as one of them has to count
+        for scale in (1.0, -3.0, 0.0, 1e-42, -1e-45):
+            options = {"reduction": "none", "ignore_index": -5, "engine": "cpu"}
+            both = partial(cross_entropy_value_and_grad, grad_output=scale, **options)
+            with monkeypatch.context() as patched:
+                only_contiguous(patched)
+                calls = spy.calls
+                wanted = [*map(words_of, both(x, labels))]
+                assert spy.calls == calls
+            padded = LAYOUTS["padded"](x)
+            for logits, out in ((x, None), (x.copy(), "in place"), (padded, None), (padded, padded.copy()[::-1])):
+                out = logits if isinstance(out, str) else out
+                spy.calls = 0
+                loss, grad = both(logits, labels, out=out)
+                assert [words_of(loss), words_of(grad)] == wanted, (classes, count, scale)
+                assert spy.calls >= 1  # once more where it has to find that some are ignored
+                if logits is not padded or not ignores:  # those that count nothing have weights of 0 there
+                    assert spy.told("job") & PLAIN
+            assert words_of(cross_entropy(x, labels, **options)) == wanted[0]
 
 
 @each_dtype

@@ -15,8 +15,8 @@ from xent_array import (
     softmax,
 )
 from xent_array._engines import cpu
-from xent_array._engines.cpu import path
-from xent_array._engines.cpu.loops import GRAD, KNOWN, LOG, LOSS, STATS, STREAM
+from xent_array._engines.cpu import compiled, path
+from xent_array._engines.cpu.loops import GRAD, KNOWN, LOG, LOSS, PLAIN, STATS, STREAM
 from xent_array._engines.cpu.path import Strides
 
 RNG = np.random.default_rng(0)
@@ -62,8 +62,8 @@ EVERYTHING = {"weight": np.ones(30), "sample_weight": np.ones(50), "z_loss": 0.1
 # What is called; the code, where logits are read and where the gradient is written, None where they are copied.
 TABLE = {
     "contiguous rows of few classes": (lambda: both(logits(50, 10)), "transposed", (10, 1), (10, 1)),
-    "the most of these": (lambda: both(logits(9, 240)), "transposed", (240, 1), (240, 1)),
-    "one more": (lambda: both(logits(9, 241)), "contiguous", (241, 1), (241, 1)),
+    "the most of these": (lambda: both(logits(9, 320)), "transposed", (320, 1), (320, 1)),
+    "one more": (lambda: both(logits(9, 321)), "contiguous", (321, 1), (321, 1)),
     "one class": (lambda: both(logits(9, 1)), "transposed", (1, 1), (1, 1)),
     "one row": (lambda: both(logits(1, 10)), "transposed", (10, 1), (10, 1)),
     "under options": (lambda: both(logits(50, 30), **EVERYTHING), "transposed", (30, 1), (30, 1)),
@@ -78,7 +78,7 @@ TABLE = {
     "a loss alone": (lambda: cross_entropy(logits(5, 10), [0] * 5, engine="cpu"), "transposed", (10, 1), None),
     "rows apart": (lambda: both(laid("padded", 50, 10)), "transposed", (17, 1), (10, 1)),
     "rows backwards": (lambda: both(laid("rows backwards", 50, 10)), "transposed", (-10, 1), (10, 1)),
-    "every other row": (lambda: both(laid("every other row", 50, 300)), "contiguous", (600, 1), (300, 1)),
+    "every other row": (lambda: both(laid("every other row", 50, 400)), "contiguous", (800, 1), (400, 1)),
     "the same row": (lambda: both(laid("broadcast", 50, 10)), "transposed", (0, 1), (10, 1)),
     "read-only": (lambda: both(laid("read-only", 50, 10)), "transposed", (10, 1), (10, 1)),
     "every other class": (lambda: both(laid("every other class", 50, 10)), "contiguous", COPIED, (10, 1)),
@@ -119,7 +119,7 @@ def test_path(chosen, name):
         assert found.width == 0
     else:
         assert found.width % 16 == 0
-        assert 16 <= found.width <= (128 if code == "transposed" else 256)
+        assert 16 <= found.width <= (128 if code == "transposed" and "alone" not in name else 256)
     is_copied = x is None or (out is None and "alone" not in name)
     is_distribution = name == "distributions"
     assert found.block == path.BLOCK * (1 if is_copied or is_distribution else 16)
@@ -138,8 +138,25 @@ def test_path_of_each_question(chosen):
     softmax(x)
     log_softmax(x)
     assert [found.job for found in chosen] == [
-        STATS, LOSS, LOSS | GRAD, KNOWN | GRAD, LOSS | GRAD | STATS, GRAD, LOG,
+        STATS, LOSS | PLAIN, LOSS | GRAD | PLAIN, KNOWN | GRAD, LOSS | GRAD | STATS, GRAD, LOG,
     ]  # fmt: skip
+
+
+@needs_loops
+def test_plain_rows(chosen):
+    """Which rows of few classes are plain: those of a user who gives nothing but numbers that apply to every row."""
+    x, y = logits(50, 10), np.zeros(50, int)
+    for options, is_plain in (
+        ({}, True), ({"reduction": "sum"}, True), ({"reduction": "none"}, True), ({"grad_output": -2.0}, True),
+        ({"denominator": 7.0}, True), ({"out": np.empty_like(x)}, True), ({"ignore_index": 3}, True),
+        ({"ignore_index": 0}, False), ({"sample_weight": np.ones(50)}, False), ({"weight": np.ones(10)}, False),
+        ({"z_loss": 0.1}, False), ({"label_smoothing": 0.1}, False), ({"softcap": 9.0}, False),
+        ({"reduction": "none", "grad_output": np.ones(50, np.float32)}, False), ({"return_stats": True}, False),
+    ):  # fmt: skip
+        cross_entropy_value_and_grad(x, y, **options, engine="cpu")
+        assert bool(chosen.pop().job & PLAIN) is is_plain, options
+    both(logits(50, 321))
+    assert not chosen.pop().job & PLAIN  # but they need no bit: `contiguous` takes all rows alike
 
 
 @needs_loops
@@ -154,6 +171,45 @@ def test_path_of_large_gradients(chosen, monkeypatch):
         found = chosen.pop()
         assert found.code == "strided"
         assert bool(found.job & STREAM) is is_streamed, (shape, dtype)
+
+
+@needs_loops
+@pytest.mark.parametrize("way", ["at once", "through every check"])
+def test_large_gradients_of_contiguous_rows(monkeypatch, way):
+    """They are stored past the caches, but not in long bursts, and not where the logits are."""
+    monkeypatch.setattr(cpu, "choose", lambda *given: paths.append(path.choose(*given)) or paths[-1])
+    monkeypatch.setattr(compiled, "of_contiguous", lambda *given: paths.append(path.of_contiguous(*given)) or paths[-1])
+    resize(monkeypatch, LARGE=1 << 14)
+    options = {} if way == "at once" else {"denominator": 9.0}
+    for classes, dtype, place, is_streamed in (
+        (10, np.float32, None, True), (10, np.float32, "new", True), (10, np.float32, "logits", False),
+        (1000, np.float32, None, True), (1000, np.float32, "logits", False), (1000, np.float16, None, False),
+        (240, np.float32, None, True), (256, np.float32, None, False), (512, np.float32, None, True),
+        (1001, np.float32, None, False), (1004, np.float32, None, False), (1008, np.float32, None, True),
+        (256, np.float64, None, True), (260, np.float64, None, True), (258, np.float64, None, False),
+        (4096, np.float32, None, True), (4097, np.float32, None, False), (2048, np.float64, None, True),
+        (2049, np.float64, None, False), (10, np.float64, "new", True), (10, np.float64, "logits", False),
+    ):  # fmt: skip
+        x = logits(20_000 // classes + 400, classes, dtype=dtype)
+        for large in (True, False):
+            paths = []
+            resize(monkeypatch, LARGE=x.nbytes + (0 if large else 1))
+            both(x, out=x if place == "logits" else np.empty_like(x) if place else None, **options)
+            assert bool(paths[-1].job & STREAM) is (is_streamed and large), (classes, dtype, place, large)
+            most = path.TRANSPOSED_STREAMED if is_streamed and large else path.TRANSPOSED
+            if dtype != np.float16 and (is_streamed or not large):
+                assert (paths[-1].code == "transposed") is (classes * x.itemsize <= most)
+            assert len(set(paths)) == 1
+
+
+@needs_loops
+def test_large_gradients_in_place_of_rows_side_by_side(chosen, monkeypatch):
+    resize(monkeypatch, LARGE=1 << 14)
+    x = logits(2, 50, 64)
+    both(x, axis=1)
+    both(x, axis=1, out=x)
+    assert [found.code for found in chosen] == ["strided"] * 2
+    assert [bool(found.job & STREAM) for found in chosen] == [True, False]
 
 
 @pytest.mark.parametrize("compile", [pytest.param(True, marks=needs_loops), False])
@@ -190,14 +246,14 @@ def test_path_without_loops(chosen, monkeypatch, compile):
 def test_at_once_takes_the_same_path(chosen, monkeypatch, option, large):
     """`of_contiguous`, which sees no arrays, agrees with `choose`."""
     resize(monkeypatch, LARGE=large)
-    for classes in (1, 2, 10, 240, 241, 400, 401, 600):
+    for classes in (1, 2, 10, 240, 241, 320, 321, 400, 401, 600, 4096, 4097):
         for call, job in (
             (both, LOSS | GRAD),
             (lambda x, **given: cross_entropy(x, [0] * 9, engine="cpu", **given), LOSS),
         ):
             call(logits(9, classes), **option)
             found = chosen.pop()
-            told = path.of_contiguous(classes, job, large == 1 and call is both, 4)
+            told = path.of_contiguous(classes, job, not option, large == 1 and call is both, 4)
             assert (told.code, told.job, told.x, told.width) == (found.code, found.job, found.x, found.width)
             if call is both:
                 assert told.out == found.out
@@ -205,7 +261,7 @@ def test_at_once_takes_the_same_path(chosen, monkeypatch, option, large):
 
 @needs_loops
 def test_the_path_does_not_depend_on_how_many_rows_there_are(chosen):
-    for classes in (5, 300):
+    for classes in (5, 400):
         for count in (1, 2, 17, 4000):
             both(logits(count, classes))
         assert len(set(chosen)) == 1

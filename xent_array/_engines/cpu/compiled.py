@@ -34,7 +34,7 @@ from .loops import (
 )
 from .machine_code import Function, function
 from .memory import LINE
-from .path import ROW, SERIAL, Path, Strides, Want, arithmetic, is_large, of_contiguous, takes_at_once
+from .path import ROW, SERIAL, Path, Strides, Want, arithmetic, is_to_memory, of_contiguous, takes_at_once
 
 _INDEX, _HALF = np.dtype(np.intp), np.dtype(np.float16)
 _NAMES = {np.dtype(name): name for name in ("float32", "float64")}
@@ -90,7 +90,7 @@ def at_once(
     room = borrow(count * acc.itemsize) if is_lent else None
     loss = memory.empty((count,), acc) if room is None else room[: count * acc.itemsize].view(acc)
     arrays = logits, label, loss, _NONE[acc] if grad is None else grad
-    kind = dtype, classes, is_large(grad), smoothing, z_loss, softcap or 0.0, ignore
+    kind = dtype, classes, is_to_memory(logits, grad), smoothing, z_loss, softcap or 0.0, ignore
     scale = 1.0 if factor is None else factor
     job = LOSS if grad is None else LOSS | GRAD
     found, kept = -1.0, count
@@ -200,7 +200,8 @@ def _prepared_for_any(kind: _Kind, job: int, team: int) -> tuple[Function, Array
     """The same for any number of rows and any scale."""
     dtype, classes, to_memory, smoothing, z_loss, softcap, ignore_index = kind
     acc = arithmetic(dtype)
-    path = of_contiguous(classes, job, to_memory, dtype.itemsize)
+    is_plain = smoothing == z_loss == softcap == 0
+    path = of_contiguous(classes, job, is_plain, to_memory, dtype.itemsize)
     q, (least, most, quota) = np.array([smoothing / classes], acc), _turns(classes)
     arguments = Arguments(
         path.job, 0, 1, classes, classes, 1, classes, 1, path.width,

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..._rows import Array, Rows, RowStats
-from .loops import GRAD, KNOWN, LANES, LOG, LOSS, STATS, STREAM
+from .loops import GRAD, KNOWN, LANES, LOG, LOSS, PLAIN, STATS, STREAM
 from .memory import LARGE, LINE
 
 BLOCK = 1 << 18  # the most work, in logits, in a block that is copied to a workspace
@@ -21,11 +21,14 @@ TILE = 1 << 20  # rows of more classes are read in pieces of this many, which bo
 SERIAL = 1 << 16  # work too small for another thread; three times as much in compiled loops, which are faster
 ROW = 24  # the cost of a row apart from its logits, in logits
 
-# Contiguous rows of up to so many bytes, in the dtype of the arithmetic, are transposed, with an output and without
-TRANSPOSED, TRANSPOSED_ALONE = 960, 1600
+# Contiguous rows of up to so many bytes, in the dtype of the arithmetic, are transposed: with an output, with one that
+# is written past the caches, and without
+TRANSPOSED, TRANSPOSED_STREAMED, TRANSPOSED_ALONE = 1280, 960, 1600
 # Logits per transposed tile, and rows, at most: the L1 cache also holds the rows as they were, the output and the state
 TRANSPOSED_SIZE, TRANSPOSED_SIZE_ALONE = 1 << 10, 1 << 12
-TRANSPOSED_ROWS, TRANSPOSED_ROWS_ALONE = 128, 64
+TRANSPOSED_ROWS, TRANSPOSED_ROWS_ALONE = 128, 256
+# Bytes of contiguous rows that are written past the caches, at least and at most: longer ones would come in bursts
+STREAMED, STREAMED_MOST = 1 << 11, 1 << 14
 SIDE_BY_SIDE = 8  # the strided loop takes rows if at least this many are adjacent
 STRIDED_CLASSES = 1 << 16  # and there are at most this many classes
 STRIDED_SIZE = 1 << 16  # logits per strided tile, which has 32 to 256 rows
@@ -98,26 +101,32 @@ def choose(rows: Rows, want: Want, has_loops: bool) -> Path:
     if fits_lanes and not has_options and inner >= SIDE_BY_SIDE and classes <= STRIDED_CLASSES:
         x, out = _strides(rows.logits, acc, True), _strides(output, acc, True)
         if x is not None and (output is None or out is not None):
-            return _tiled("strided", want.job | _streaming(output, out), x, out, classes)
+            return _tiled("strided", want.job | _streaming(rows.logits, output, out), x, out, classes)
     x = out = None
     if inner == 1:
         x, out = _strides(rows.logits, acc, False), _strides(output, acc, False)
     is_copied = x is None or (output is not None and out is None)
     if has_options and (want.stats or want.given or (rows.label_smoothing and rows.weight is not None)):
         fits_lanes = False
-    job = want.job | (STREAM if want.grad is not None and _may_stream_rows(output, out) else 0)
-    if fits_lanes and not is_copied and _is_transposed(classes, acc.itemsize, job):
-        return _tiled("transposed", job, x, out, classes)
+    to_memory = out is not None and out.outer == classes and is_to_memory(rows.logits, want.grad)
+    in_tiles = want.job | _streaming_rows(to_memory, rows.grad_dtype.itemsize)
+    if fits_lanes and not is_copied and _is_transposed(classes, acc.itemsize, in_tiles):
+        return _tiled("transposed", in_tiles | _plain(rows, want), x, out, classes)
+    job = want.job | _streaming_rows(to_memory, rows.grad_dtype.itemsize, classes)
     block = BLOCK if is_copied or not (rows.target is None or rows.has_labels) else 16 * BLOCK
     return Path("contiguous", job, x, out, 0, block, 3 * SERIAL)
 
 
-def of_contiguous(classes: int, job: int, to_memory: bool, itemsize: int) -> Path:
-    """The path for contiguous rows with labels; `to_memory` if the gradient is larger than the caches."""
+def of_contiguous(classes: int, job: int, is_plain: bool, to_memory: bool, itemsize: int) -> Path:
+    """The path for contiguous rows with labels; `is_plain` if there are no options.
+
+    `to_memory` is what `is_to_memory` says of the gradient.
+    """
     strides = Strides(classes, 1)
-    job |= STREAM if to_memory and job & GRAD and itemsize > 2 else 0
-    if _is_transposed(classes, max(itemsize, 4), job):
-        return _tiled("transposed", job, strides, strides, classes)
+    in_tiles = job | _streaming_rows(to_memory, itemsize)
+    if _is_transposed(classes, max(itemsize, 4), in_tiles):
+        return _tiled("transposed", in_tiles | (PLAIN if is_plain else 0), strides, strides, classes)
+    job |= _streaming_rows(to_memory, itemsize, classes)
     return Path("contiguous", job, strides, strides, 0, 16 * BLOCK, 3 * SERIAL)
 
 
@@ -189,15 +198,11 @@ def _tiled(code: str, job: int, x: Strides | None, out: Strides | None, classes:
 
 
 def _is_short(rows: Rows, want: Want) -> bool:
-    """Whether the short version in NumPy suffices: a loss of contiguous rows, all of whose labels count."""
+    """Whether the short version in NumPy suffices: of contiguous plain rows."""
     classes, inner = rows.logits.shape[1:]
     return (
-        rows.all_labels_count
-        and (rows.weight is None and rows.sample_weight is None and rows.softcap is None)
-        and (rows.label_smoothing == 0 and rows.z_loss == 0)
-        and (want.loss is not None and want.stats is None and want.given is None)
-        and (inner == 1 and classes <= TILE)
-        and (rows.upstream is None or (isinstance(rows.upstream, float) and abs(rows.upstream) < _SAFE))
+        (bool(_plain(rows, want)) and inner == 1 and classes <= TILE)
+        and (rows.upstream is None or abs(rows.upstream) < _SAFE)
         and _is_contiguous(rows.logits, rows.acc)
         and (want.grad is None or _is_contiguous(want.grad, rows.acc))
     )
@@ -209,27 +214,44 @@ def _is_contiguous(array: Array, dtype: Any) -> bool:
 
 
 def _is_transposed(classes: int, itemsize: int, job: int) -> bool:
-    return classes * itemsize <= (TRANSPOSED if job & GRAD else TRANSPOSED_ALONE)
+    most = TRANSPOSED_STREAMED if job & STREAM else TRANSPOSED if job & GRAD else TRANSPOSED_ALONE
+    return classes * itemsize <= most
 
 
-def is_large(output: Array | None) -> bool:
-    """Whether the output is larger than the caches."""
-    return output is not None and output.nbytes >= LARGE
+def _plain(rows: Rows, want: Want) -> int:
+    """PLAIN if only loss and gradient are asked for, there are no options, and all rows have labels and count alike."""
+    is_plain = (
+        (want.loss is not None and want.stats is None and want.given is None)
+        and (rows.has_labels and rows.all_labels_count)
+        and (rows.weight is None and rows.sample_weight is None and rows.softcap is None)
+        and (rows.label_smoothing == 0 and rows.z_loss == 0)
+        and (rows.upstream is None or isinstance(rows.upstream, float))
+    )
+    return PLAIN if is_plain else 0
 
 
-def _may_stream_rows(output: Array | None, out: Strides | None) -> bool:
-    """Whether a gradient in contiguous rows is written with non-temporal stores: if it is large, and without gaps."""
-    if output is None or out is None or output.itemsize == 2 or not is_large(output):
-        return False
-    return out.outer == int(output.shape[1])
+def is_to_memory(logits: Array, output: Array | None) -> bool:
+    """Whether the output is larger than the caches, and does not take the place of logits, which are in the caches."""
+    return output is not None and output.nbytes >= LARGE and not np.may_share_memory(output, logits)
 
 
-def _streaming(output: Array | None, out: Strides | None) -> int:
-    """STREAM if a gradient in strided rows is large, and all classes of a row have the same offset in a cache line.
+def _streaming_rows(to_memory: bool, itemsize: int, classes: int | None = None) -> int:
+    """STREAM if a gradient in contiguous rows without gaps is written with non-temporal stores.
+
+    Where rows are written one by one, `classes` are given: then it pays only if rows share a cache line half by half.
+    """
+    if not to_memory or itemsize == 2:
+        return 0
+    size = None if classes is None else classes * itemsize
+    return STREAM if size is None or (STREAMED <= size <= STREAMED_MOST and size % (LINE // 2) == 0) else 0
+
+
+def _streaming(logits: Array, output: Array | None, out: Strides | None) -> int:
+    """STREAM if one in strided rows is: if, in addition, all classes of a row have the same offset in a cache line.
 
     Not for 16-bit floats, which are written one class at a time.
     """
-    if output is None or out is None or output.itemsize == 2 or not is_large(output):
+    if output is None or out is None or output.itemsize == 2 or not is_to_memory(logits, output):
         return 0
     return 0 if any(stride * output.itemsize % LINE for stride in out) else STREAM
 

@@ -48,6 +48,7 @@ CHECK = 32  # first make sure that all labels are classes, and that rounding mod
 SUM = 64  # return the sum of the losses
 STREAM = 128  # write the gradient with non-temporal stores
 IGNORE = 256  # rows with the label `ignore_index` do not count
+PLAIN = 512  # only loss and gradient, of rows with labels and no options: all that are not ignored count alike
 
 LANES = 16  # rows per vector
 PARTIAL = 32  # partial sums per row
@@ -108,5 +109,5 @@ def workspace_size(code: str, classes: int, width: int, itemsize: int) -> int:
     if code == "contiguous":
         return 3 * classes * itemsize
     if code == "transposed":
-        return (3 * classes + KINDS + PARTIAL + 2) * width * itemsize + 8 * width
+        return (3 * classes + KINDS + 2) * width * itemsize + 8 * width
     return (2 * classes + 3 * KINDS + PARTIAL + 1 + 6) * width * itemsize + 8 * width

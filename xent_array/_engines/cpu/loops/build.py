@@ -46,20 +46,19 @@ def _loop(name: str, number: Any, x: Any, out: Any) -> Callable[[Any], Any]:
     def entry(given):
         arguments, x, label, per_row, q, answers, out, workspace, turns, sums = arrays(given)
         told = arguments[0]
-        if turns.shape[0] == 0:
-            return rows(Call(told, told.outer, x, label, per_row, q, answers, out, workspace))
-        taken = 0
-        while taken < told.quota:
-            start, count = next_turn(turns, told.least, told.most, told.team)
-            if start < 0:
-                break
-            taken += count
-            total = rows(
-                Call(
-                    told, count, part(x, start * told.x_outer, count), part(label, start, count), per_row, q,
-                    part(answers, start, count), part(out, start * told.out_outer, out.shape[0]), workspace,
-                )
-            )  # fmt: skip
+        is_alone, taken = turns.shape[0] == 0, 0
+        while taken < told.quota or is_alone:
+            count, x_there, label_there, answers_there, out_there = told.outer, x, label, answers, out
+            if not is_alone:
+                start, count = next_turn(turns, told.least, told.most, told.team)
+                if start < 0:
+                    break
+                taken += count
+                x_there, label_there = part(x, start * told.x_outer, count), part(label, start, count)
+                answers_there, out_there = part(answers, start, count), part(out, start * told.out_outer, out.shape[0])
+            total = rows(Call(told, count, x_there, label_there, per_row, q, answers_there, out_there, workspace))
+            if is_alone:
+                return total
             if told.job & CHECK and total < 0:
                 end_turns(turns)
                 return total

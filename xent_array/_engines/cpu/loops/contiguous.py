@@ -51,6 +51,7 @@ from .simd import (
     fma,
     loop,
     make_compact,
+    make_inline,
     numbers_in,
     on_stack,
     operation,
@@ -284,6 +285,7 @@ def largest_without_softmax(x, step):
 
 @inner
 def _gap_and_mass(row, m, target, has_labels):
+    make_inline()
     kind = row.dtype.type
     q, half = target.q, kind(0.5) * m
     if target.is_distribution:
@@ -306,6 +308,7 @@ def _gap_and_mass(row, m, target, has_labels):
 @inner
 def _target_at(at, target):
     """The target at index `at`; 0 if that is negative."""
+    make_inline()
     q = target.q
     a = target.on_label if target.y == at else q.dtype.type(0)
     if at >= 0 and target.is_distribution:
@@ -318,7 +321,7 @@ def _target_at(at, target):
 @inner
 def _gradient(g, by, top, at, s, target):
     """Replace exp(x - max) by the gradient s·[coef·p - a]; `by` is s·coef·p at the maximum, `top` goes to `at`."""
-    make_compact()
+    make_inline()
     q = target.q
     scale(g, (g, g.dtype.type(by) + g.dtype.type(0)))
     if target.is_distribution:

@@ -9,7 +9,6 @@ from numba import types
 from numba.extending import intrinsic
 
 from . import GROUP, LANES, simd
-from .jit import inner
 from .math import from_bfloat, from_half, tanh_and_slope, times, to_bfloat, to_half
 from .simd import (
     DOUBLE,
@@ -168,7 +167,8 @@ def combined(sums: Array) -> Real:
 
 
 @operation
-def _count_kept(label: Array, classes: Index, ignore_index: Index, ignores: Flag) -> Index:
+def kept_labels(label: Array, classes: Index, ignore_index: Index, ignores: Flag) -> Index:
+    """How many labels are not ignored; -1 if one of these is not a class, or if flush-to-zero or the like is on."""
     kept, wrong = Variable(constant(0)), Variable(constant(0))
     held = Variable(constant(0, INT64, LANES)), Variable(constant(0, INT64, LANES))
     whole = label.length & -LANES
@@ -184,10 +184,4 @@ def _count_kept(label: Array, classes: Index, ignore_index: Index, ignores: Flag
     for lane in range(LANES):
         kept.set(kept.get() + held[0].get().lane(lane))
         wrong.set(wrong.get() | held[1].get().lane(lane))
-    return where(wrong.get() == 0, kept.get(), -1)
-
-
-@inner
-def kept_labels(label, classes, ignore_index, ignores):
-    """How many labels are not ignored; -1 if one of these is not a class, or if flush-to-zero or the like is on."""
-    return _count_kept(label, classes, ignore_index, ignores) if has_default_arithmetic() else -1
+    return where((wrong.get() == 0) & has_default_arithmetic(), kept.get(), -1)

@@ -11,3 +11,4 @@ OPTIONS: dict[str, Any] = {
     "nogil": True, "error_model": "numpy", "_nrt": False, "no_cpython_wrapper": True, "no_cfunc_wrapper": True,
 }  # fmt: skip
 inner = njit(**OPTIONS)
+inlined = njit(**OPTIONS, inline="always")  # for a function with one caller: LLVM optimizes it once, as a part of that

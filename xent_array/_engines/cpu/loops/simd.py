@@ -43,6 +43,11 @@ def _builder() -> Any:
     return _targets[-1][1]
 
 
+def has_feature(name: str) -> bool:
+    """Whether the processor has a feature, by LLVM's name for it."""
+    return f"+{name}" in target().codegen().magic_tuple()[2].split(",")
+
+
 class Value:
     """A number or truth value, or a vector of them, in the function being generated."""
 
@@ -87,6 +92,19 @@ class Value:
                 hidden = builder.asm(ir.FunctionType(bits, [bits]), "", "=r,0", [visible], False)
                 kept[key] = Value(builder.bitcast(hidden, self.element)).repeated(self.lanes).value
         return Value(kept[key])
+
+    def opaque(self) -> Value:
+        """The same value; an empty piece of inline assembly hides from LLVM how it was computed.
+
+        This is for places where LLVM would rewrite the computation into a slower one. A vector is left as it is where
+        the processor may have no registers of its length.
+        """
+        builder, type_, kind = _builder(), self.value.type, "r"
+        if isinstance(type_, ir.VectorType):
+            if not has_feature("avx"):
+                return self
+            kind = "v"
+        return Value(builder.asm(ir.FunctionType(type_, [type_]), "", f"={kind},0", [self.value], False))
 
     def repeated(self, lanes: int) -> Value:
         """A vector with this scalar in every lane; the scalar itself if there is one lane."""
@@ -491,13 +509,19 @@ def make_compact() -> None:
 
 
 @operation
+def make_inline() -> None:
+    """Have LLVM make this a part of its caller, and optimize it for size; a call would pass every array by memory."""
+    for attribute in ("alwaysinline", "optsize"):
+        _builder().function.attributes.add(attribute)
+
+
+@operation
 def fence() -> None:
     """Order non-temporal stores before all later stores."""
     _builder().fence("seq_cst")
 
 
-@operation
-def has_default_arithmetic() -> Flag:
+def has_default_arithmetic() -> Value:
     """Whether the thread's rounding mode and flush-to-zero flags have their defaults; True if that is unknown."""
     builder = _builder()
     triple = builder.module.triple

@@ -15,7 +15,7 @@ from numba import types
 from . import GRAD, KINDS, LANES, PARTIAL, STREAM
 from .contiguous import CHUNK
 from .elementwise import copy, narrow, numbers_of, widen
-from .jit import inner
+from .jit import inlined, inner
 from .math import exp, times
 from .simd import (
     Array,
@@ -41,6 +41,8 @@ from .tiles import (
     EXP_FACTOR,
     FEW,
     MAX,
+    NONE,
+    TWO,
     Gradient,
     Lines,
     State,
@@ -85,7 +87,7 @@ def put_gradient(first: Index, stop: Index, written: Stage, out: Lines, is_strea
     """
     tile = written.tile
     with either(tile.has_few) as branches:
-        for branch, exceptions in zip(branches, (True, False), strict=True):
+        for branch, exceptions in zip(branches, (TWO, NONE), strict=True):
             with branch:
                 for c in loop(first, stop):
                     for lane, lanes in vectors(written.rows, LANES):
@@ -173,7 +175,7 @@ def _rows_of(t, inner, width, lead):
     return o, max(0, start), min(width, inner - start) + min(0, start)
 
 
-@inner
+@inlined
 def rows(call):
     """See `loops`; `call` is a `build.Call`."""
     make_compact()

@@ -14,7 +14,7 @@ import numpy as np
 from numba import types
 
 from . import FACTOR, GRAD, IGNORE, KNOWN, LANES, LOSS, ON_LABEL, PARTIAL, SCALE, STATS
-from .contiguous import CHUNK, half_gap, largest_without_softmax
+from .contiguous import CHUNK, largest_without_softmax
 from .elementwise import copy, fill, scale, subtract
 from .jit import inner
 from .math import at_max, exp, finish, tanh_and_slope, times, to_bfloat, to_half
@@ -30,7 +30,7 @@ from .simd import (
     Variable,
     constant,
     loop,
-    make_compact,
+    make_inline,
     operation,
     part,
     prefetch,
@@ -49,6 +49,8 @@ EXP_FACTOR = 8  # the factor of exp(x - max) in the gradient
 GRAD_AT_MAX = 9
 LESS_AT_LABEL = 10  # subtracted from the gradient at the label
 LESS_AT_ALL = 11  # subtracted at every class, for label smoothing
+
+NONE, TWO, ALL = range(3)  # the exceptions that `Gradient` makes
 
 
 class Tile(NamedTuple):
@@ -139,28 +141,31 @@ def put_exceptions(state: State, is_half: Flag, out: Lines, row_step: Index, cou
 class Gradient:
     """The gradient of some rows of a tile, starting at `row`, class by class.
 
-    With `exceptions` it includes the entries at the label and at the maximum, label smoothing, and the slope of
-    softcap. Without, it is only the multiple of exp(x - max): the two entries are written later, and there are no such
-    options.
+    With ALL it includes the entries at the label and at the maximum, label smoothing, and the slope of softcap; with
+    TWO, those two entries, where there are no such options. With NONE, it is only the multiple of exp(x - max): the two
+    entries are written later.
     """
 
-    def __init__(self, tile: Tile, slopes: Array, state: State, row: Value, lanes: int, exceptions: bool) -> None:
+    def __init__(self, tile: Tile, slopes: Array, state: State, row: Value, lanes: int, exceptions: int) -> None:
         self.tile, self.slopes, self.row, self.lanes, self.exceptions = tile, slopes, row, lanes, exceptions
         (self.by,) = state.load(row, lanes, EXP_FACTOR)
-        if exceptions:
-            kinds = LESS_AT_LABEL, GRAD_AT_MAX, LESS_AT_ALL, SCALE
-            self.less, self.top, self.less_at_all, self.scale = state.load(row, lanes, *kinds)
+        if exceptions != NONE:
+            self.less, self.top = state.load(row, lanes, LESS_AT_LABEL, GRAD_AT_MAX)
             self.label, self.argmax = (place.load(row, lanes) for place in (state.label, state.argmax))
+        if exceptions == ALL:
+            self.less_at_all, self.scale = state.load(row, lanes, LESS_AT_ALL, SCALE)
 
     def of(self, c: Value) -> Value:
         """The gradient of class c."""
         place = self.tile.place(self.row, c)
         value = times(self.tile.numbers.load(place, self.lanes), self.by)
-        if not self.exceptions:
+        if self.exceptions == NONE:
             return value
         here = c.to(self.label.element).repeated(self.lanes)
-        value = where(self.label == here, value - self.less, value) - self.less_at_all
-        held = Variable(where(self.argmax == here, self.top, value))
+        value = where(self.label == here, value - self.less, value)
+        if self.exceptions == TWO:
+            return where(self.argmax == here, self.top, value)
+        held = Variable(where(self.argmax == here, self.top, value - self.less_at_all))
         with when(self.slopes.length != 0):
             sloped = held.get() * self.slopes.load(place, self.lanes)
             held.set(where(self.scale == 0, held.get(), sloped))
@@ -170,31 +175,47 @@ class Gradient:
 # 16 rows at a time
 
 
+class Maximum:
+    """The maximum of each of 16 rows, ignoring NaN, and its class; if classes are few, the label's logit too."""
+
+    def __init__(self, tile: Tile, state: State, lane: Value) -> None:
+        self.state, self.lane, element = state, lane, tile.numbers.element
+        self.label = state.label.load(lane, LANES)
+        self.largest = Variable(constant(-math.inf, element, LANES))
+        self.argmax, self.at_label = Variable(self.label.like(0)), Variable(constant(0, element, LANES))
+
+    def resume(self) -> None:
+        """Go on from what is stored."""
+        for variable, kind in ((self.largest, MAX), (self.at_label, AT_LABEL)):
+            variable.set(*self.state.load(self.lane, LANES, kind))
+        self.argmax.set(self.state.argmax.load(self.lane, LANES))
+
+    def add(self, first: Value, vectors: list[Value], has_few: Value) -> None:
+        """The logits of some classes, which follow those that were added before; a class may come twice in a row."""
+        numbers = [(first + k).to(self.label.element).repeated(LANES) for k in range(len(vectors))]
+        for number, here in zip(numbers, vectors, strict=True):
+            is_larger = self.largest.get() < here
+            self.largest.set(where(is_larger, here, self.largest.get()))
+            self.argmax.set(where(is_larger, number, self.argmax.get()))
+        with when(has_few):
+            for number, here in zip(numbers, vectors, strict=True):
+                self.at_label.set(where(self.label == number, here, self.at_label.get()))
+
+    def store(self) -> None:
+        self.state.store(self.largest.get(), self.lane, MAX)
+        self.state.store(self.at_label.get(), self.lane, AT_LABEL)
+        self.state.argmax.store(self.argmax.get(), self.lane)
+
+
 @operation
 def find_max(tile: Tile, first: Index, stop: Index, state: State, lane: Index) -> None:
-    """Find the maximum of each of 16 rows, ignoring NaN, and its class; if classes are few, the label's logit too.
-
-    Called once per range of classes, in order.
-    """
-    numbers = tile.numbers
-    label = state.label.load(lane, LANES)
-    index = state.argmax.element
-    largest, argmax = Variable(constant(-math.inf, numbers.element, LANES)), Variable(label.like(0))
-    at_label = Variable(constant(0, numbers.element, LANES))
+    """Find what `Maximum` says of 16 rows. Called once per range of classes, in order."""
+    maximum = Maximum(tile, state, lane)
     with when(first != 0):
-        for variable, kind in ((largest, MAX), (at_label, AT_LABEL)):
-            variable.set(*state.load(lane, LANES, kind))
-        argmax.set(state.argmax.load(lane, LANES))
+        maximum.resume()
     for c in loop(first, stop):
-        here, number = numbers.load(tile.place(lane, c), LANES), c.to(index).repeated(LANES)
-        is_larger = largest.get() < here
-        largest.set(where(is_larger, here, largest.get()))
-        argmax.set(where(is_larger, number, argmax.get()))
-        with when(tile.has_few):
-            at_label.set(where(label == number, here, at_label.get()))
-    state.store(largest.get(), lane, MAX)
-    state.store(at_label.get(), lane, AT_LABEL)
-    state.argmax.store(argmax.get(), lane)
+        maximum.add(c, [tile.numbers.load(tile.place(lane, c), LANES)], tile.has_few)
+    maximum.store()
 
 
 @operation
@@ -206,16 +227,6 @@ def cap(tile: Tile, slopes: Array, limit: Real, lane: Index) -> None:
         ratio, slope = tanh_and_slope(tile.numbers.load(place, LANES) / by)
         tile.numbers.store(ratio * by, place)
         slopes.store(slope, place)
-
-
-@operation
-def add_half_gaps(tile: Tile, first: Index, stop: Index, state: State, lane: Index, uniform: Number) -> None:
-    """Add half of what label smoothing contributes to the gap of 16 rows to their partial sums."""
-    (largest,) = state.load(lane, LANES, MAX)
-    a, half = uniform.repeated(LANES), 0.5 * largest
-    for c in loop(first, stop):
-        value = Variable(half_gap(a, half, tile.numbers.load(tile.place(lane, c), LANES)))
-        add_to_partial(value, state, lane, c & (CHUNK - 1))
 
 
 @operation
@@ -346,7 +357,7 @@ def drop_ignored(state: State, label: Array, ignore_index: Index) -> None:
 @inner
 def prepare(told, state, label, per_row, first, count, is_new):
     """Set up the state of `count` rows, starting at `first`; `is_new` when it has not been written before."""
-    make_compact()
+    make_inline()
     numbers, width, n = state.numbers, state.width, per_row.shape[0] // 3
     ignores = told.job & IGNORE != 0
     for kind in range(3):  # ON_LABEL, FACTOR, SCALE
@@ -365,18 +376,12 @@ def prepare(told, state, label, per_row, first, count, is_new):
 @inner
 def after_max(told, tile, state, label, uniform, answers, first, count):
     """Compute all that follows from the maxima of `count` rows; unless classes are few, hide the maxima as -inf."""
-    make_compact()
+    make_inline()
     job, has_labels = told.job, label.shape[0] > 0
     width, n = state.width, answers.shape[0] // 6
     m = part(state.numbers, MAX * width, count)
     if tile.classes > FEW:
         look_up(tile, state.label, part(state.numbers, AT_LABEL * width, count), count)
-    if uniform > 0:
-        for c in range(0, tile.classes, CHUNK):
-            stop = min(c + CHUNK, tile.classes)
-            for lane in range(0, count, LANES):
-                add_half_gaps(tile, c, stop, state, lane, uniform)
-                fold_partial(state, stop - c, lane, c == 0)
     for lane in range(0, count, LANES):
         find_gap(state, lane, 0 if has_labels else 1, uniform, tile.classes)
     if job & KNOWN:
@@ -400,7 +405,7 @@ def after_max(told, tile, state, label, uniform, answers, first, count):
 @inner
 def after_sums(told, state, uniform, answers, first, count):
     """Compute losses, stats and the parts of the gradients of `count` rows from their sums."""
-    make_compact()
+    make_inline()
     job = told.job
     numbers, width, sums, n = state.numbers, state.width, state.sums, answers.shape[0] // 6
     m = part(numbers, MAX * width, count)
@@ -427,7 +432,7 @@ def after_sums(told, state, uniform, answers, first, count):
 @inner
 def find_exceptions(tile, state, count):
     """Compute the gradient at the label, where it is to be written separately by `put_exceptions`."""
-    make_compact()
+    make_inline()
     numbers, width = state.numbers, state.width
     at_label, less = part(numbers, AT_LABEL * width, count), part(numbers, LESS_AT_LABEL * width, count)
     look_up(tile, state.label, at_label, count)
