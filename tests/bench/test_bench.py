@@ -56,6 +56,18 @@ SMALL = Case("test", (6, 5))
 SETTINGS = run.Settings("numpy", 1, 1, 0.0, 0.0, False, None, 0, "abc", "python -m bench")
 
 
+@pytest.fixture(autouse=True)
+def _as_before():
+    """What makers set for a whole process is put back: PyTorch's threads and JAX's width of numbers."""
+    torch, jax = (sys.modules.get(name) for name in ("torch", "jax"))
+    threads, wide = torch and torch.get_num_threads(), jax and jax.config.jax_enable_x64
+    yield
+    if torch:
+        torch.set_num_threads(threads)
+    if jax:
+        jax.config.update("jax_enable_x64", wide)
+
+
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     """What the quick run prints, and its rows."""
@@ -469,19 +481,8 @@ def test_peak_memory_of_tensors(library, least, most):
 
 @pytest.fixture
 def peer(library):
-    """Whose arrays the library takes. PyTorch's threads and JAX's width of numbers, which makers set, are put back."""
-    if library == OURS:
-        yield np
-    elif library == EAGER:
-        jax = pytest.importorskip("jax")
-        wide = jax.config.jax_enable_x64
-        yield jax
-        jax.config.update("jax_enable_x64", wide)
-    else:
-        torch = pytest.importorskip("torch")
-        threads = torch.get_num_threads()
-        yield torch
-        torch.set_num_threads(threads)
+    """Whose arrays the library takes."""
+    return np if library == OURS else pytest.importorskip("jax" if library == EAGER else "torch")
 
 
 @pytest.mark.parametrize("library", [OURS, DETACHED, AUTOGRAD, MODULE, EAGER])
