@@ -187,8 +187,8 @@ def test_large_gradients_of_contiguous_rows(monkeypatch, way):
         (240, np.float32, None, True), (256, np.float32, None, False), (512, np.float32, None, True),
         (1001, np.float32, None, False), (1004, np.float32, None, False), (1008, np.float32, None, True),
         (256, np.float64, None, True), (260, np.float64, None, True), (258, np.float64, None, False),
-        (4096, np.float32, None, True), (4097, np.float32, None, False), (2048, np.float64, None, True),
-        (2049, np.float64, None, False), (10, np.float64, "new", True), (10, np.float64, "logits", False),
+        (4096, np.float32, None, True), (4104, np.float32, None, False), (2048, np.float64, None, True),
+        (2052, np.float64, None, False), (10, np.float64, "new", True), (10, np.float64, "logits", False),
     ):  # fmt: skip
         x = logits(20_000 // classes + 400, classes, dtype=dtype)
         for large in (True, False):
