@@ -1,8 +1,8 @@
 """The loops as functions that Python can call: loaded from a file, or else compiled by Numba and kept in one.
 
 Loading needs llvmlite alone. To import Numba takes many times as long, so that is left until there is something to
-compile. Kept code is executed, so it must be the user's own, and compiled from exactly these
-sources for exactly this processor; and a call must not fail because a file or its folder does.
+compile. Kept code is executed, so it must be the user's own, and compiled from exactly these sources for exactly this
+processor; and a call must not fail because a file or its folder does.
 """
 
 from __future__ import annotations

@@ -242,12 +242,14 @@ def _streaming_rows(to_memory: bool, itemsize: int, classes: int | None = None) 
     """
     if not to_memory or itemsize == 2:
         return 0
-    size = None if classes is None else classes * itemsize
-    return STREAM if size is None or (STREAMED <= size <= STREAMED_MOST and size % (LINE // 2) == 0) else 0
+    if classes is None:
+        return STREAM
+    size = classes * itemsize
+    return STREAM if STREAMED <= size <= STREAMED_MOST and size % (LINE // 2) == 0 else 0
 
 
 def _streaming(logits: Array, output: Array | None, out: Strides | None) -> int:
-    """STREAM if one in strided rows is: if, in addition, all classes of a row have the same offset in a cache line.
+    """The same for strided rows, where all classes of a row must have the same offset in a cache line.
 
     Not for 16-bit floats, which are written one class at a time.
     """
