@@ -94,11 +94,11 @@ class Worker:
     def __init__(self, tree: Tree, cache: str | None = None) -> None:
         """`cache` is the folder in which machine code is kept; by default it lies beside its source."""
         self.name = tree.name
-        environment = {name: value for name, value in os.environ.items() if name != "NUMBA_CACHE_DIR"}
+        environment = {name: value for name, value in os.environ.items() if name not in run.CACHES}
         self.process = subprocess.Popen(
             [sys.executable, "-c", PROGRAM, str(tree.path), str(run.ROOT)],
             cwd=tree.path,
-            env=environment if cache is None else environment | {"NUMBA_CACHE_DIR": cache},
+            env=environment if cache is None else environment | dict.fromkeys(run.CACHES, cache),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -59,11 +59,12 @@ Array = Any
 Row = dict[str, Any]
 Tile = tuple[slice, ...]  # the slices that select it
 
+CACHES = ("XENT_ARRAY_CACHE_DIR", "NUMBA_CACHE_DIR")  # where this and former versions are told to keep machine code
 READY = "ready"  # printed when every case is set up and checked, before anything is timed
 CHECKED = 1 << 19  # most logits that the oracle checks, unless a single row has more
 POOLED = 2 << 30  # bytes of logits on a GPU beyond which the libraries must not all keep their memory pools
 LOOSE = 0.03  # of the largest gradient, and of the loss: a peer that is off by more computes something else
-PACKAGES = ("numpy", "numba", "ml_dtypes", "torch", "triton", "liger-kernel", "quack-kernels", "jax",
+PACKAGES = ("numpy", "llvmlite", "ml_dtypes", "torch", "triton", "liger-kernel", "quack-kernels", "jax",
             "scikit-learn", "scipy", "cupy-cuda12x", "cupy-cuda13x", "cupy")  # fmt: skip
 
 
@@ -456,7 +457,7 @@ def first_calls(case: Case, settings: Settings) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         for operation in (COLD, WARM):
             arguments = [sys.executable, "-c", program, str(settings.threads), *map(str, case.shape)]
-            environment = {**os.environ, "NUMBA_CACHE_DIR": folder}
+            environment = os.environ | dict.fromkeys(CACHES, folder)
             done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
             first, again = map(float, done.stdout.split())
             rows.append(_empty_row(case, OURS, operation, settings) | summary([again]) | {"first": first})

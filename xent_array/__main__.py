@@ -26,7 +26,17 @@ from ._engines.cpu import cores
 from ._problem import problem_without_target
 from ._rows import Rows
 
-PACKAGES = ("numpy", "array-api-compat", "numba", "ml_dtypes", "cupy-cuda12x", "cupy-cuda13x", "cupy", "torch", "jax")
+PACKAGES = (
+    "numpy",
+    "array-api-compat",
+    "llvmlite",
+    "ml_dtypes",
+    "cupy-cuda12x",
+    "cupy-cuda13x",
+    "cupy",
+    "torch",
+    "jax",
+)
 BORROWED = {"PyTorch": "torch", "JAX": "jax"}  # module names of libraries whose arrays' memory the engines can use
 LOGITS = [[2.0, 1.0, 0.1], [0.1, 2.0, 1.9]]
 TARGET = [[0, 1, 0], [1, 0, 0]]
@@ -76,7 +86,7 @@ def gather() -> dict[str, Any]:
         "machine": platform.machine(),
         "cores": os.cpu_count(),
         "threads": cores.threads(),
-        "cpu engine": {"loops": "NumPy" if without else "compiled by Numba", "reason": without},
+        "cpu engine": {"loops": "NumPy" if without else "compiled by LLVM", "reason": without},
         "packages": {name: _version(name) for name in PACKAGES},
         "borrowed": {name: _engines_of_memory() for name, module in BORROWED.items() if _is_there(module)},
         "timed": {"rows": SIZE[0], "classes": SIZE[1], "dtype": "float32"},
@@ -173,7 +183,7 @@ def text(report: dict[str, Any]) -> str:
     """The report as text."""
     packages = ", ".join(f"{name} {version}" for name, version in report["packages"].items() if version)
     why = report["cpu engine"]["reason"]
-    faster = ['faster on NumPy arrays: pip install ".[cpu]" brings Numba, which compiles these loops for this machine']
+    faster = ['faster on NumPy arrays: pip install ".[cpu]" brings LLVM, which compiles these loops for this machine']
     absent = ", ".join(name for name, version in report["packages"].items() if not version)
     lines = [
         "xent_array {xent_array}, Python {python}, {machine}, {threads} {of_threads}".format(
@@ -183,7 +193,7 @@ def text(report: dict[str, Any]) -> str:
         f"installed: {packages}",
         f"not installed: {absent}",
         "loops of engine 'cpu': {loops}".format(**report["cpu engine"]) + (f", because {why}" if why else ""),
-        *(faster if report["packages"]["numba"] is None else []),
+        *(faster if report["packages"]["llvmlite"] is None else []),
     ]
     lines += [_words(name, places) for name, places in report["borrowed"].items()]
     for entry in report["engines"]:

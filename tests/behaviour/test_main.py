@@ -60,12 +60,12 @@ def test_json_says_why_an_engine_is_not_available(small, capsys):
     assert "CuPy" in declined["reason"] or "NumPy" in declined["reason"]
 
 
-@pytest.mark.parametrize("version", [None, "0.61"])
-def test_without_numba_the_report_says_what_would_bring_it(small, monkeypatch, version):
+@pytest.mark.parametrize("version", [None, "0.44"])
+def test_without_llvmlite_the_report_says_what_would_bring_it(small, monkeypatch, version):
     report = program.gather()
-    report["packages"]["numba"] = version
+    report["packages"]["llvmlite"] = version
     first = program.text(report).partition("\n\n")[0]
-    assert ('pip install ".[cpu]" brings Numba' in first) == (version is None)
+    assert ('pip install ".[cpu]" brings LLVM' in first) == (version is None)
 
 
 @pytest.mark.parametrize("absent", [(), ("cupy",), ("cupy", "ml_dtypes"), ("torch", "jax")])

@@ -353,8 +353,8 @@ def test_a_library_that_cannot_be_compared_is_an_error(compared, tmp_path, capfd
 
 def test_machine_code_is_kept_beside_its_source_or_where_it_is_told(tmp_path, monkeypatch, capfd):
     """Not where others keep theirs, from where nobody would remove that of a temporary tree."""
-    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "users"))
-    library = "import os, sys; sys.exit(f'kept in {os.environ.get(\"NUMBA_CACHE_DIR\")}')"
+    monkeypatch.setenv("XENT_ARRAY_CACHE_DIR", str(tmp_path / "users"))
+    library = "import os, sys; sys.exit(f'kept in {os.environ.get(\"XENT_ARRAY_CACHE_DIR\")}')"
     tree = compare.Tree("old", _tree(tmp_path / "old", library=library), None, None)
     for cache in (None, "elsewhere"):
         with pytest.raises(SystemExit, match="the process of old ended with exit code 1"), compare.Worker(tree, cache):

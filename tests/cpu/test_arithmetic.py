@@ -112,7 +112,7 @@ def test_no_bit_depends_on_it(change, monkeypatch, engine, dtype, shared):
         assert bits(found) == wanted
 
 
-@pytest.mark.skipif(isinstance(cpu.found_loops(), str), reason="Numba is not installed")
+@pytest.mark.skipif(isinstance(cpu.found_loops(), str), reason="llvmlite is not installed")
 @pytest.mark.parametrize("count", [10, 100])
 def test_labels_are_not_checked_for_a_thread_by_another(changed, monkeypatch, count):
     """At once, whoever takes the parts: the loops are to run in this thread too."""

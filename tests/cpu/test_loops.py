@@ -1,4 +1,4 @@
-"""The loops that Numba compiles: which one takes what, that no bit depends on which one, and all layouts of memory."""
+"""The compiled loops: which one takes what, that no bit depends on which one, and all layouts of memory."""
 
 import itertools
 import math

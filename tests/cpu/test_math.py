@@ -11,12 +11,12 @@ from xent_array._engines import cpu
 if isinstance(cpu.found_loops(), str):
     pytest.skip(cpu.found_loops(), allow_module_level=True)
 
-from numba import njit
+from support.compiled import compiled
 from support.problems import each_wide
 
 from xent_array._engines.cpu.loops import KINDS, LANES, PARTIAL, contiguous, tiles
 from xent_array._engines.cpu.loops import math as ours
-from xent_array._engines.cpu.loops.simd import Array, operation, vectors
+from xent_array._engines.cpu.loops.simd import DOUBLE, constant, vectors
 
 RNG = np.random.default_rng(0)
 
@@ -24,12 +24,12 @@ RNG = np.random.default_rng(0)
 def on_each(function):
     """``out[k] = function(x[k])``, 16 numbers at a time and those left one by one."""
 
-    @operation
-    def on_each(x: Array, out: Array) -> None:
+    @compiled
+    def on_each(x, out):
         for place, lanes in vectors(out.length, LANES):
             out.store(function(x.load(place, lanes)), place)
 
-    return njit(lambda x, out: on_each(x, out))
+    return on_each
 
 
 exp_each, tanh_each, slope_each = map(
@@ -37,17 +37,18 @@ exp_each, tanh_each, slope_each = map(
 )
 
 
-@njit
+@compiled
 def exp_in_rows(x, out, m):
-    return contiguous.exps(x, m, -1, out, x, out)
+    return contiguous.exps(x, m.load(0), constant(-1), out, x, out)
 
 
-@njit
+@compiled
 def exp_in_lanes(x, numbers, at, partial, sums):
-    classes = x.shape[0] // LANES
-    tile = tiles.Tile(x, 0, LANES, classes)
-    state = tiles.State(numbers, LANES, at, at, partial, sums)
-    tiles.exps(tile, 0, classes, state, 0, True, tiles.Lines(x, 0, 0), tiles.Lines(x, 0, 0))
+    zero, width, classes = constant(0), constant(LANES), x.length // LANES
+    tile = tiles.Tile(x, zero, width, classes)
+    state = tiles.State(numbers, width, at, at, partial, sums)
+    lines = tiles.Lines(x, zero, zero)
+    tiles.exps(tile, zero, classes, state, zero, zero == 0, lines, lines)
 
 
 def words(first, last, count, dtype):
@@ -80,7 +81,12 @@ def exact(x):
 
 def test_what_was_compiled_before_changes_nothing():
     def log1p_of(kind):
-        return njit(lambda r: contiguous.finish_row(kind(0), r, 0.0, 1.0, 0.0, 1.0, 1.0, 0.0)[3])(0.3)
+        @compiled
+        def found(m, r):
+            zero, one = constant(0, DOUBLE), constant(1, DOUBLE)
+            return contiguous.finish_row(m.load(0), r.load(0), zero, one, zero, one, one, zero)[3]
+
+        return found(np.zeros(1, kind), np.array([0.3]))
 
     first, exact = log1p_of(np.float32), log1p_of(np.float64)
     assert log1p_of(np.float32) == first != exact
@@ -122,7 +128,7 @@ def test_exp_is_the_same_alone_and_in_vectors(dtype):
     x = np.resize(x, -(-x.size // 64) * 64)
     each, rows, lanes, alone = np.empty_like(x), np.empty_like(x), x.copy(), np.empty_like(x)
     exp_each(x, each)
-    exp_in_rows(x, rows, x.dtype.type(0))
+    exp_in_rows(x, rows, np.zeros(1, dtype))
     state = np.zeros((KINDS, LANES), dtype), np.full(LANES, -1), np.zeros(PARTIAL * LANES, dtype)
     exp_in_lanes(lanes, *(array.ravel() for array in state), np.zeros(LANES))
     for k in range(x.size):

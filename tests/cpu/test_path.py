@@ -20,7 +20,7 @@ from xent_array._engines.cpu.loops import GRAD, KNOWN, LOG, LOSS, PLAIN, STATS, 
 from xent_array._engines.cpu.path import Strides
 
 RNG = np.random.default_rng(0)
-needs_loops = pytest.mark.skipif(isinstance(cpu.found_loops(), str), reason="Numba is not installed")
+needs_loops = pytest.mark.skipif(isinstance(cpu.found_loops(), str), reason="llvmlite is not installed")
 
 
 @pytest.fixture

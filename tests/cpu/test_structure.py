@@ -19,7 +19,7 @@ for _file in sorted(ROOT.rglob("*.py")):
     _parts = (ROOT.name, *_file.relative_to(ROOT).with_suffix("").parts)
     MODULES[".".join(_parts[:-1] if _parts[-1] == "__init__" else _parts)] = _file
 TREES = {name: ast.parse(file.read_text()) for name, file in MODULES.items()}
-OPTIONAL = {"array_api_compat.torch", "cupy", "jax", "llvmlite", "ml_dtypes", "numba", "torch"}
+OPTIONAL = {"array_api_compat.torch", "cupy", "jax", "llvmlite", "ml_dtypes", "torch"}
 each_module = pytest.mark.parametrize("module", MODULES)
 
 
@@ -51,7 +51,7 @@ def needs_an_optional_library(name):
 
 
 def test_what_counts_as_optional():
-    wanted = {"_engines.cpu.loops.build", "_engines.cpu.loops.jit", "_bridges._torch", "_bridges._jax", "torch"}
+    wanted = {"_engines.cpu.loops.simd", "_bridges._torch", "_bridges._jax", "torch"}
     assert {f"{ROOT.name}.{name}" for name in wanted} <= {name for name in MODULES if needs_an_optional_library(name)}
     without = ("_api", "_engines", "_engines.cpu.compiled", "_engines.cpu.machine_code")
     assert not any(needs_an_optional_library(f"{ROOT.name}.{name}") for name in without)
@@ -131,7 +131,7 @@ def run_of_files(frame):
     return files[::-1]
 
 
-@pytest.mark.skipif(isinstance(cpu.found_loops(), str), reason="Numba is not installed")
+@pytest.mark.skipif(isinstance(cpu.found_loops(), str), reason="llvmlite is not installed")
 @pytest.mark.parametrize("shape", [(32, 10), (32, 300), (5000, 300)], ids=str)
 def test_a_call_is_soon_in_a_loop(monkeypatch, shape):
     from support.problems import Spy

@@ -23,8 +23,8 @@ from xent_array._engines.cpu import threads
 INTERRUPTS, FORKS = (int(os.environ.get(f"XENT_ARRAY_TEST_{name}", "16")) for name in ("INTERRUPTS", "FORKS"))
 
 is_posix = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has neither forks nor such signals")
-needs_numba = pytest.mark.skipif(
-    isinstance(cpu.found_loops(), str), reason="there is nothing to import or to compile without Numba"
+needs_llvmlite = pytest.mark.skipif(
+    isinstance(cpu.found_loops(), str), reason="there is nothing to import or to compile without llvmlite"
 )
 
 SETTING = """
@@ -58,7 +58,7 @@ right = answers("generic")
 
 def started(script, *arguments, cache, **environment):
     """A process with that script, where warnings are errors and a call may use three threads."""
-    of_process = process.environment(XENT_ARRAY_NUM_THREADS="3", NUMBA_CACHE_DIR=str(cache), **environment)
+    of_process = process.environment(XENT_ARRAY_NUM_THREADS="3", XENT_ARRAY_CACHE_DIR=str(cache), **environment)
     command = [sys.executable, "-W", "error", "-c", SETTING + script, *arguments]
     return subprocess.Popen(
         command, env=of_process, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -131,7 +131,7 @@ print(found, all_is_well(), all_is_well())
 
 
 @is_posix
-@needs_numba
+@needs_llvmlite
 @pytest.mark.full
 def test_an_interrupt_of_a_first_call(first_calls):
     """It raises KeyboardInterrupt or, too late, nothing; and all that comes later is right, by compiled loops."""
@@ -168,7 +168,7 @@ except KeyboardInterrupt:
 
 
 @is_posix
-@needs_numba
+@needs_llvmlite
 @pytest.mark.parametrize(
     ("module", "is_compiled"),
     [
@@ -176,7 +176,7 @@ except KeyboardInterrupt:
         *(
             pytest.param(*case, marks=pytest.mark.full)
             for case in (
-                ("numba", False), ("numba.core.dispatcher", False), ("xent_array._engines.cpu.loops.build", False),
+                ("llvmlite", True), ("xent_array._engines.cpu.loops.simd", False),
                 ("xent_array._engines.cpu.compiled", True),
             )
         ),
@@ -233,7 +233,7 @@ print(codes, all_is_well())
 
 
 @is_posix
-@needs_numba
+@needs_llvmlite
 @pytest.mark.full
 def test_a_fork_while_there_is_a_first_call(first_calls):
     """By the main thread while another one calls, by another one, and by a handler in the call itself."""
@@ -264,7 +264,7 @@ print(len(calls) > 0, len(threads._pool.workers) == len(names) == len(set(names)
 
 
 @is_posix
-@needs_numba
+@needs_llvmlite
 @pytest.mark.full
 def test_a_handler_that_calls_at_any_moment(first_calls):
     """While there is an import, a compilation, a thread to start, a job to send or to wait for."""
@@ -278,11 +278,11 @@ import importlib, pathlib, tempfile
 folder = tempfile.mkdtemp()
 pathlib.Path(folder, "in_progress.py").write_text("import __main__; __main__.found = __main__.answers()")
 sys.path.insert(0, folder)
-sys.modules.pop("numba", None)
+sys.modules.pop("llvmlite", None)
 
-class Finder:  # Numba needs a module that is being imported by the thread that calls
+class Finder:  # llvmlite needs a module that is being imported by the thread that calls
     def find_spec(self, name, path=None, target=None):
-        if name == "numba":
+        if name == "llvmlite":
             import in_progress
 
 sys.meta_path.insert(0, Finder())
@@ -293,7 +293,7 @@ print(all_is_well())
 """
 
 
-@needs_numba
+@needs_llvmlite
 @pytest.mark.full
 def test_a_call_in_the_middle_of_an_import_that_it_waits_for(filled):
     """It goes without compiled loops, and only this once."""
@@ -502,5 +502,5 @@ def test_what_says_nothing_of_the_next_time_is_forgotten(monkeypatch):
             patched.delitem(sys.modules, "xent_array._engines.cpu.compiled", raising=False)
             patched.delattr("xent_array._engines.cpu.compiled", raising=False)
             patched.setattr(sys, "meta_path", [Finder(), *sys.meta_path])
-            assert all(cpu.found_loops().startswith("Numba cannot be used") for _ in range(2))
+            assert all(cpu.found_loops().startswith("llvmlite cannot be used") for _ in range(2))
         assert len(tries) == calls

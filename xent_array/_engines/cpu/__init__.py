@@ -8,7 +8,7 @@ block, never as a whole.
     path.py            decides: which code, which memory layout, how large a block is
     blocks.py          blocks of rows, workspaces, contiguous copies
     compiled.py        turns a block, or a simple call, into one call of a loop
-    loops/             the loops that Numba compiles
+    loops/             the loops, as LLVM compiles them
     machine_code.py    makes functions of the loops, and keeps them between processes
     numpy_body.py      processes a block in NumPy, where there are no loops
     threads.py         the thread pool, and tasks that must not be left half done
@@ -39,7 +39,7 @@ from .path import BLOCK, ROW, TILE, Path, Want, choose
 
 
 class Cpu:
-    """The engine, with or without the loops that Numba compiles."""
+    """The engine, with or without the compiled loops."""
 
     borrows = True
     kinds = frozenset({np.ndarray})
@@ -181,12 +181,12 @@ _found: ModuleType | str | None = None
 
 
 def found_loops() -> ModuleType | str:
-    """The loops that Numba compiles, or why there are none."""
+    """What calls the compiled loops, or why there are none."""
     if _found is None:
         try:
             return threads.whole(_find)
         except threads.Busy:  # not yet
-            return "Numba is just being imported"
+            return "llvmlite is just being imported"
     return _found
 
 
@@ -198,9 +198,9 @@ def _find() -> ModuleType | str:
 
             _found = machine_code.missing() or compiled
         except MemoryError as error:  # may not happen again
-            return f"Numba cannot be used: {error}"
-        except Exception as error:  # from whatever else takes part in finding Numba
-            _found = f"Numba cannot be used: {error}"
+            return f"llvmlite cannot be used: {error}"
+        except Exception as error:  # from whatever else takes part in finding llvmlite
+            _found = f"llvmlite cannot be used: {error}"
             _warn(_found)
     return _found
 

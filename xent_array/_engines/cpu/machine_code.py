@@ -1,8 +1,7 @@
-"""The loops as functions that Python can call: loaded from a file, or else compiled by Numba and kept in one.
+"""The loops as functions that Python can call: loaded from a file, or else compiled by LLVM and kept in one.
 
-Loading needs llvmlite alone. To import Numba takes many times as long, so that is left until there is something to
-compile. Kept code is executed, so it must be the user's own, and compiled from exactly these sources for exactly this
-processor; and a call must not fail because a file or its folder does.
+Kept code is executed, so it must be the user's own, and compiled from exactly these sources for exactly this processor;
+and a call must not fail because a file or its folder does.
 """
 
 from __future__ import annotations
@@ -44,30 +43,28 @@ def function(*name: str) -> Function:
     Raises
     ------
     CannotCompile
-        If there is no such code and Numba fails to make it.
+        If there is no such code and LLVM fails to make it.
     """
     found = _functions.get(name)
     return threads.whole(partial(_get, name)) if found is None else found
 
 
 def missing() -> str | None:
-    """Why nothing can be compiled, as far as that can be known before Numba is imported."""
-    if os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
-        return "Numba cannot be used: NUMBA_DISABLE_JIT is set"
-    if _spec("numba") is None or _spec("llvmlite") is None:
-        return "Numba is not installed"
+    """Why nothing can be compiled, as far as that can be known before llvmlite is imported."""
+    if not _is_installed("llvmlite"):
+        return "llvmlite is not installed"
     if not _is_laid_out_as_known():
-        return "Numba cannot be used: this Python or NumPy keeps arrays in another way"
+        return "LLVM cannot compile the loops: this Python or NumPy keeps arrays in another way"
     return None
 
 
-def _spec(library: str) -> Any:
+def _is_installed(library: str) -> bool:
     try:
-        return importlib.util.find_spec(library)
+        return importlib.util.find_spec(library) is not None
     except ModuleNotFoundError:
-        return None
+        return False
     except ValueError:  # it is in `sys.modules` without a spec
-        return sys.modules[library]
+        return True
 
 
 def _is_laid_out_as_known() -> bool:
@@ -108,17 +105,18 @@ def _compiled(name: tuple[str, ...]) -> Function:
     try:
         from .loops import build
     except MemoryError as error:  # may not happen again
-        raise threads.Busy(f"Numba cannot be used: {error}") from error
-    except Exception as error:  # for example, a Numba that does not support this NumPy or Python
-        raise threads.CannotCompile(f"Numba cannot be used: {error}") from error
+        raise threads.Busy(f"llvmlite cannot be used: {error}") from error
+    except Exception as error:  # for example, a library that it needs is missing
+        raise threads.CannotCompile(f"llvmlite cannot be used: {error}") from error
     try:
+        _initialize()
         code = build.build(*name)
         found = _loaded(code)
     except MemoryError as error:
-        raise threads.Busy("Numba cannot compile the loops: there is no memory left") from error
+        raise threads.Busy("LLVM cannot compile the loops: there is no memory left") from error
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        raise threads.CannotCompile(f"Numba cannot compile the loops: {reason}") from error
+        raise threads.CannotCompile(f"LLVM cannot compile the loops: {reason}") from error
     _store(name, code)
     return found
 
@@ -153,8 +151,8 @@ def _initialize() -> None:
 
 
 def _folders() -> Iterator[Path]:
-    """Where code may be kept, in order: where Numba keeps its own."""
-    told, own = os.environ.get("NUMBA_CACHE_DIR"), f"xent_array-{_short(os.fsencode(HERE))}"
+    """Where code may be kept, in order."""
+    told, own = os.environ.get("XENT_ARRAY_CACHE_DIR"), f"xent_array-{_short(os.fsencode(HERE))}"
     if told:
         yield Path(told) / own
         return
@@ -192,19 +190,11 @@ def _environment() -> str:
     import llvmlite
     from llvmlite import binding
 
-    origin = Path(getattr(_spec("numba"), "origin", None) or "numba/__init__.py")
-    versions = [path.name for path in origin.parent.parent.glob("numba-*.dist-info")]
-    for file in (origin.with_name("_version.py"), Path(".numba_config.yaml")):
-        with suppress(OSError):
-            versions.append(file.read_text())
-    settings = {name: value for name, value in os.environ.items() if name.startswith("NUMBA_")}
-    for name in ("NUMBA_CACHE_DIR", "NUMBA_NUM_THREADS"):
-        settings.pop(name, None)
-    others = (
-        sys.implementation.cache_tag, ITEMS, DATA, llvmlite.__version__,
-        binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten(), sorted(settings.items()),
+    parts = (
+        sys.implementation.cache_tag, ITEMS, DATA, llvmlite.__version__, binding.get_process_triple(),
+        binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten(),
     )  # fmt: skip
-    return _short(repr((sorted(versions), others)).encode())
+    return _short(repr(parts).encode())
 
 
 def _store(name: tuple[str, ...], code: bytes) -> None:

@@ -1,4 +1,4 @@
-"""The computation of a block of rows in NumPy, used without Numba and for rows too long for a compiled loop.
+"""The computation of a block of rows in NumPy, used without llvmlite and for rows too long for a compiled loop.
 
 Everything about a row is computed while its block is in cache; between calls of NumPy functions, intermediate results
 are held in buffers of the size of a block.

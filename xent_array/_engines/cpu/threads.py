@@ -3,7 +3,7 @@
 A signal handler runs in the main thread, between any two bytecode instructions, and it may raise an exception (Ctrl-C),
 call this library, or fork. A thread that submits work therefore holds no lock: shared state is modified only by atomic
 operations of the interpreter, each of which may safely be repeated. Tasks that take many steps and must not be left
-half done (importing Numba, compiling, starting threads) run in threads of their own, where no signal handler runs. A
+half done (importing llvmlite, compiling, starting threads) run in threads of their own, where no signal handler runs. A
 fork waits for these threads, because a child process would inherit their locks without the threads that release them.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import _thread
 import atexit
-import logging  # noqa: F401  # its fork handler, registered before ours, runs after ours: Numba needs its lock
 import os
 import sys
 import threading
@@ -37,11 +36,11 @@ R = TypeVar("R")
 
 
 class CannotCompile(RuntimeError):
-    """Numba fails to compile a function. Raised before the call has computed or written anything."""
+    """LLVM fails to compile a function. Raised before the call has computed or written anything."""
 
 
 class Busy(CannotCompile):
-    """Numba fails for a passing reason: lack of memory, or the caller is importing a module that Numba waits for."""
+    """It fails for a passing reason: lack of memory, or the caller is importing a module that llvmlite waits for."""
 
 
 class _Asked:
@@ -80,7 +79,7 @@ def whole(task: Callable[[], R]) -> R:
     request, even from a signal handler, waits until it has finished; a task must therefore begin by checking whether
     its work is already done.
     """
-    if _lock._is_owned() or _numbas_lock().is_locked():  # nested in a task, or in Numba's compiler, in this thread
+    if _lock._is_owned() or _llvms_lock()._is_owned():  # nested in a task, or called by LLVM, in this thread
         return task()
     asked = None
     while asked is None or not asked.is_done:  # a forked child lacks the thread, and starts over
@@ -110,21 +109,13 @@ def _is_begun(run: Callable[[], None]) -> bool:
     return True
 
 
-class _NoLock:
-    def is_locked(self) -> bool:
-        return False
-
-    def acquire(self) -> None: ...
-
-    def release(self) -> None: ...
+def _llvms_lock() -> Any:
+    """What llvmlite holds while LLVM is at work, for Numba or for others too; no task holds that of `_NO_LLVM`."""
+    lib = getattr(sys.modules.get("llvmlite.binding.ffi"), "lib", None)
+    return getattr(getattr(lib, "_lock", None), "_lock", _NO_LLVM)
 
 
-_NO_LOCK = _NoLock()
-
-
-def _numbas_lock() -> Any:
-    """The lock of Numba's compiler, once that is imported. A thread that holds it never waits for a task here."""
-    return getattr(sys.modules.get("numba.core.compiler_lock"), "global_compiler_lock", _NO_LOCK)
+_NO_LLVM = threading.RLock()
 
 
 def _is_in_the_way() -> bool:
@@ -145,7 +136,7 @@ def _imports(frame: FrameType) -> bool:
 
 @atexit.register
 def _wait_for_end() -> None:
-    """Keeps the interpreter from tearing down what Numba depends on while it compiles."""
+    """Keeps the interpreter from tearing down what a compilation depends on."""
     with _lock:
         pass
 
@@ -367,14 +358,12 @@ def _before_fork() -> None:
     for job in _own.jobs:
         job.settle()
     while not _lock.acquire(timeout=0.2):
-        if _is_in_the_way() or _numbas_lock().is_locked():
+        if _is_in_the_way() or _llvms_lock()._is_owned():
             return
     _own.held.append(_lock)
-    # Other code may be using Numba; a thread that only frees compiled code holds llvmlite's lock alone.
-    llvm = getattr(getattr(sys.modules.get("llvmlite.binding.ffi"), "lib", None), "_lock", None)
-    for lock in (_numbas_lock(), getattr(llvm, "_lock", _NO_LOCK)):
-        lock.acquire()
-        _own.held.append(lock)
+    lock = _llvms_lock()  # other code may use LLVM too
+    lock.acquire()
+    _own.held.append(lock)
 
 
 def _after_fork() -> None:

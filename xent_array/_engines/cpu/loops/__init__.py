@@ -1,4 +1,4 @@
-"""The loops over logits, compiled by Numba; no other code of the engine is compiled.
+"""The loops over logits, which LLVM compiles; no other code of the engine is compiled.
 
 There is one loop for each memory layout of rows:
 
@@ -26,8 +26,8 @@ makes a function of machine code of each, which Python calls with one tuple of a
 The result is -1 if CHECK finds a fault, after which no turn is left; otherwise the sum of the losses with SUM, else 0;
 and 0 where turns are taken. The strided loop knows neither CHECK nor SUM, and takes no turns.
 
-This module and `memory.py` are all that code outside of this folder needs: the others need Numba, and are imported to
-compile something.
+This module and `memory.py` are all that code outside of this folder needs: the others need llvmlite, and are imported
+to compile something.
 """
 
 from __future__ import annotations
@@ -56,6 +56,10 @@ GROUP = 2048  # losses are added in groups of so many rows, and then the sums of
 
 # Kinds of numbers in `per_row`
 ON_LABEL, FACTOR, SCALE = range(3)
+
+# Kinds of numbers in `answers`, each with one value per row, after the loss
+STATS_KINDS = range(1, 5)
+HIT = 5
 
 KINDS = 12  # kinds of numbers in `tiles.State`
 

@@ -3,106 +3,97 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
-from numba import from_dtype, njit, types
-
-from . import ARGUMENTS, CHECK, GROUP, IGNORE, NAME, contiguous, strided, transposed
+from . import CHECK, GROUP, IGNORE, NAME, STREAM, SUM, contiguous, strided, transposed
+from .call import Call, told_in
 from .elementwise import combined, kept_labels, total_of
-from .jit import OPTIONS
-from .simd import arrays_in, end_turns, machine_code, next_turn, part
+from .simd import (
+    BYTE,
+    DOUBLE,
+    FLOAT,
+    INT16,
+    INT64,
+    Array,
+    Value,
+    Variable,
+    constant,
+    end_turns,
+    fence,
+    forever,
+    give,
+    machine_code_of,
+    next_turn,
+    when,
+)
 
-_LOOPS = {"contiguous": contiguous, "transposed": transposed, "strided": strided}
-
-
-class Call(NamedTuple):
-    """What a loop is called with; see `loops`."""
-
-    told: Any  # the record
-    outer: Any  # how many outer indices
-    x: Any
-    label: Any
-    per_row: Any
-    q: Any
-    answers: Any
-    out: Any
-    workspace: Any
+_ELEMENTS = {"float32": FLOAT, "float64": DOUBLE, "uint16": INT16}
 
 
 def build(name: str, *dtypes: str) -> bytes:
-    """The machine code of one of `_ENTRIES`: of a loop for numbers, logits and a gradient of these dtypes."""
-    entry = njit(**OPTIONS)(_ENTRIES[name](name, *(getattr(types, dtype) for dtype in dtypes)))
-    signature = (types.voidptr,)
-    entry.compile(signature)
-    return machine_code(entry.overloads[signature], NAME)
+    """The machine code of a loop for numbers, logits and a gradient of these dtypes, or of one of `_OTHERS`."""
+    given = [_ELEMENTS[dtype] for dtype in dtypes]
+    if name in _LOOPS:
+        number, x, out = given
+        elements = [BYTE, x, INT64, number, number, number, out, BYTE, INT64, DOUBLE]
+        return machine_code_of(NAME, elements, partial(_LOOPS[name], _CODE[name].rows))
+    elements, body = _OTHERS[name]
+    return machine_code_of(NAME, [*elements, *given], body)
 
 
-def _loop(name: str, number: Any, x: Any, out: Any) -> Callable[[Any], Any]:
-    rows = _LOOPS[name].rows
-    arrays = arrays_in(
-        [from_dtype(ARGUMENTS), x, types.intp, number, number, number, out, types.uint8, types.int64, types.float64]
-    )
-
-    def entry(given):
-        arguments, x, label, per_row, q, answers, out, workspace, turns, sums = arrays(given)
-        told = arguments[0]
-        is_alone, taken = turns.shape[0] == 0, 0
-        while taken < told.quota or is_alone:
-            count, x_there, label_there, answers_there, out_there = told.outer, x, label, answers, out
-            if not is_alone:
-                start, count = next_turn(turns, told.least, told.most, told.team)
-                if start < 0:
-                    break
-                taken += count
-                x_there, label_there = part(x, start * told.x_outer, count), part(label, start, count)
-                answers_there, out_there = part(answers, start, count), part(out, start * told.out_outer, out.shape[0])
-            total = rows(Call(told, count, x_there, label_there, per_row, q, answers_there, out_there, workspace))
-            if is_alone:
-                return total
-            if told.job & CHECK and total < 0:
-                end_turns(turns)
-                return total
-            if sums.shape[0]:
-                sums[start // GROUP] = total
-        return 0.0
-
-    return entry
+def _all_rows(rows: Callable[[Call], None], record: Array, *arrays: Array) -> Value:
+    """A loop over all rows at once."""
+    told = told_in(record)
+    call = Call(told, told.outer, *arrays[:-2])
+    rows(call)
+    with when(call.asks(STREAM)):
+        fence()
+    return constant(0, DOUBLE)
 
 
-def _total(_: str, number: Any) -> Callable[[Any], Any]:
-    arrays = arrays_in([number])
+def _in_turns(rows: Callable[[Call], None], record: Array, *arrays: Array) -> Value:
+    """A loop over all rows at once or, if there are turns, over as many as can be taken; see `loops`."""
+    *of_rows, turns, sums = arrays
+    told, nothing, fault = told_in(record), constant(0, DOUBLE), constant(-1, DOUBLE)
+    is_alone, taken = turns.length == 0, Variable(constant(0))
+    for _ in forever():
+        start, count = Variable(constant(0)), Variable(told.outer)
+        with when(~is_alone):
+            turn = next_turn(turns, told.least, told.most, told.team)
+            for variable, value in zip((start, count), turn, strict=True):
+                variable.set(value)
+            with when(start.get() < 0):
+                give(nothing)
+        call = Call(told, told.outer, *of_rows).part(start.get(), count.get())
+        with when(call.asks(CHECK)), when(kept_labels(call.label, told.classes) < 0):
+            end_turns(turns)
+            give(fault)
+        rows(call)
+        with when(call.asks(STREAM)):
+            fence()
+        total = Variable(nothing)
+        with when(call.asks(SUM)):
+            total.set(total_of(call.answers.part(0, call.outer)))
+        with when(is_alone):
+            give(total.get())
+        with when(sums.length != 0):
+            sums.store(total.get(), start.get() // GROUP)
+        taken.set(taken.get() + call.outer)
+        with when(~(taken.get() < told.quota)):
+            give(nothing)
+    return nothing
 
-    def entry(given):
-        (x,) = arrays(given)
-        return total_of(x)
 
-    return entry
-
-
-def _count_kept(_: str) -> Callable[[Any], Any]:
-    arrays = arrays_in([types.intp, from_dtype(ARGUMENTS)])
-
-    def entry(given):
-        label, arguments = arrays(given)
-        told = arguments[0]
-        return float(kept_labels(label, told.classes, told.ignore_index, told.job & IGNORE != 0))
-
-    return entry
+def _count_kept(label: Array, record: Array) -> Value:
+    told = told_in(record)
+    return kept_labels(label, told.classes, told.ignore_index, (told.job & IGNORE) != 0).to(DOUBLE)
 
 
-def _combined(_: str) -> Callable[[Any], Any]:
-    arrays = arrays_in([types.float64])
-
-    def entry(given):
-        (sums,) = arrays(given)
-        return combined(sums)
-
-    return entry
-
-
-_ENTRIES: dict[str, Callable[..., Callable[[Any], Any]]] = {
-    **dict.fromkeys(_LOOPS, _loop),
-    "total": _total,
-    "combined": _combined,
-    "count_kept": _count_kept,
+_CODE = {"contiguous": contiguous, "transposed": transposed, "strided": strided}
+_LOOPS = {"contiguous": _in_turns, "transposed": _in_turns, "strided": _all_rows}
+_OTHERS: dict[str, tuple[list[Any], Callable[..., Value]]] = {
+    "total": ([], total_of),
+    "combined": ([DOUBLE], combined),
+    "count_kept": ([INT64, BYTE], _count_kept),
 }

@@ -1,23 +1,19 @@
 """Rows whose classes are contiguous, one row at a time.
 
 The loop reads a row once to find its maximum and again, from cache, to compute the exponentials. It stores these where
-the gradient goes, and then overwrites them with the gradient. A sum runs over chunks of 512 elements: each chunk is
-added into 32 partial sums, which are folded in halves, and the chunk totals are added in float64. The other loops add
-in the same order.
+the gradient goes, and then overwrites them with the gradient.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
-import numpy as np
-
-from . import CHECK, FACTOR, GRAD, IGNORE, KNOWN, LOG, LOSS, ON_LABEL, PARTIAL, SCALE, STATS, STREAM, SUM
+from . import FACTOR, GRAD, HIT, IGNORE, KNOWN, LOG, LOSS, ON_LABEL, SCALE, STATS, STATS_KINDS, STREAM
+from .call import Call
 from .elementwise import (
     fill,
-    kept_labels,
     logarithms,
     multiply,
     narrow,
@@ -26,233 +22,19 @@ from .elementwise import (
     softcap,
     stream,
     subtract_product,
-    total_of,
     widen,
 )
-from .jit import inner
-from .math import at_max, exp, finish
-from .simd import (
-    DOUBLE,
-    INT32,
-    INT64,
-    LINE,
-    Array,
-    Four,
-    Index,
-    Number,
-    Operands,
-    Real,
-    Value,
-    Variable,
-    constant,
-    counting,
-    fence,
-    first_set_bit,
-    fma,
-    loop,
-    make_compact,
-    make_inline,
-    numbers_in,
-    on_stack,
-    operation,
-    part,
-    prefetch,
-    search,
-    smaller,
-    when,
-    where,
-)
-
-CHUNK = 512  # elements summed in the dtype of the arithmetic; chunk totals are summed in float64
-
-# Reductions over a row, in chunks of 512 elements and groups of 32
+from .math import at_max, finish
+from .reductions import CHUNK, argmax, exps, larger, sum_of, sum_of_half_gaps
+from .simd import BIT, DOUBLE, Array, Value, Variable, constant, either, loop, make_compact, when, where
 
 
-class _Partial:
-    """The 32 partial results of a chunk: sums, or candidates for the maximum."""
-
-    def __init__(self, dtype: Any, initial: float) -> None:
-        self.numbers = on_stack(dtype, PARTIAL)
-        self.lanes = self.numbers.line  # wider vectors would need more registers than there are
-        for k in range(0, PARTIAL, self.lanes):
-            self.numbers.store(constant(initial, self.numbers.element, self.lanes), k)
-
-    def add_groups(self, start: Value, stop: Value, work: Callable[[Value, Value, int], Value]) -> Value:
-        """Run ``partial = work(partial, place, lanes)`` over whole groups, vector by vector; return where they end."""
-        whole = (stop - start) & -PARTIAL
-        for group in loop(0, whole, PARTIAL):
-            for k in range(0, PARTIAL, self.lanes):
-                place = (start + group) + k
-                self.numbers.store(work(self.numbers.load(k, self.lanes), place, self.lanes), k)
-        return start + whole
-
-    def folded(self, combine: Callable[[Value, Value], Value]) -> Value:
-        """All partial results combined into one: the upper half with the lower half, repeatedly."""
-        parts = [self.numbers.load(k, self.lanes) for k in range(0, PARTIAL, self.lanes)]
-        while len(parts) > 1:
-            half = len(parts) // 2
-            parts = [combine(low, high) for low, high in zip(parts[:half], parts[half:], strict=True)]
-        (result,), count = parts, self.lanes
-        while count > 1:
-            count //= 2
-            result = combine(*(result.shuffled(result, [*range(k, k + count)]) for k in (0, count)))
-        return result.lane(0)
-
-
-def _chunks(count: Value) -> Iterator[tuple[Value, Value]]:
-    """A loop over chunks, with the start and stop of each."""
-    for start in loop(0, count, CHUNK):
-        yield start, smaller(start + CHUNK, count)
-
-
-def _pieces(lanes: int, start: Value, count: Value) -> Iterator[tuple[int, Value, Value]]:
-    """The vectors of an incomplete group: index in the group, index in the row, number of elements left."""
-    for k in range(0, PARTIAL, lanes):
-        yield k, start + k, count - k
-
-
-def _sum(one: Value, two: Value) -> Value:
-    return one + two
-
-
-class _Total:
-    """A sum in float64."""
-
-    def __init__(self) -> None:
-        self.held = Variable(constant(0, DOUBLE))
-
-    def add(self, number: Value) -> None:
-        self.held.set(self.held.get() + number.to(DOUBLE))
-
-
-def _summed(term: Callable[..., Value]) -> Any:
-    @operation
-    def summed(row: Array, operands: Operands) -> Real:
-        """The sum of ``term(*operands)`` over a row: within chunks in the dtype of the row, across them in float64."""
-        total = _Total()
-
-        def work(partial: Value, place: Value, lanes: int) -> Value:
-            return partial + term(*operands.load(row.dtype, place, lanes))
-
-        for start, stop in _chunks(row.length):
-            partial = _Partial(row.dtype, 0)
-            rest = partial.add_groups(start, stop, work)
-            for place in loop(rest, stop):
-                partial.numbers.store(work(partial.numbers.load(place - rest), place, 1), place - rest)
-            total.add(partial.folded(_sum))
-        return total.held.get()
-
-    return summed
-
-
-def half_gap(a: Value, half_m: Value, x: Value) -> Value:
-    """a·(m - x)/2, with 0·inf = 0. Half of it, because m - x itself may overflow.
-
-    NaN counts as 0 too, because it also shows up in the mass or in the softmax.
-    """
-    product = a * fma(x, x.like(-0.5), half_m)
-    return where(product == product, product, 0)
-
-
-sum_of = _summed(lambda a: a)
-sum_of_half_gaps = _summed(half_gap)
-
-
-def _larger(one: Value, two: Value) -> Value:
-    """The larger of the two; the second if either is NaN."""
-    return where(two < one, one, two)
-
-
-@operation
-def argmax(x: Array) -> Index:
-    """The index of the first maximum, ignoring NaN; 0 if every element is NaN or -inf."""
-    lanes = x.line
-    largest, chunk = Variable(constant(-math.inf, x.element)), Variable(constant(0))
-    for start, stop in _chunks(x.length):
-        partial = _Partial(x.dtype, -math.inf)
-        rest = partial.add_groups(start, stop, lambda partial, place, lanes: _larger(x.load(place, lanes), partial))
-        left = stop - rest
-        with when(left > 0):
-            for k, place, some in _pieces(lanes, rest, left):
-                before = partial.numbers.load(k, lanes)
-                partial.numbers.store(_larger(x.load_first(some, place, before), before), k)
-        here = partial.folded(lambda low, high: _larger(high, low))
-        with when(here > largest.get()):
-            largest.set(here)
-            chunk.set(start)
-    found_at, wanted = Variable(constant(-1)), largest.get().repeated(lanes)
-    start = chunk.get()
-    inside = smaller(start + CHUNK, x.length) - start
-
-    def matches(group: list[Value]) -> Value:
-        """A bit mask of the elements of a group that equal the maximum."""
-        found = constant(0)
-        for k, numbers in zip(range(0, PARTIAL, lanes), group, strict=True):
-            found = found | (numbers == wanted).packed().unsigned_to(INT64) << k
-        return found
-
-    groups = inside // PARTIAL
-    rest = start + groups * PARTIAL
-    for group, stop_search in search(groups):
-        here = start + group * PARTIAL
-        found = matches([x.load(here + k, lanes) for k in range(0, PARTIAL, lanes)])
-        with when(found != 0):
-            found_at.set(here + first_set_bit(found))
-            stop_search()
-    with when(found_at.get() < 0):
-        nan = constant(math.nan, x.element, lanes)
-        pieces = _pieces(lanes, rest, inside % PARTIAL)
-        found = matches([x.load_first(some, here, nan) for _, here, some in pieces])
-        found_at.set(where(found != 0, rest + first_set_bit(found), 0))
-    return found_at.get()
-
-
-@operation
-def exps(x: Array, m: Number, at: Index, e: Array, following: Array, out: Array) -> Real:
-    """Store exp(x - m) in `e`, which may be `x`, but 0 at index `at` unless that is negative; return the sum.
-
-    Along the way, prefetch as much of `following`, which is read next, and of `out`, which is written soon.
-    """
-    lanes, total = x.line, _Total()
-    index, largest = INT64 if x.size == 8 else INT32, m.repeated(lanes)
-    to_read = following.address()
-    to_write = where(out.length != 0, out.address(), to_read)
-
-    def exp_but_one(numbers: Value, place: Value) -> Value:
-        is_it = counting(index, lanes) == (at - place).to(index).repeated(lanes)
-        return where(is_it, 0, exp(numbers - largest))
-
-    def work(partial: Value, place: Value, lanes: int) -> Value:
-        for address, size, will_be in ((to_read, following.size, "read"), (to_write, out.size, "written")):
-            for k in range(0, lanes * size, LINE):
-                prefetch(address, place * size + k, will_be)
-        value = exp_but_one(x.load(place, lanes), place)
-        e.store(value, place)
-        return partial + value
-
-    for start, stop in _chunks(e.length):
-        partial = _Partial(x.dtype, 0)
-        rest = partial.add_groups(start, stop, work)
-        left = stop - rest
-        with when(left > 0):
-            for k, place, some in _pieces(lanes, rest, left):
-                value = exp_but_one(x.load_first(some, place, constant(-math.inf, x.element, lanes)), place)
-                e.store_first(some, value, place)
-                partial.numbers.store(partial.numbers.load(k, lanes) + value, k)
-        total.add(partial.folded(_sum))
-    return total.held.get()
-
-
-# One row
-
-
-@operation
 def finish_row(
-    m: Number, r: Number, gap: Number, mass: Number, a: Number, factor: Number, scale: Number, z: Real
-) -> Four:
+    m: Value, r: Value, gap: Value, mass: Value, a: Value, factor: Value, scale: Value, z: Value
+) -> tuple[Value, Value, Value, Value]:
     """The row's loss, the factor of exp(x - max) in its gradient, the gradient at the maximum, and log(1 + r).
 
-    a is the target at the maximum.
+    a is the target at the maximum. The results are in float64.
     """
     is_rough = m.is_single
     m, r, gap, mass, a, factor, scale = (value.to(DOUBLE) for value in (m, r, gap, mass, a, factor, scale))
@@ -261,174 +43,208 @@ def finish_row(
     return loss, scale * coef * p, scale * at_max(r, p, mass, coef, more, a), tail
 
 
+def is_finite(number: Value) -> Value:
+    return (number - number) == 0
+
+
+def is_infinite(number: Value) -> Value:
+    return (number == math.inf) | (number == -math.inf)
+
+
+def largest_without_softmax(row: Array, step: Value | int) -> Value:
+    """The maximum that the stats report for a row without a softmax: NaN if it holds one, else inf or -inf."""
+    largest = Variable(constant(-math.inf, row.element))
+    nothing = Variable(constant(0, row.element))  # or NaN
+    for k in loop(row.length):
+        number = row.load(k * step)
+        largest.set(larger(number, largest.get()))
+        nothing.set(where(number == number, nothing.get(), number))
+    return where(nothing.get() == 0, largest.get(), math.nan)
+
+
 class _Target(NamedTuple):
     """The target of a row: `on_label` at class `y`, plus `q`; or the distribution `q` alone."""
 
-    y: Any
-    on_label: Any
-    q: Any
-    is_distribution: Any
+    y: Value  # -1 if the row has no label
+    on_label: Value  # 0 if it has none
+    q: Array  # a number for each class, one for all of them, or none
+    is_distribution: Value
+    mass: Value  # that of all but `q`
+
+    @property
+    def has_q(self) -> Value:
+        return (self.q.length != 0) & (self.is_distribution | ~(self.y < 0))
+
+    def q_at(self, k: Value) -> Value:
+        return self.q.load(where(self.q.length > 1, k, 0))
+
+    def at(self, k: Value) -> Value:
+        """The target at index k; 0 if that is negative."""
+        a = Variable(where(self.y == k, self.on_label, 0))
+        with when(self.has_q & ~(k < 0)):
+            a.set(a.get() + self.q_at(k))
+        return a.get()
 
 
-@inner
-def largest_without_softmax(x, step):
-    """The maximum that the stats report for a row without a softmax: NaN if it holds one, else inf or -inf."""
-    make_compact()
-    largest = -np.inf
-    for k in range(0, x.shape[0], step):
-        if x[k] != x[k]:
-            return np.nan
-        if x[k] > largest:
-            largest = x[k]
-    return largest
+def _target(call: Call, i: Value) -> tuple[_Target, Value, Value]:
+    """The target of row i, the factor of its loss, and that of its gradient."""
+    told, q, per_row, has_labels = call.told, call.q, call.per_row, call.label.length != 0
+    n, y = per_row.length // 3, Variable(constant(-1))
+    of_row = where(n > 1, i, 0)
+    numbers = [Variable(per_row.load(kind * n + of_row)) for kind in (ON_LABEL, FACTOR, SCALE)]
+    with when(has_labels):
+        y.set(call.label.load(i))
+        with when(call.asks(IGNORE) & (y.get() == told.ignore_index)):
+            y.set(constant(-1))
+            for number in numbers[1:]:
+                number.set(number.get().like(0))
+    on_label, factor, s = (number.get() for number in numbers)
+    on_label = where(y.get() < 0, 0, on_label)
+    is_distribution = (q.length != 0) & ~has_labels
+    q = q.part(where(is_distribution, i * told.q_row, 0), where(is_distribution, told.classes, q.length))
+    mass = where(has_labels | is_distribution, on_label, 1)
+    return _Target(y.get(), on_label, q, is_distribution, mass), factor, s
 
 
-@inner
-def _gap_and_mass(row, m, target, has_labels):
-    make_inline()
-    kind = row.dtype.type
-    q, half = target.q, kind(0.5) * m
-    if target.is_distribution:
-        gap = kind(2 * sum_of_half_gaps(row, (q, half, row)))
-        mass = kind(sum_of(row, (q,)))
-    elif target.y >= 0:
-        mass, below = target.on_label, half - kind(0.5) * row[target.y]
-        gap = kind(2) * (mass * below) if mass != 0 and below != 0 else kind(0)
-        if q.shape[0] > 1:
-            gap = kind(gap + 2 * sum_of_half_gaps(row, (q, half, row)))
-            mass = kind(mass + sum_of(row, (q,)))
-        elif q.shape[0]:
-            gap = kind(gap + 2 * sum_of_half_gaps(row, (q[0], half, row)))
-            mass = kind(float(mass) + float(q[0]) * row.shape[0])
-    else:
-        gap, mass = kind(0), kind(0 if has_labels else 1)
-    return gap if gap == gap else kind(np.nan), mass
+def _gap_and_mass(row: Array, m: Value, target: _Target) -> tuple[Value, Value]:
+    """The sum of a·(m - x) over the row, and that of its target a."""
+    q, half = target.q, m * 0.5
+    gap, mass = Variable(m.like(0)), Variable(target.mass)
+    with when(~(target.y < 0)):
+        below = half - row.load(target.y) * 0.5
+        with when(~((target.on_label == 0) | (below == 0))):
+            gap.set(2 * (target.on_label * below))
+
+    def add(half_gaps: Value, of_q: Value) -> None:
+        for variable, more in ((gap, 2 * half_gaps), (mass, of_q)):
+            variable.set((variable.get().to(DOUBLE) + more).to(m.element))
+
+    with when(target.has_q), either(q.length > 1) as (each, alike):
+        with each:
+            add(sum_of_half_gaps(row, q, half, row), sum_of(row, q))
+        with alike:
+            add(sum_of_half_gaps(row, q.load(0), half, row), q.load(0).to(DOUBLE) * row.length.to(DOUBLE))
+    return gap.get().with_one_nan(), mass.get()
 
 
-@inner
-def _target_at(at, target):
-    """The target at index `at`; 0 if that is negative."""
-    make_inline()
-    q = target.q
-    a = target.on_label if target.y == at else q.dtype.type(0)
-    if at >= 0 and target.is_distribution:
-        a = q[at]
-    elif at >= 0 and target.y >= 0 and q.shape[0]:
-        a += q[at if q.shape[0] > 1 else 0]
-    return a
+class _Stats:
+    """The stats of a row: given or computed, with its exponentials on the way."""
+
+    def __init__(self, call: Call, i: Value, row: Array, target: _Target) -> None:
+        self.call, self.i, self.row, self.is_known = call, i, row, call.asks(KNOWN)
+        largest_at = argmax(row)
+        m = row.load(largest_at)
+        self.at, self.largest_at = Variable(largest_at), largest_at
+        self.m, self.r, self.gap, self.mass = held = [Variable(m) for _ in range(4)]
+        with either(self.is_known) as (known, unknown):
+            with known:
+                for variable, kind in zip(held, STATS_KINDS, strict=True):
+                    variable.set(call.answers_of(kind, i, 1).load(0))
+                with when(~(m == self.m.get())):
+                    self.at.set(constant(-1))
+            with unknown:
+                for variable, value in zip((self.gap, self.mass), _gap_and_mass(row, m, target), strict=True):
+                    variable.set(value)
+
+    def add_exps(self, g: Array, following: Array, soon: Array) -> None:
+        """Store the exponentials in `g`, unless they are not needed; see `exps`."""
+        m, r, element = self.m.get(), self.r, self.row.element
+        total = Variable(constant(math.nan, DOUBLE))
+        with when(where(self.is_known, self.call.asks(GRAD), is_finite(m))):
+            total.set(exps(self.row, where(is_finite(m), m, 0), self.at.get(), g, following, soon))
+        with when(~self.is_known):
+            r.set(total.get().to(element))
+            with when(~(r.get() == r.get())):
+                largest = largest_without_softmax(self.row, 1)
+                self.m.set(largest)
+                r.set(where(largest == largest, 0, largest))
+
+    def store(self, label_is_largest: Value) -> None:
+        values = [held.get() for held in (self.m, self.r, self.gap, self.mass)]
+        for kind, value in zip(STATS_KINDS, values, strict=True):
+            self.call.answers_of(kind, self.i, 1).store(value, 0)
+        hit = where(label_is_largest, constant(1, self.row.element), 0)
+        self.call.answers_of(HIT, self.i, 1).store(hit, 0)
 
 
-@inner
-def _gradient(g, by, top, at, s, target):
+def _gradient(g: Array, by: Value, top: Value, at: Value, s: Value, target: _Target) -> None:
     """Replace exp(x - max) by the gradient s·[coef·p - a]; `by` is s·coef·p at the maximum, `top` goes to `at`."""
-    make_inline()
-    q = target.q
-    scale(g, (g, g.dtype.type(by) + g.dtype.type(0)))
-    if target.is_distribution:
-        subtract_product(g, (g, q, s))
-    elif target.y >= 0:
-        g[target.y] -= s * target.on_label
-        if q.shape[0] > 1:
-            subtract_product(g, (g, q, s))
-        elif q.shape[0]:
-            subtract_product(g, (g, q[0], s))
-    if at >= 0:
-        g[at] = top
+    q, y = target.q, target.y
+    scale(g, g, by.to(g.element) + 0)
+    with when(~(y < 0)):
+        g.store(g.load(y) - s * target.on_label, y)
+    with when(target.has_q), either(q.length > 1) as (each, alike):
+        with each:
+            subtract_product(g, g, q, s)
+        with alike:
+            subtract_product(g, g, q.load(0), s)
+    with when(~(at < 0)):
+        g.store(top.to(g.element), at)
 
 
-@inner
-def _gradient_before_scale(g, by, top, at, target):
+def _gradient_before_scale(g: Array, by: Value, top: Value, at: Value, target: _Target) -> None:
     """Replace exp(x - max) by coef·p - a, for a row that must be scaled last because s·coef may overflow."""
-    make_compact()
-    q = target.q
-    has_q = q.shape[0] and (target.y >= 0 or target.is_distribution)
-    for k in range(g.shape[0]):
-        value = g[k] * by if g[k] != 0 or by != by else g[k]
-        if has_q:
-            value -= q[k if q.shape[0] > 1 else 0]
-        g[k] = value - target.on_label if k == target.y else value
-    if at >= 0:
-        g[at] = top
+    by, top = by.to(g.element), top.to(g.element)
+    for k in loop(g.length):
+        e = g.load(k)
+        value = Variable(where((e == 0) & (by == by), e, e * by))
+        with when(target.has_q):
+            value.set(value.get() - target.q_at(k))
+        g.store(where(k == target.y, value.get() - target.on_label, value.get()), k)
+    with when(~(at < 0)):
+        g.store(top, at)
 
 
-@inner
-def rows(call):
-    """See `loops`; `call` is a `build.Call`."""
+def rows(call: Call) -> None:
+    """See `loops`."""
     make_compact()
-    told, count, x, label, per_row, q, answers, out, workspace = call
-    job, classes, is_half = told.job, told.classes, told.is_half != 0
-    x_row, out_row, q_row, cap, z = told.x_outer, told.out_outer, told.q_row, told.softcap, told.z_loss
-    if job & CHECK and kept_labels(label, classes, 0, False) < 0:
-        return -1.0
-    kind, has_labels = per_row.dtype.type, label.shape[0] > 0
-    room = numbers_in(workspace, 0, 3 * classes, per_row)
-    wide, e, slope = part(room, 0, classes), part(room, classes, classes), part(room, 2 * classes, classes)
-    is_streamed, n = job & STREAM != 0, per_row.shape[0] // 3
-    for i in range(count):
-        k = i if n > 1 else 0
-        factor, s = per_row[FACTOR * n + k], per_row[SCALE * n + k]
-        y = label[i] if has_labels else -1
-        if job & IGNORE and y == told.ignore_index:
-            y, factor, s = -1, kind(0), kind(0)
-        on_label = per_row[ON_LABEL * n + k] if y >= 0 else kind(0)
-        q_of_row = q if has_labels else part(q, i * q_row, classes if q.shape[0] else 0)
-        target = _Target(y, on_label, q_of_row, q.shape[0] > 0 and not has_labels)
-        widen(part(x, i * x_row, classes), is_half, wide)
-        row = numbers_of(part(x, i * x_row, classes), wide)
-        of_row = part(out, i * out_row, classes)
-        g = numbers_of(of_row, e) if job & (GRAD | LOG) and not is_streamed else e
-        label_is_largest = y == argmax(row) if job & STATS and cap > 0 else False
-        if cap > 0:
-            softcap(row, cap, wide, slope)
-            row = wide
-        at = argmax(row)
-        m = row[at]
-        if not cap > 0:
-            label_is_largest = y == at
+    told, classes, element = call.told, call.told.classes, call.per_row.element
+    room = call.workspace.region(element, 0, 3 * classes)
+    wide, e, slope = (room.part(k * classes, classes) for k in range(3))
+    is_half, is_capped, is_streamed = told.is_half != 0, told.softcap > 0, call.asks(STREAM)
+    for i in loop(call.outer):
+        target, factor, s = _target(call, i)
+        x, out = call.x.part(i * told.x_outer, classes), call.out.part(i * told.out_outer, classes)
+        widen(x, is_half, wide)
+        logits, label_is_largest = numbers_of(x, wide), Variable(constant(0, BIT))
+        with when(is_capped):
+            with when(call.asks(STATS)):
+                label_is_largest.set(target.y == argmax(logits))
+            softcap(logits, told.softcap, wide, slope)
+        row = wide.where(is_capped, logits)
+        g = numbers_of(out, e).where(call.asks(GRAD | LOG) & ~is_streamed, e)
+        stats = _Stats(call, i, row, target)
         # To prefetch: the next row, and the part of the output that is written one chunk from now.
-        following = part(x, (i + 1 if i + 1 < count else i) * x_row, classes)
-        soon = part(out, i * out_row + CHUNK, 0 if is_streamed else out.shape[0])
-        if job & KNOWN:
-            m, r, gap, mass = answers[count + i], answers[2 * count + i], answers[3 * count + i], answers[4 * count + i]
-            if row[at] != m:
-                at = -1
-            if job & GRAD:
-                exps(row, m if m - m == 0 else kind(0), at, g, following, soon)
-        else:
-            gap, mass = _gap_and_mass(row, m, target, has_labels)
-            r = kind(exps(row, m, at, g, following, soon) if m - m == 0 else np.nan)
-            if r != r:
-                m = kind(largest_without_softmax(row, 1))
-                r = m - m if m != m else kind(0)
-            if job & STATS:
-                answers[count + i], answers[2 * count + i] = m, r
-                answers[3 * count + i], answers[4 * count + i] = gap, mass
-                answers[5 * count + i] = label_is_largest
-        a = _target_at(at, target)
-        rest = r if m - m == 0 else kind(np.nan)
-        loss, by, top, tail = finish_row(m, rest, gap, mass, a, factor, s, z)
-        if job & LOSS:
-            answers[i] = loss
-        if job & LOG:
-            logarithms(g, (row, m, tail))
-            narrow(g, is_half, of_row)
-        if job & GRAD:
-            if s == 0:
-                fill(g, (0,))
-            elif abs(s) == np.inf or abs(s * mass) == np.inf or abs(kind(by)) == np.inf:
-                _, by, top, _ = finish_row(m, rest, gap, mass, a, s, kind(1), z)
-                _gradient_before_scale(g, kind(by), kind(top), at, target)
-                if cap > 0:
-                    multiply(g, (g, slope))
-                multiply(g, (g, s))
-            else:
-                _gradient(g, by, kind(top), at, s, target)
-                if cap > 0:
-                    multiply(g, (g, slope))
-            if is_streamed:
-                stream(e, numbers_of(of_row, wide))
-            else:
-                narrow(g, is_half, of_row)
-    if is_streamed:
-        fence()
-    return total_of(part(answers, 0, count)) if job & SUM else 0.0
+        following = call.x.part(where(i + 1 < call.outer, i + 1, i) * told.x_outer, classes)
+        soon = call.out.part(i * told.out_outer + CHUNK, where(is_streamed, 0, call.out.length))
+        stats.add_exps(g, following, soon)
+        with when(call.asks(STATS)):
+            stats.store(where(is_capped, label_is_largest.get(), target.y == stats.largest_at))
+        m, r, gap, mass, at = (held.get() for held in (stats.m, stats.r, stats.gap, stats.mass, stats.at))
+        finish_with = partial(finish_row, m, where(is_finite(m), r, math.nan), gap, mass, target.at(at), z=told.z_loss)
+        loss, by, top, tail = finish_with(factor=factor, scale=s)
+        with when(call.asks(LOSS)):
+            call.answers.store(loss.to(element), i)
+        with when(call.asks(LOG)):
+            logarithms(g, row, m, tail)
+            narrow(g, is_half, out)
+        with when(call.asks(GRAD)):
+            overflows = is_infinite(s) | is_infinite(s * mass) | is_infinite(by.to(element))
+            with either(s == 0) as (nothing, something):
+                with nothing:
+                    fill(g, 0)
+                with something:
+                    with either(overflows) as (scaled_last, usual):
+                        with scaled_last:
+                            _, last_by, last_top, _ = finish_with(factor=s, scale=s.like(1))
+                            _gradient_before_scale(g, last_by, last_top, at, target)
+                        with usual:
+                            _gradient(g, by, top, at, s, target)
+                    with when(is_capped):
+                        multiply(g, g, slope)
+                    with when(overflows):
+                        multiply(g, g, s)
+            narrow(g, is_half, out)
+            if not out.has_16_bits:
+                with when(is_streamed):
+                    stream(e, out)

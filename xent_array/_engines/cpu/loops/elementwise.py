@@ -5,38 +5,40 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from numba import types
-from numba.extending import intrinsic
-
-from . import GROUP, LANES, simd
+from . import GROUP, LANES
 from .math import from_bfloat, from_half, tanh_and_slope, times, to_bfloat, to_half
 from .simd import (
     DOUBLE,
     INT64,
     Array,
-    Flag,
-    Index,
-    Operands,
-    Real,
     Value,
     Variable,
     constant,
     either,
     has_default_arithmetic,
     loop,
-    operation,
+    on_stack,
     smaller,
     vectors,
     where,
 )
 
+Operand = Array | Value | float  # a scalar stands for an array of its repetitions
 
-def _on_each(function: Callable[..., Value]) -> Any:
-    @operation
-    def on_each(out: Array, operands: Operands) -> None:
+
+def loaded(operand: Operand, place: Value, lanes: int, element: Any) -> Value:
+    """A vector of an operand, starting at an index, as numbers of type `element`."""
+    if isinstance(operand, Array):
+        return operand.load(place, lanes).to(element)
+    number = operand if isinstance(operand, Value) else constant(operand, element)
+    return number.to(element).repeated(lanes)
+
+
+def _on_each(function: Callable[..., Value]) -> Callable[..., None]:
+    def on_each(out: Array, *operands: Operand) -> None:
         """``out[k] = function(*operands[k])`` for every k."""
         for place, lanes in vectors(out.length, LANES):
-            out.store(function(*operands.load(out.dtype, place, lanes)), place)
+            out.store(function(*(loaded(operand, place, lanes, out.element) for operand in operands)), place)
 
     return on_each
 
@@ -49,8 +51,7 @@ subtract_product = _on_each(lambda x, a, by: x - by * a)
 logarithms = _on_each(lambda x, m, tail: (x - m) - tail)
 
 
-@operation
-def softcap(x: Array, cap: Real, capped: Array, slope: Array) -> None:
+def softcap(x: Array, cap: Value, capped: Array, slope: Array) -> None:
     """Store cap·tanh(x/cap) in `capped`, which may be `x`, and its derivative in `slope`."""
     limit = cap.to(x.element)
     for place, lanes in vectors(x.length, LANES):
@@ -60,7 +61,6 @@ def softcap(x: Array, cap: Real, capped: Array, slope: Array) -> None:
         slope.store(slope_there, place)
 
 
-@operation
 def stream(source: Array, out: Array) -> None:
     """Copy with non-temporal stores wherever a whole cache line is written; see `Array.stream`."""
     head, line = smaller(out.before_line(), source.length), out.line
@@ -76,17 +76,15 @@ def stream(source: Array, out: Array) -> None:
 # 16 bits
 
 
-@operation
-def widen(x: Array, is_half: Flag, wide: Array) -> None:
+def widen(x: Array, is_half: Value, wide: Array) -> None:
     """Convert 16-bit floats to float32; does nothing if `x` holds wider ones. See `numbers_of`."""
-    if x.dtype == types.uint16:
+    if x.has_16_bits:
         _convert(x, wide, is_half, from_half, from_bfloat)
 
 
-@operation
-def narrow(wide: Array, is_half: Flag, out: Array) -> None:
+def narrow(wide: Array, is_half: Value, out: Array) -> None:
     """Convert float32 to 16-bit floats; does nothing if `out` holds wider ones."""
-    if out.dtype == types.uint16:
+    if out.has_16_bits:
         _convert(wide, out, is_half, to_half, to_bfloat)
 
 
@@ -98,12 +96,9 @@ def _convert(source: Array, target: Array, is_half: Value, half: Any, bfloat: An
                     target.store(convert(source.load(place, lanes)), place)
 
 
-@intrinsic
-def numbers_of(_context: Any, x: Any, wide: Any) -> Any:
+def numbers_of(x: Array, wide: Array) -> Array:
     """The array that holds `x` in the dtype of the arithmetic: `wide` if `x` holds 16-bit floats, else `x` itself."""
-    is_wide = x.dtype != types.uint16
-    signature = types.Array(wide.dtype, 1, "C")(x, wide)
-    return signature, lambda _context, _builder, _signature, arguments: arguments[0 if is_wide else 1]
+    return wide if x.has_16_bits else x
 
 
 class _Sum:
@@ -134,12 +129,11 @@ class _Sum:
         return self.total.get() + self.lost.get()
 
 
-@operation
-def total_of(x: Array) -> Real:
+def total_of(x: Array) -> Value:
     """The sum of losses in float64: of each group of rows, with compensation for float64, and then of the groups."""
-    compensates = x.dtype == types.float64
+    compensates = x.element == DOUBLE
     in_lanes, of_group, total = _Sum(LANES, compensates), _Sum(1, compensates), _Sum(1, True)
-    spilled = simd.on_stack(types.float64, LANES)
+    spilled = on_stack(DOUBLE, LANES)
     for start in loop(0, x.length, GROUP):
         stop = smaller(start + GROUP, x.length)
         whole = start + ((stop - start) & -LANES)
@@ -157,8 +151,7 @@ def total_of(x: Array) -> Real:
     return total.get()
 
 
-@operation
-def combined(sums: Array) -> Real:
+def combined(sums: Array) -> Value:
     """The sum of the sums of groups."""
     total = _Sum(1, True)
     for place in loop(sums.length):
@@ -166,8 +159,7 @@ def combined(sums: Array) -> Real:
     return total.get()
 
 
-@operation
-def kept_labels(label: Array, classes: Index, ignore_index: Index, ignores: Flag) -> Index:
+def kept_labels(label: Array, classes: Value, ignore_index: Value | None = None, ignores: Value | None = None) -> Value:
     """How many labels are not ignored; -1 if one of these is not a class, or if flush-to-zero or the like is on."""
     kept, wrong = Variable(constant(0)), Variable(constant(0))
     held = Variable(constant(0, INT64, LANES)), Variable(constant(0, INT64, LANES))
@@ -177,7 +169,9 @@ def kept_labels(label: Array, classes: Index, ignore_index: Index, ignores: Flag
     ):  # fmt: skip
         for place in loop(start, stop, lanes):
             y, zero = label.load(place, lanes), constant(0, INT64, lanes)
-            is_kept = ~((y == ignore_index.repeated(lanes)) & ignores.repeated(lanes))
+            is_kept = zero == 0
+            if ignore_index is not None and ignores is not None:
+                is_kept = ~((y == ignore_index.repeated(lanes)) & ignores.repeated(lanes))
             is_class = ~(y < 0) & (y < classes.repeated(lanes))
             kept_there.set(kept_there.get() + where(is_kept, 1, zero))
             wrong_there.set(where(is_kept & ~is_class, 1, wrong_there.get()))

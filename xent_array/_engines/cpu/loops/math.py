@@ -146,7 +146,7 @@ def at_max(r: Value, p: Value, mass: Value, coef: Value, more: Value, a: Value) 
 
 def has_half_instructions() -> bool:
     """Whether the processor converts float16; if not, LLVM would call a library function that is missing here."""
-    return simd.target().codegen().magic_tuple()[0].startswith(("aarch64", "arm64")) or simd.has_feature("f16c")
+    return simd.is_arm() or simd.has_feature("f16c")
 
 
 def from_half(x: Value) -> Value:

@@ -1,51 +1,36 @@
 """Scalars, vectors and memory as LLVM sees them, in Python's syntax: the building blocks of every loop.
 
-An `operation` is a Python function that emits machine code when Numba compiles a call of it. Its annotations declare
-its arguments: `Array`, `Index`, `Flag`, `Real`, or a named tuple of these, which compiled code builds like any other.
-In an operation every scalar or vector is a `Value`: Python's operators on it emit instructions, `for k in loop(n)`
-emits a loop, and `with when(condition)` a branch. The instructions for a vector are those for a scalar, in the same
-order, so a row has the same bits wherever it is processed. LLVM chooses the vector instructions of the processor, and
-reorders no floating-point arithmetic.
+A loop is a Python function that runs once, when machine code is made, and emits LLVM's instructions. In it every scalar
+or vector is a `Value`: Python's operators on it emit instructions, `for k in loop(n)` emits a loop, and
+`with when(condition)` a branch, while `if` and `for` of Python numbers decide what is emitted. A `Variable` holds what
+loops and branches change. The instructions for a vector are those for a scalar, in the same order, so a row has the
+same bits wherever it is processed. LLVM chooses the vector instructions of the processor, and reorders no
+floating-point arithmetic.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from functools import cache
+from typing import Any
 
 import numpy as np
 from llvmlite import binding, ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
-from numba.np.arrayobj import populate_array
 
 from ..memory import LINE as LINE
 from . import AXES, DATA, ITEMS, LIMIT, NEXT, POINTER, SHAPE
 
-INT1, INT16, INT32, INT64 = (ir.IntType(width) for width in (1, 16, 32, 64))
+BIT, BYTE, INT16, INT32, INT64 = (ir.IntType(width) for width in (1, 8, 16, 32, 64))
 HALF, FLOAT, DOUBLE = ir.HalfType(), ir.FloatType(), ir.DoubleType()
-_BYTE = ir.IntType(8).as_pointer()
+_ADDRESS = BYTE.as_pointer()
 
-# Numba compiles one function at a time, under a lock.
-_targets: list[tuple[Any, Any]] = []  # Numba's context and LLVM's builder for the function being generated
-
-
-def target() -> Any:
-    """What Numba compiles for."""
-    return _targets[-1][0]
+_builders: list[Any] = []  # of the function being made: one at a time, see `threads.whole`
 
 
 def _builder() -> Any:
-    return _targets[-1][1]
-
-
-def has_feature(name: str) -> bool:
-    """Whether the processor has a feature, by LLVM's name for it."""
-    return f"+{name}" in target().codegen().magic_tuple()[2].split(",")
+    return _builders[-1]
 
 
 class Value:
@@ -139,7 +124,7 @@ class Value:
         if not self.is_float and isinstance(element, ir.IntType):
             change = builder.trunc if self.element.width > element.width else builder.sext
         elif self.is_float:
-            change = builder.fptrunc if _SIZES[type(element)] < _SIZES[type(self.element)] else builder.fpext
+            change = builder.fptrunc if _SIZES[element] < _SIZES[self.element] else builder.fpext
         else:
             change = builder.sitofp
         return Value(change(self.value, vector))
@@ -249,7 +234,7 @@ class Value:
         return value
 
 
-_SIZES = {ir.HalfType: 16, ir.FloatType: 32, ir.DoubleType: 64}
+_SIZES = {BYTE: 8, INT16: 16, INT32: 32, INT64: 64, HALF: 16, FLOAT: 32, DOUBLE: 64}
 
 
 def constant(number: float | int, element: Any = INT64, lanes: int = 1) -> Value:
@@ -259,6 +244,10 @@ def constant(number: float | int, element: Any = INT64, lanes: int = 1) -> Value
     if lanes == 1:
         return Value(ir.Constant(element, number))
     return Value(ir.Constant(ir.VectorType(element, lanes), [number] * lanes))
+
+
+def _value(number: Value | int) -> Value:
+    return number if isinstance(number, Value) else constant(number)
 
 
 def counting(element: Any, lanes: int) -> Value:
@@ -279,21 +268,30 @@ def smaller(one: Value, two: Any) -> Value:
 
 def fma(x: Value, by: Value, plus: Value) -> Value:
     """``x * by + plus``, rounded once if the processor does that just as fast."""
-    builder, type_ = _builder(), x.value.type
+    type_ = x.value.type
     name = f"llvm.fmuladd.{f'v{x.lanes}' if isinstance(type_, ir.VectorType) else ''}{x.element.intrinsic_name}"
-    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(type_, [type_] * 3), name)
-    return Value(builder.call(function, [x.value, by.value, plus.value]))
+    return Value(_call(name, type_, x.value, by.value, plus.value))
+
+
+def _call(name: str, result: Any, *arguments: Any) -> Any:
+    """Call one of LLVM's own functions."""
+    builder = _builder()
+    function = builder.module.globals.get(name)
+    if function is None:
+        function = ir.Function(builder.module, ir.FunctionType(result, [given.type for given in arguments]), name)
+    return builder.call(function, arguments)
 
 
 def first_set_bit(bits: Value) -> Value:
-    return Value(_builder().cttz(bits.value, INT1(0)))
+    return Value(_builder().cttz(bits.value, BIT(0)))
 
 
 class Variable:
     """A value that a loop or a branch changes."""
 
     def __init__(self, value: Value) -> None:
-        self.slot = cgutils.alloca_once_value(_builder(), value.value)
+        self.slot = _on_stack(value.value.type)
+        self.set(value)
 
     def get(self) -> Value:
         return Value(_builder().load(self.slot))
@@ -302,22 +300,52 @@ class Variable:
         _builder().store(value.value, self.slot)
 
 
+def _on_stack(type_: Any) -> Any:
+    """The address of room for a value, the same whenever this is passed."""
+    builder = _builder()
+    with builder.goto_entry_block():
+        return builder.alloca(type_)
+
+
 # Loops and branches
 
 
-def loop(start: Value | int, stop: Value | int | None = None, step: int = 1) -> Iterator[Value]:
+def loop(start: Value | int, stop: Value | int | None = None, step: Value | int = 1) -> Iterator[Value]:
     """``for k in loop(...)`` emits a loop; it takes the arguments of `range`. The body must not break."""
     if stop is None:
         start, stop = 0, start
-    bounds = (bound.value if isinstance(bound, Value) else INT64(bound) for bound in (start, stop, step))
-    with cgutils.for_range_slice(_builder(), *bounds) as (index, _):
-        yield Value(index)
+    for index, _ in _loop(_value(start), _value(stop), _value(step)):
+        yield index
 
 
 def search(count: Value) -> Iterator[tuple[Value, Callable[[], None]]]:
     """A loop of `count` rounds; each yields the index, and a function that emits a break."""
-    with cgutils.for_range(_builder(), count.value) as found:
-        yield Value(found.index), found.do_break
+    return _loop(constant(0), count, constant(1))
+
+
+def _loop(start: Value, stop: Value, step: Value) -> Iterator[tuple[Value, Callable[[], None]]]:
+    builder = _builder()
+    before, (test, body, end) = builder.block, (builder.append_basic_block(name) for name in ("test", "body", "end"))
+    builder.branch(test)
+    builder.position_at_end(test)
+    index = builder.phi(INT64)
+    builder.cbranch(builder.icmp_signed("<", index, stop.value), body, end)
+    builder.position_at_end(body)
+    yield Value(index), lambda: builder.branch(end)
+    index.add_incoming(start.value, before)
+    index.add_incoming(builder.add(index, step.value), builder.block)
+    builder.branch(test)
+    builder.position_at_end(end)
+
+
+def forever() -> Iterator[Callable[[], None]]:
+    """A loop without end; yields a function that emits a break."""
+    builder, (body, end) = _builder(), (_builder().append_basic_block(name) for name in ("body", "end"))
+    builder.branch(body)
+    builder.position_at_end(body)
+    yield lambda: builder.branch(end)
+    builder.branch(body)
+    builder.position_at_end(end)
 
 
 def vectors(count: Value, lanes: int) -> Iterator[tuple[Value, int]]:
@@ -345,19 +373,19 @@ def either(condition: Value) -> Iterator[tuple[Any, Any]]:
 
 
 class Array:
-    """Contiguous elements in memory; 16-bit floats are seen as uint16."""
+    """Contiguous elements in memory; 16-bit floats are seen as integers of 16 bits."""
 
-    def __init__(self, dtype: Any, data: Any, length: Value) -> None:
-        self.dtype, self.data, self.length = dtype, data, length
-
-    @property
-    def element(self) -> Any:
-        return self.data.type.pointee
+    def __init__(self, element: Any, data: Any, length: Value) -> None:
+        self.element, self.data, self.length = element, data, length
 
     @property
     def size(self) -> int:
         """The size of an element in bytes."""
-        return int(self.dtype.bitwidth // 8)
+        return _SIZES[self.element] // 8
+
+    @property
+    def has_16_bits(self) -> bool:
+        return bool(self.element == INT16)
 
     @property
     def line(self) -> int:
@@ -366,7 +394,7 @@ class Array:
 
     def pointer(self, place: Value | int, lanes: int = 1) -> Any:
         builder = _builder()
-        pointer = builder.gep(self.data, [place.value if isinstance(place, Value) else INT64(place)])
+        pointer = builder.gep(self.data, [_value(place).value])
         return pointer if lanes == 1 else builder.bitcast(pointer, ir.VectorType(self.element, lanes).as_pointer())
 
     def load(self, place: Value | int, lanes: int = 1) -> Value:
@@ -384,13 +412,11 @@ class Array:
         self._masked("store", ir.VoidType(), [value.value], count, place, [])
 
     def _masked(self, what: str, result: Any, before: list[Any], count: Value, place: Value, after: list[Any]) -> Any:
-        builder, lanes, index = _builder(), self.line, ir.IntType(8 * self.size)
+        lanes, index = self.line, ir.IntType(8 * self.size)
         mask = counting(index, lanes) < count.to(index).repeated(lanes)
         arguments = [*before, self.pointer(place, lanes), INT32(self.size), mask.value, *after]
         name = f"v{lanes}{self.element.intrinsic_name}"
-        type_ = ir.FunctionType(result, [argument.type for argument in arguments])
-        function = cgutils.get_or_insert_function(builder.module, type_, f"llvm.masked.{what}.{name}.p0{name}")
-        return builder.call(function, arguments)
+        return _call(f"llvm.masked.{what}.{name}.p0{name}", result, *arguments)
 
     def stream(self, value: Value, place: Value) -> None:
         """Store past the caches, with a non-temporal hint; a vector must fill a cache line. Needs a `fence`."""
@@ -403,10 +429,20 @@ class Array:
 
     def address(self, place: Value | int = 0) -> Value:
         """The address of an element, for `prefetch`."""
-        return Value(_builder().bitcast(self.pointer(place), _BYTE))
+        return Value(_builder().bitcast(self.pointer(place), _ADDRESS))
 
-    def part(self, start: Value | int, count: int) -> Array:
-        return Array(self.dtype, self.pointer(start), constant(count))
+    def part(self, start: Value | int, count: Value | int) -> Array:
+        """``array[start : start + count]``, without a bounds check."""
+        return Array(self.element, self.pointer(start), _value(count))
+
+    def region(self, element: Any, start: Value | int, count: Value | int) -> Array:
+        """Of an array of bytes, `count` elements of another type, starting at byte `start`."""
+        return Array(element, _builder().bitcast(self.pointer(start), element.as_pointer()), _value(count))
+
+    def where(self, condition: Value, otherwise: Array) -> Array:
+        """Itself if the condition holds, else the other array."""
+        data = _builder().select(condition.value, self.data, otherwise.data)
+        return Array(self.element, data, where(condition, self.length, otherwise.length))
 
     def before_line(self) -> Value:
         """How many elements precede the first cache line boundary."""
@@ -414,241 +450,157 @@ class Array:
         return ((0 - address) & (LINE - 1)) // self.size
 
 
-def on_stack(dtype: Any, count: int) -> Array:
-    context, builder = _targets[-1]
-    kind = context.get_data_type(dtype)
-    room = cgutils.alloca_once(builder, ir.ArrayType(kind, count))
-    return Array(dtype, builder.bitcast(room, kind.as_pointer()), constant(count))
+def on_stack(element: Any, count: int) -> Array:
+    room = _on_stack(ir.ArrayType(element, count))
+    return Array(element, _builder().bitcast(room, element.as_pointer()), constant(count))
 
 
 def prefetch(address: Value, offset: Value | int, will_be: str) -> None:
     """Prefetch the cache line at an address plus an offset in bytes, to be "read" or "written"."""
-    builder = _builder()
-    type_ = ir.FunctionType(ir.VoidType(), [_BYTE, INT32, INT32, INT32])
-    function = cgutils.get_or_insert_function(builder.module, type_, "llvm.prefetch.p0i8")
-    pointer = builder.gep(address.value, [offset.value if isinstance(offset, Value) else INT64(offset)])
-    builder.call(function, [pointer, INT32(("read", "written").index(will_be)), INT32(3), INT32(1)])
+    pointer, kind = _builder().gep(address.value, [_value(offset).value]), ("read", "written").index(will_be)
+    _call("llvm.prefetch.p0i8", ir.VoidType(), pointer, INT32(kind), INT32(3), INT32(1))
 
 
-# Operations
-
-
-Index = Annotated[Value, types.int64]
-Flag = Annotated[Value, types.boolean]
-Real = Annotated[Value, types.float64]
-Number = Annotated[Value, None]  # of the type it is given in
-Two = Annotated[tuple[Value, Value], types.UniTuple(types.int64, 2)]
-Four = Annotated[tuple[Value, Value, Value, Value], types.UniTuple(types.float64, 4)]
-
-
-class Operands:
-    """An argument: a tuple of arrays, and of scalars that are broadcast."""
-
-    def __init__(self, types_: Any, packed: Any) -> None:
-        self.operands = [(type_, _builder().extract_value(packed, k)) for k, type_ in enumerate(types_)]
-
-    def load(self, dtype: Any, place: Value, lanes: int) -> list[Value]:
-        """A vector of each, starting at an index, as numbers of `dtype`."""
-        context, builder = _targets[-1]
-        found = []
-        for type_, operand in self.operands:
-            if isinstance(type_, types.Array):
-                value = _wrapped(Array, type_, operand).load(place, lanes)
-                found.append(value.to(context.get_data_type(dtype)) if isinstance(dtype, types.Integer) else value)
-            else:
-                found.append(Value(context.cast(builder, operand, type_, dtype)).repeated(lanes))
-        return found
-
-
-def _wrapped(kind: Any, type_: Any, value: Any) -> Any:
-    """An argument, of Numba's type `type_`, in the form an operation takes."""
-    context, builder = _targets[-1]
-    if kind is Array:
-        made = context.make_array(type_)(context, builder, value)
-        return Array(type_.dtype, made.data, Value(builder.extract_value(made.shape, 0)))
-    if kind is Operands:
-        return Operands(type_, value)
-    if get_origin(kind) is Annotated:
-        wanted = get_args(kind)[1]
-        return Value(value if wanted is None else context.cast(builder, value, type_, wanted))
-    fields = get_type_hints(kind, include_extras=True)
-    parts = (builder.extract_value(value, k) for k in range(len(fields)))
-    return kind(*map(_wrapped, fields.values(), type_, parts))
-
-
-def operation(function: Callable[..., Any]) -> Any:
-    """A function that compiled code can call, made of what `function` emits."""
-    hints = get_type_hints(function, include_extras=True)
-    answer = hints.pop("return")
-    result = types.void if answer is type(None) else get_args(answer)[1]
-    wanted = [get_args(kind)[1] if get_origin(kind) is Annotated else None for kind in hints.values()]
-
-    def typed(_context: Any, *given: Any) -> Any:
-        def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            _targets.append((context, builder))
-            try:
-                found = function(*map(_wrapped, hints.values(), signature.args, arguments))
-            finally:
-                _targets.pop()
-            if isinstance(found, tuple):
-                return context.make_tuple(builder, signature.return_type, [value.value for value in found])
-            return context.get_dummy_value() if found is None else found.value
-
-        return result(*(type_ or has for type_, has in zip(wanted, given, strict=True))), build
-
-    parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in ("_context", *hints)]
-    typed.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    typed.__name__, typed.__doc__ = function.__name__, function.__doc__
-    return intrinsic(typed)
-
-
-@operation
-def make_compact() -> None:
-    """Ask LLVM to optimize for size: unrolling loops that are vectorized already gains nothing."""
-    _builder().function.attributes.add("optsize")
-
-
-@operation
-def make_inline() -> None:
-    """Have LLVM make this a part of its caller, and optimize it for size; a call would pass every array by memory."""
-    for attribute in ("alwaysinline", "optsize"):
-        _builder().function.attributes.add(attribute)
-
-
-@operation
 def fence() -> None:
     """Order non-temporal stores before all later stores."""
     _builder().fence("seq_cst")
 
 
+# The processor
+
+
+@cache
+def _features() -> str:
+    """What the processor has, by LLVM's names."""
+    try:
+        found: str = binding.get_host_cpu_features().flatten()
+    except RuntimeError:  # unknown
+        return ""
+    return found
+
+
+def has_feature(name: str) -> bool:
+    """Whether the processor has a feature, by LLVM's name for it."""
+    return f"+{name}" in _features().split(",")
+
+
+def is_x86() -> bool:
+    return bool(binding.get_process_triple().startswith("x86_64"))
+
+
+def is_arm() -> bool:
+    return bool(binding.get_process_triple().startswith(("aarch64", "arm64")))
+
+
 def has_default_arithmetic() -> Value:
     """Whether the thread's rounding mode and flush-to-zero flags have their defaults; True if that is unknown."""
     builder = _builder()
-    triple = builder.module.triple
-    if triple.startswith("x86_64"):
-        settings = cgutils.alloca_once(builder, INT32)
-        type_ = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t])
-        store = cgutils.get_or_insert_function(builder.module, type_, "llvm.x86.sse.stmxcsr")
-        builder.call(store, [builder.bitcast(settings, cgutils.voidptr_t)])
+    if is_x86():
+        settings = _on_stack(INT32)
+        _call("llvm.x86.sse.stmxcsr", ir.VoidType(), builder.bitcast(settings, _ADDRESS))
         word, mask = Value(builder.load(settings)), 0xE040  # flush to zero, rounding mode, denormals are zero
-    elif triple.startswith(("aarch64", "arm64")):
+    elif is_arm():
         word = Value(builder.asm(ir.FunctionType(INT64, []), "mrs $0, fpcr", "=r", [], True))
         mask = 0x1C00003  # FZ, RMode; AH and FIZ
     else:
-        return constant(1, INT1)
+        return constant(1, BIT)
     return (word & mask) == 0
 
 
-# Parts of arrays
+# Turns
 
 
-@intrinsic
-def part(_context: Any, array: Any, start: Any, count: Any) -> Any:
-    """``array[start : start + count]``, without a bounds check."""
-    return types.Array(array.dtype, 1, "C")(array, types.int64, types.int64), _part
-
-
-def _part(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-    array, start, count = arguments[:3]
-    holds = context.make_array(signature.args[0])(context, builder, array)
-    made = context.make_array(signature.return_type)(context, builder)
-    pointer = builder.bitcast(builder.gep(holds.data, [start]), made.data.type)
-    size = INT64(context.get_abi_sizeof(made.data.type.pointee))
-    populate_array(made, data=pointer, shape=[count], strides=[size], itemsize=size, meminfo=None)
-    return made._getvalue()
-
-
-def _region(dtype: Callable[[Any], Any]) -> Any:
-    @intrinsic
-    def region(_context: Any, memory: Any, start: Any, count: Any, like: Any) -> Any:
-        """`count` elements starting at byte `start` of an array of bytes; their type follows from the array `like`."""
-        return types.Array(dtype(like.dtype), 1, "C")(memory, types.int64, types.int64, like), _part
-
-    return region
-
-
-numbers_in = _region(lambda dtype: dtype)
-doubles_in = _region(lambda _: types.float64)
-places_in = _region(lambda dtype: types.Integer.from_bitwidth(dtype.bitwidth))  # integers as wide as the numbers
-
-
-# The way in from Python
-
-
-def arrays_in(dtypes: list[Any]) -> Any:
-    """A function for compiled code that takes the address of a tuple of arrays, and returns them as flat arrays.
-
-    It needs no interpreter: an array that is in a tuple stays where it is, and nobody may change its shape meanwhile.
-    """
-    wanted = [types.Array(dtype, 1, "C") for dtype in dtypes]
-
-    @intrinsic
-    def arrays(_context: Any, given: Any) -> Any:
-        return types.Tuple(wanted)(given), build
-
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        def read(address: Any, offset: int, type_: Any) -> Any:
-            return builder.load(builder.bitcast(builder.gep(address, [INT64(offset)]), type_.as_pointer()))
-
-        found = []
-        for number, type_ in enumerate(wanted):
-            array = read(arguments[0], ITEMS + number * POINTER, _BYTE)
-            length, shape = cgutils.alloca_once_value(builder, INT64(1)), read(array, SHAPE, _BYTE)
-            with cgutils.for_range(builder, read(array, AXES, INT32)) as axis:
-                place = builder.mul(builder.sext(axis.index, INT64), INT64(POINTER))
-                side = builder.load(builder.bitcast(builder.gep(shape, [place]), INT64.as_pointer()))
-                builder.store(builder.mul(builder.load(length), side), length)
-            made = context.make_array(type_)(context, builder)
-            size = INT64(context.get_abi_sizeof(made.data.type.pointee))
-            data = builder.bitcast(read(array, DATA, _BYTE), made.data.type)
-            populate_array(made, data=data, shape=[builder.load(length)], strides=[size], itemsize=size, meminfo=None)
-            found.append(made._getvalue())
-        return context.make_tuple(builder, signature.return_type, found)
-
-    return arrays
-
-
-@operation
-def next_turn(turns: Array, least: Index, most: Index, team: Index) -> Two:
+def next_turn(turns: Array, least: Value, most: Value, team: Value) -> tuple[Value, Value]:
     """Take the next rows from a counter, see `loops`; return the first of them, or -1 if none are left, and how many.
 
     Turns shrink, so that threads that start at different times still finish together.
     """
     builder, first, count = _builder(), Variable(constant(-1)), Variable(constant(0))
-    for _, stop_search in search(constant(2**62)):
+    for stop in forever():
         limit, start = (Value(builder.load_atomic(turns.pointer(place), "monotonic", 8)) for place in (LIMIT, NEXT))
         left = limit - start
         with when(~(left > 0)):
-            stop_search()
+            stop()
         share = smaller(left // team, most)
         share = smaller(where(share < least, least, share), left)
         taken = builder.cmpxchg(turns.pointer(NEXT), start.value, (start + share).value, "monotonic", "monotonic")
         with when(Value(builder.extract_value(taken, 1))):
             first.set(start)
             count.set(share)
-            stop_search()
+            stop()
     return first.get(), count.get()
 
 
-@operation
 def end_turns(turns: Array) -> None:
-    """Leave no rows to take."""
-    _builder().store_atomic(INT64(0), turns.pointer(LIMIT), "monotonic", 8)
+    """Leave no rows to take, if there are turns."""
+    with when(turns.length != 0):
+        _builder().store_atomic(INT64(0), turns.pointer(LIMIT), "monotonic", 8)
 
 
-def machine_code(compiled: Any, name: str) -> bytes:
-    """An object file with a C function of that name, which calls what Numba compiled, a function of one pointer."""
-    context, described = compiled.target_context, compiled.fndesc
-    module = context.create_module(name)
-    called = context.call_conv.get_function_type(described.restype, described.argtypes)
-    called = ir.Function(module, called, described.llvm_func_name)
-    function = ir.Function(module, ir.FunctionType(DOUBLE, [_BYTE]), name)
-    builder = ir.IRBuilder(function.append_basic_block())
-    _, result = context.call_conv.call_function(
-        builder, called, described.restype, described.argtypes, function.args
-    )  # there is no error that it could report
-    builder.ret(result)
-    whole = binding.parse_assembly(compiled.library.get_llvm_str())
-    whole.link_in(binding.parse_assembly(str(module)))
-    found: bytes = context.codegen()._tm.emit_object(whole)
+# Functions
+
+
+def give(result: Value) -> None:
+    """Return from the function; nothing may follow in the same branch."""
+    _builder().ret(result.value)
+
+
+def make_compact() -> None:
+    """Ask LLVM to optimize for size: unrolling loops that are vectorized already gains nothing."""
+    _builder().function.attributes.add("optsize")
+
+
+def machine_code_of(name: str, elements: list[Any], body: Callable[..., Value]) -> bytes:
+    """An object file with a C function of that name, which takes a tuple of arrays with these elements.
+
+    The function returns what `body` returns for the arrays, each as an `Array`: a number in float64. It needs no
+    interpreter: an array that is in a tuple stays where it is, and nobody may change its shape meanwhile.
+    """
+    module = ir.Module()
+    module.triple, module.data_layout = binding.get_process_triple(), str(_machine().target_data)
+    function = ir.Function(module, ir.FunctionType(DOUBLE, [_ADDRESS]), name)
+    _builders.append(ir.IRBuilder(function.append_basic_block()))
+    try:
+        give(body(*(_argument(function.args[0], *place) for place in enumerate(elements))))
+    finally:
+        _builders.pop()
+    return _compiled(str(module))
+
+
+def _argument(given: Any, number: int, element: Any) -> Array:
+    """One of the arrays in a tuple, seen as flat."""
+    builder = _builder()
+
+    def read(address: Any, offset: Value | int, type_: Any) -> Any:
+        place = builder.gep(address, [_value(offset).value])
+        return builder.load(builder.bitcast(place, type_.as_pointer()))
+
+    array = read(given, ITEMS + number * POINTER, _ADDRESS)
+    length, shape = Variable(constant(1)), read(array, SHAPE, _ADDRESS)
+    for axis in loop(Value(read(array, AXES, INT32)).to(INT64)):
+        length.set(length.get() * Value(read(shape, axis * POINTER, INT64)))
+    return Array(element, read(array, DATA, element.as_pointer()), length.get())
+
+
+def _compiled(source: str) -> bytes:
+    """An object file made of LLVM's assembly language."""
+    machine = _machine()
+    with binding.parse_assembly(source, binding.create_context()) as module:
+        module.verify()
+        builder = binding.create_pass_builder(machine, binding.create_pipeline_tuning_options(speed_level=3))
+        builder.getModulePassManager().run(module, builder)
+        return _emitted(machine, module)
+
+
+def _emitted(machine: Any, module: Any) -> bytes:
+    found: bytes = machine.emit_object(module)
     return found
+
+
+@cache
+def _machine() -> Any:
+    """The processor of this machine."""
+    return binding.Target.from_default_triple().create_target_machine(
+        cpu=binding.get_host_cpu_name(), features=_features(), opt=3, jit=True,
+        reloc="static" if is_x86() else "default",
+    )  # fmt: skip

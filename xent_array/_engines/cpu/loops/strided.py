@@ -10,36 +10,31 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from numba import types
-
 from . import GRAD, KINDS, LANES, PARTIAL, STREAM
-from .contiguous import CHUNK
+from .call import Call
 from .elementwise import copy, narrow, numbers_of, widen
-from .jit import inlined, inner
 from .math import exp, times
+from .reductions import CHUNK
 from .simd import (
+    BIT,
+    DOUBLE,
+    INT32,
+    INT64,
     Array,
-    Flag,
-    Index,
     Value,
     Variable,
-    doubles_in,
+    constant,
     either,
-    fence,
     loop,
     make_compact,
-    numbers_in,
-    operation,
-    part,
-    places_in,
     prefetch,
+    smaller,
     vectors,
     when,
     where,
 )
 from .tiles import (
     EXP_FACTOR,
-    FEW,
     MAX,
     NONE,
     TWO,
@@ -68,7 +63,7 @@ class Stage(NamedTuple):
     tile: Tile
     state: State
     lines: Lines
-    rows: Index
+    rows: Value
 
 
 def _store(out: Array, value: Value, place: Value, is_streamed: Value) -> None:
@@ -79,8 +74,7 @@ def _store(out: Array, value: Value, place: Value, is_streamed: Value) -> None:
             out.store(value, place)
 
 
-@operation
-def put_gradient(first: Index, stop: Index, written: Stage, out: Lines, is_streamed: Flag) -> None:
+def put_gradient(first: Value, stop: Value, written: Stage, out: Lines, is_streamed: Value) -> None:
     """Write the gradient of a range of classes; if classes are few, including the entries at the label and maximum.
 
     Streaming uses non-temporal stores, for which every 16 elements must start at a cache line.
@@ -95,19 +89,15 @@ def put_gradient(first: Index, stop: Index, written: Stage, out: Lines, is_strea
                         _store(out.numbers, gradient.of(c), out.place(c) + lane, is_streamed)
 
 
-@operation
 def pass_on(
-    first: Index, stop: Index, read: Stage, worked_on: Stage, written: Stage, has_grad: Flag, is_streamed: Flag
-) -> Flag:
+    first: Value, stop: Value, read: Stage, worked_on: Stage, written: Stage, has_grad: Value, is_streamed: Value
+) -> None:
     """All three stages for a range of classes, 16 elements of each in turn; the tiles have equally many rows.
 
     The gradient of the tile `written` is stored, as by `put_gradient` without exceptions, which makes room for the
-    logits of the tile `read`; the logits of the tile `worked_on` become exponentials. Returns False, having done
-    nothing, if the logits have 16 bits.
+    logits of the tile `read`; the logits of the tile `worked_on` become exponentials.
     """
     x, out = read.lines.numbers, written.lines.numbers
-    if x.dtype == types.uint16:
-        return first != first
     here, before, state = read.tile, worked_on.tile, worked_on.state
     has_room = (out.length != 0) & ~is_streamed
     for c in loop(first, stop):
@@ -130,119 +120,116 @@ def pass_on(
             value = Variable(exp(before.numbers.load(row_before + lane, LANES) - (largest + (largest - largest))))
             before.numbers.store(value.get(), row_before + lane)
             add_to_partial(value, state, lane, turn)
-    return first == first
 
 
-@inner
-def _read(first, stop, stage, strip, is_half):
+def _read(first: Value, stop: Value, stage: Stage, strip: Array, is_half: Value) -> None:
     """Read a range of classes into the tile."""
-    tile, lines, count = stage.tile, stage.lines, stage.rows
-    wide = part(strip, 0, count)
-    for c in range(first, stop):
-        source = part(lines.numbers, lines.start + c * lines.step, count)
+    tile, lines, wide = stage.tile, stage.lines, strip.part(0, stage.rows)
+    for c in loop(first, stop):
+        source = lines.numbers.part(lines.place(c), stage.rows)
         widen(source, is_half, wide)
-        copy(part(tile.numbers, c * tile.class_step, count), (numbers_of(source, wide),))
+        copy(tile.numbers.part(c * tile.class_step, stage.rows), numbers_of(source, wide))
 
 
-@inner
-def _write(first, stop, stage, strip, is_half, is_streamed):
+def _write(first: Value, stop: Value, stage: Stage, strip: Array, is_half: Value, is_streamed: Value) -> None:
     """Write the gradient of a range of classes."""
-    lines = stage.lines
-    if lines.numbers.itemsize == 2:
-        for c in range(first, stop):
-            put_gradient(c, c + 1, stage, Lines(strip, 0, 0), False)
-            narrow(part(strip, 0, stage.rows), is_half, part(lines.numbers, lines.start + c * lines.step, stage.rows))
-    else:
-        put_gradient(first, stop, stage, Lines(numbers_of(lines.numbers, strip), lines.start, lines.step), is_streamed)
+    lines, zero = stage.lines, constant(0)
+    if not lines.numbers.has_16_bits:
+        put_gradient(first, stop, stage, lines, is_streamed)
+        return
+    for c in loop(first, stop):
+        put_gradient(c, c + 1, stage, Lines(strip, zero, zero), zero != 0)
+        narrow(strip.part(0, stage.rows), is_half, lines.numbers.part(lines.place(c), stage.rows))
 
 
-@inner
-def _state(numbers, places, t, classes, width, partial, sums):
-    """The state for tile number t; there are three, used in turn."""
-    slot, size = t % 3, KINDS * width
-    return State(
-        part(numbers, 2 * classes * width + slot * size, size), width,
-        part(places, 2 * slot * width, width), part(places, (2 * slot + 1) * width, width), partial, sums,
-    )  # fmt: skip
+class _Tiles:
+    """Where tiles are in the workspace: two buffers, used in turn, and three states; and which rows they hold."""
+
+    def __init__(self, call: Call) -> None:
+        self.told, self.element = call.told, call.per_row.element
+        self.width, self.size = call.told.width, call.told.classes * call.told.width
+        own = KINDS * self.width
+        self.numbers = call.workspace.region(self.element, 0, 2 * self.size + 3 * own + (PARTIAL + 1) * self.width)
+        after = self.numbers.length * self.numbers.size
+        self.sums = call.workspace.region(DOUBLE, after, self.width)
+        kind = INT64 if self.element == DOUBLE else INT32
+        self.places = call.workspace.region(kind, after + 8 * self.width, 6 * self.width)
+        self.partial = self.numbers.part(2 * self.size + 3 * own, PARTIAL * self.width)
+        self.strip = self.numbers.part(2 * self.size + 3 * own + PARTIAL * self.width, self.width)
+        self.in_outer = (call.told.inner + call.told.lead + self.width - 1) // self.width  # per outer index
+        self.number = call.outer * self.in_outer
+
+    def stage(self, t: Value, memory: Array, steps: tuple[Value, Value]) -> Stage:
+        """Tile number t, and where its rows are in the logits or the gradient, of these outer and class strides."""
+        tile = Tile(self.numbers.part((t & 1) * self.size, self.size), constant(1), self.width, self.told.classes)
+        o, start, count = self.rows_of(t)
+        return Stage(tile, self._state(t), Lines(memory, o * steps[0] + start, steps[1]), count)
+
+    def _state(self, t: Value) -> State:
+        width, slot, own = self.width, (t + 3) % 3, KINDS * self.width
+        return State(
+            self.numbers.part(2 * self.size + slot * own, own), width,
+            self.places.part(2 * slot * width, width), self.places.part((2 * slot + 1) * width, width),
+            self.partial, self.sums,
+        )  # fmt: skip
+
+    def rows_of(self, t: Value) -> tuple[Value, Value, Value]:
+        """Outer index, first inner index, and how many rows."""
+        o = t // self.in_outer
+        start = (t - o * self.in_outer) * self.width - self.told.lead
+        missing = where(start < 0, start, 0)
+        return o, start - missing, smaller(self.told.inner - start, self.width) + missing
 
 
-@inner
-def _rows_of(t, inner, width, lead):
-    """Where the rows of tile number t are: outer index, first inner index, and how many."""
-    in_outer = (inner + lead + width - 1) // width
-    o = t // in_outer
-    start = (t - o * in_outer) * width - lead
-    return o, max(0, start), min(width, inner - start) + min(0, start)
-
-
-@inlined
-def rows(call):
-    """See `loops`; `call` is a `build.Call`."""
+def rows(call: Call) -> None:
+    """See `loops`."""
     make_compact()
-    told, outer, x, label, per_row, _, answers, out, workspace = call
-    job, inner, classes, is_half = told.job, told.inner, told.classes, told.is_half != 0
-    x_outer, x_class, out_outer, out_class = told.x_outer, told.x_class, told.out_outer, told.out_class
-    width, lead = told.width, told.lead
-    size, own = classes * width, KINDS * width
-    numbers = numbers_in(workspace, 0, 2 * size + 3 * own + (PARTIAL + 1) * width, per_row)
-    partial = part(numbers, 2 * size + 3 * own, PARTIAL * width)
-    strip = part(numbers, 2 * size + 3 * own + PARTIAL * width, width)
-    after = numbers.shape[0] * per_row.itemsize
-    sums = doubles_in(workspace, after, width, per_row)
-    places = places_in(workspace, after + 8 * width, 6 * width, per_row)
-    nothing = per_row.dtype.type(0)
-    has_grad, soon = job & GRAD != 0, part(out, 0, 0 if job & STREAM else out.shape[0])
-    number = outer * ((inner + lead + width - 1) // width)
-    for t in range(number + 2):
+    told, tiles = call.told, _Tiles(call)
+    inner, classes, is_half, number = told.inner, told.classes, told.is_half != 0, tiles.number
+    nothing, has_grad, is_streaming = constant(0, tiles.element), call.asks(GRAD), call.asks(STREAM)
+    soon = call.out.part(0, where(is_streaming, 0, call.out.length))
+    for t in loop(number + 2):
         # Tile t is read, tile t - 1 is processed, tile t - 2 is written. Two buffers suffice, because a tile is read
         # into the buffer that the written one leaves; there are three states.
-        tile = Tile(part(numbers, (t & 1) * size, size), 1, width, classes)
-        tile_before = Tile(part(numbers, (~t & 1) * size, size), 1, width, classes)
-        state = _state(numbers, places, t, classes, width, partial, sums)
-        state_before = _state(numbers, places, t + 2, classes, width, partial, sums)
-        state_written = _state(numbers, places, t + 1, classes, width, partial, sums)
-        is_read, is_worked_on, is_written = t < number, 0 < t <= number, t > 1 and has_grad
-        o, start, count = _rows_of(t, inner, width, lead)
-        o_before, start_before, count_before = _rows_of(t - 1, inner, width, lead)
-        o_written, start_written, count_written = _rows_of(t - 2, inner, width, lead)
-        first, first_before = o * inner + start, o_before * inner + start_before
-        lines = Lines(x, o * x_outer + start, x_class)
-        lines_written = Lines(out, o_written * out_outer + start_written, out_class)
-        read, worked_on = Stage(tile, state, lines, count), Stage(tile_before, state_before, lines, count_before)
-        written = Stage(tile, state_written, lines_written, count_written)
-        is_streamed = job & STREAM != 0 and (start_written != 0 or lead == 0)
-        if is_read:
-            prepare(told, state, label, per_row, first, count, t < 3)
-        is_steady = is_read and is_worked_on and (is_written or not has_grad) and classes > FEW and count % LANES == 0
-        is_steady = is_steady and count == count_before and (count == count_written or not has_grad)
-        for c in range(0, classes, AT_ONCE):
-            stop = min(c + AT_ONCE, classes)
-            is_done = pass_on(c, stop, read, worked_on, written, has_grad, is_streamed) if is_steady else False
-            if is_written and not is_done:
-                _write(c, stop, written, strip, is_half, is_streamed)
-            if is_read:
-                if not is_done:
-                    _read(c, stop, read, strip, is_half)
-                for lane in range(0, count, LANES):
-                    find_max(tile, c, stop, state, lane)
-            if is_worked_on:
-                for lane in range(0, 0 if is_done else count_before, LANES):
+        read, worked_on = (tiles.stage(t - k, call.x, (told.x_outer, told.x_class)) for k in range(2))
+        written = tiles.stage(t - 2, call.out, (told.out_outer, told.out_class))
+        is_read, is_worked_on, is_written = t < number, (t > 0) & ~(t > number), (t > 1) & has_grad
+        first, first_before = (o * inner + start for o, start, _ in (tiles.rows_of(t - k) for k in range(2)))
+        _, start_written, _ = tiles.rows_of(t - 2)
+        is_streamed = is_streaming & ((start_written != 0) | (told.lead == 0))
+        with when(is_read):
+            prepare(call, read.state, first, read.rows, t < 3)
+        is_steady = is_read & is_worked_on & (is_written | ~has_grad) & ~read.tile.has_few & (read.rows % LANES == 0)
+        is_steady = is_steady & (read.rows == worked_on.rows) & ((read.rows == written.rows) | ~has_grad)
+        if call.x.has_16_bits:
+            is_steady = constant(0, BIT)
+        for c in loop(0, classes, AT_ONCE):
+            stop = smaller(c + AT_ONCE, classes)
+            if not call.x.has_16_bits:
+                with when(is_steady):
+                    pass_on(c, stop, read, worked_on, written, has_grad, is_streamed)
+            with when(is_written & ~is_steady):
+                _write(c, stop, written, tiles.strip, is_half, is_streamed)
+            with when(is_read):
+                with when(~is_steady):
+                    _read(c, stop, read, tiles.strip, is_half)
+                for lane in loop(0, read.rows, LANES):
+                    find_max(read.tile, c, stop, read.state, lane)
+            with when(is_worked_on):
+                for lane in loop(0, where(is_steady, 0, worked_on.rows), LANES):
                     exps(
-                        tile_before, c, stop, state_before, lane, has_grad,
-                        Lines(x, lines.start + stop * x_class + lane, x_class),
-                        Lines(soon, lines_written.start + stop * out_class + lane, out_class),
+                        worked_on.tile, c, stop, worked_on.state, lane, has_grad,
+                        Lines(call.x, read.lines.place(stop) + lane, told.x_class),
+                        Lines(soon, written.lines.place(stop) + lane, told.out_class),
                     )  # fmt: skip
-                if stop == classes or stop % CHUNK == 0:
-                    for lane in range(0, count_before, LANES):
-                        fold_partial(state_before, (c & (CHUNK - 1)) + stop - c, lane, c < CHUNK)
-        if is_written and classes > FEW:
-            put_exceptions(state_written, is_half, lines_written, 1, count_written)
-        if is_read:
-            after_max(told, tile, state, label, nothing, answers, first, count)
-        if is_worked_on:
-            after_sums(told, state_before, nothing, answers, first_before, count_before)
-            if has_grad and classes > FEW:
-                find_exceptions(tile_before, state_before, count_before)
-    if job & STREAM:
-        fence()
-    return 0.0
+                with when((stop == classes) | (stop % CHUNK == 0)):
+                    for lane in loop(0, worked_on.rows, LANES):
+                        fold_partial(worked_on.state, (c & (CHUNK - 1)) + stop - c, lane, c < CHUNK)
+        with when(is_written & ~written.tile.has_few):
+            put_exceptions(written.state, is_half, written.lines, constant(1), written.rows)
+        with when(is_read):
+            after_max(call, read.tile, read.state, nothing, first, read.rows)
+        with when(is_worked_on):
+            after_sums(call, worked_on.state, nothing, first_before, worked_on.rows)
+            with when(has_grad & ~worked_on.tile.has_few):
+                find_exceptions(worked_on.tile, worked_on.state, worked_on.rows)

@@ -10,29 +10,21 @@ import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import numpy as np
-from numba import types
-
-from . import FACTOR, GRAD, IGNORE, KNOWN, LANES, LOSS, ON_LABEL, PARTIAL, SCALE, STATS
-from .contiguous import CHUNK, largest_without_softmax
+from . import FACTOR, GRAD, HIT, IGNORE, KNOWN, LANES, LOSS, ON_LABEL, PARTIAL, SCALE, STATS, STATS_KINDS
+from .call import Call
+from .contiguous import is_finite, largest_without_softmax
 from .elementwise import copy, fill, scale, subtract
-from .jit import inner
 from .math import at_max, exp, finish, tanh_and_slope, times, to_bfloat, to_half
+from .reductions import CHUNK
 from .simd import (
     DOUBLE,
     INT64,
     Array,
-    Flag,
-    Index,
-    Number,
-    Real,
     Value,
     Variable,
     constant,
+    either,
     loop,
-    make_inline,
-    operation,
-    part,
     prefetch,
     smaller,
     vectors,
@@ -57,9 +49,9 @@ class Tile(NamedTuple):
     """The logits of many rows, at (row - row % 16)·row_step + c·class_step + row % 16 for class c."""
 
     numbers: Array
-    row_step: Index
-    class_step: Index
-    classes: Index
+    row_step: Value
+    class_step: Value
+    classes: Value
 
     def place(self, row: Value, c: Value) -> Value:
         lane = row & (LANES - 1)
@@ -74,7 +66,7 @@ class State(NamedTuple):
     """Everything about the rows of a tile but their logits."""
 
     numbers: Array  # of shape (KINDS, width)
-    width: Index
+    width: Value
     label: Array  # -1 if the row has none
     argmax: Array  # -1 if it is not to be treated specially
     partial: Array  # 32 partial sums per row
@@ -82,6 +74,10 @@ class State(NamedTuple):
 
     def place(self, kind: int, lane: Value) -> Value:
         return self.width * kind + lane
+
+    def of(self, kind: int, count: Value) -> Array:
+        """The numbers of one kind of the first rows."""
+        return self.numbers.part(self.width * kind, count)
 
     def load(self, lane: Value, lanes: int, *kinds: int) -> list[Value]:
         """One vector of each of these kinds, starting at row `lane`."""
@@ -95,8 +91,8 @@ class Lines(NamedTuple):
     """Memory outside of a tile, read or written line by line: line c begins at start + c·step."""
 
     numbers: Array
-    start: Index
-    step: Index
+    start: Value
+    step: Value
 
     def place(self, c: Value) -> Value:
         return self.start + c * self.step
@@ -113,27 +109,24 @@ def _rows_with(place: Array, count: Value) -> Iterator[tuple[Value, Value]]:
             yield row, c.to(INT64)
 
 
-@operation
-def look_up(tile: Tile, place: Array, out: Array, count: Index) -> None:
+def look_up(tile: Tile, place: Array, out: Array, count: Value) -> None:
     """``out[row] = tile[row, place[row]]`` where ``place[row]`` is not negative."""
     for row, c in _rows_with(place, count):
         out.store(tile.numbers.load(tile.place(row, c)), row)
 
 
-@operation
-def hide(tile: Tile, place: Array, count: Index) -> None:
+def hide(tile: Tile, place: Array, count: Value) -> None:
     """``tile[row, place[row]] = -inf`` where ``place[row]`` is not negative."""
     for row, c in _rows_with(place, count):
         tile.numbers.store(constant(-math.inf, tile.numbers.element), tile.place(row, c))
 
 
-@operation
-def put_exceptions(state: State, is_half: Flag, out: Lines, row_step: Index, count: Index) -> None:
+def put_exceptions(state: State, is_half: Value, out: Lines, row_step: Value, count: Value) -> None:
     """Write the gradient at the label, LESS_AT_LABEL, and then that at the maximum, GRAD_AT_MAX, to `out`."""
     for place, kind in ((state.label, LESS_AT_LABEL), (state.argmax, GRAD_AT_MAX)):
         for row, c in _rows_with(place, count):
             number = state.numbers.load(state.place(kind, row))
-            if out.numbers.dtype == types.uint16:
+            if out.numbers.has_16_bits:
                 number = where(is_half, to_half(number), to_bfloat(number))
             out.numbers.store(number, out.place(c) + row * row_step)
 
@@ -207,8 +200,7 @@ class Maximum:
         self.state.argmax.store(self.argmax.get(), self.lane)
 
 
-@operation
-def find_max(tile: Tile, first: Index, stop: Index, state: State, lane: Index) -> None:
+def find_max(tile: Tile, first: Value, stop: Value, state: State, lane: Value) -> None:
     """Find what `Maximum` says of 16 rows. Called once per range of classes, in order."""
     maximum = Maximum(tile, state, lane)
     with when(first != 0):
@@ -218,8 +210,7 @@ def find_max(tile: Tile, first: Index, stop: Index, state: State, lane: Index) -
     maximum.store()
 
 
-@operation
-def cap(tile: Tile, slopes: Array, limit: Real, lane: Index) -> None:
+def cap(tile: Tile, slopes: Array, limit: Value, lane: Value) -> None:
     """Apply softcap to 16 rows in place, and store its derivative in `slopes`, which has the layout of the tile."""
     by = limit.to(tile.numbers.element).repeated(LANES)
     for c in loop(tile.classes):
@@ -229,8 +220,7 @@ def cap(tile: Tile, slopes: Array, limit: Real, lane: Index) -> None:
         slopes.store(slope, place)
 
 
-@operation
-def find_gap(state: State, lane: Index, mass_without_label: Index, uniform: Number, classes: Index) -> None:
+def find_gap(state: State, lane: Value, mass_without_label: Value, uniform: Value, classes: Value) -> None:
     """Compute gap and mass of each of 16 rows; a row without a label has no gap, and nothing on its label.
 
     With label smoothing, which puts `uniform` on every class, the sums already hold its half gaps.
@@ -251,9 +241,8 @@ def find_gap(state: State, lane: Index, mass_without_label: Index, uniform: Numb
         state.store(value, lane, kind)
 
 
-@operation
 def exps(
-    tile: Tile, first: Index, stop: Index, state: State, lane: Index, is_kept: Flag, following: Lines, soon: Lines
+    tile: Tile, first: Value, stop: Value, state: State, lane: Value, is_kept: Value, following: Lines, soon: Lines
 ) -> None:
     """Compute exp(x - max) of 16 rows for a range of classes, add it to the partial sums, and keep it in place of x.
 
@@ -296,8 +285,7 @@ def add_to_partial(value: Variable, state: State, lane: Value, turn: Value) -> N
     state.partial.store(value.get(), slot)
 
 
-@operation
-def fold_partial(state: State, count: Index, lane: Index, is_first: Flag) -> None:
+def fold_partial(state: State, count: Value, lane: Value, is_first: Value) -> None:
     """Fold the partial sums of a chunk of `count` classes, as in `contiguous`, and add them to the sums of 16 rows."""
     partial, first = state.partial, lane * PARTIAL
     live, half = smaller(count, PARTIAL), PARTIAL
@@ -313,8 +301,7 @@ def fold_partial(state: State, count: Index, lane: Index, is_first: Flag) -> Non
     state.sums.store(before + partial.load(first, LANES).to(DOUBLE), lane)
 
 
-@operation
-def finish_rows(state: State, lane: Index, z: Real, uniform: Number, has_grad: Flag) -> None:
+def finish_rows(state: State, lane: Value, z: Value, uniform: Value, has_grad: Value) -> None:
     """Compute the loss of each of 8 rows and, for the gradient, its factors and exceptional entries."""
     m, on_label, factor, row_scale, gap, mass = state.load(lane, HALF, MAX, ON_LABEL, FACTOR, SCALE, GAP, MASS)
     acc = m.element
@@ -343,8 +330,7 @@ def finish_rows(state: State, lane: Index, z: Real, uniform: Number, has_grad: F
 # All rows of a tile
 
 
-@operation
-def drop_ignored(state: State, label: Array, ignore_index: Index) -> None:
+def drop_ignored(state: State, label: Array, ignore_index: Value) -> None:
     """Turn rows with the label `ignore_index` into rows without a label that count nothing."""
     for row, lanes in vectors(label.length, LANES):
         is_ignored = label.load(row, lanes) == ignore_index.repeated(lanes)
@@ -354,87 +340,83 @@ def drop_ignored(state: State, label: Array, ignore_index: Index) -> None:
         state.label.store(where(is_ignored, -1, state.label.load(row, lanes)), row)
 
 
-@inner
-def prepare(told, state, label, per_row, first, count, is_new):
+def prepare(call: Call, state: State, first: Value, count: Value, is_new: Value) -> None:
     """Set up the state of `count` rows, starting at `first`; `is_new` when it has not been written before."""
-    make_inline()
-    numbers, width, n = state.numbers, state.width, per_row.shape[0] // 3
-    ignores = told.job & IGNORE != 0
-    for kind in range(3):  # ON_LABEL, FACTOR, SCALE
-        if n > 1:
-            copy(part(numbers, kind * width, count), (part(per_row, kind * n + first, count),))
-        elif is_new or ignores or kind == ON_LABEL:  # find_gap overwrites ON_LABEL
-            fill(part(numbers, kind * width, width), (per_row[kind],))
-    if label.shape[0]:
-        copy(part(state.label, 0, count), (part(label, first, count),))
-    else:
-        fill(part(state.label, 0, count), (-1,))
-    if ignores:
-        drop_ignored(state, part(label, first, count), told.ignore_index)
+    per_row, label, ignores = call.per_row, call.label, call.asks(IGNORE)
+    n = per_row.length // 3
+    with either(n > 1) as (each, alike):
+        with each:
+            for kind in (ON_LABEL, FACTOR, SCALE):
+                copy(state.of(kind, count), per_row.part(n * kind + first, count))
+        with alike:
+            fill(state.of(ON_LABEL, state.width), per_row.load(ON_LABEL))  # find_gap overwrites it
+            with when(is_new | ignores):
+                for kind in (FACTOR, SCALE):
+                    fill(state.of(kind, state.width), per_row.load(kind))
+    with either(label.length != 0) as (labels, none):
+        with labels:
+            copy(state.label.part(0, count), label.part(first, count))
+        with none:
+            fill(state.label.part(0, count), -1)
+    with when(ignores):
+        drop_ignored(state, label.part(first, count), call.told.ignore_index)
 
 
-@inner
-def after_max(told, tile, state, label, uniform, answers, first, count):
+def after_max(call: Call, tile: Tile, state: State, uniform: Value, first: Value, count: Value) -> None:
     """Compute all that follows from the maxima of `count` rows; unless classes are few, hide the maxima as -inf."""
-    make_inline()
-    job, has_labels = told.job, label.shape[0] > 0
-    width, n = state.width, answers.shape[0] // 6
-    m = part(state.numbers, MAX * width, count)
-    if tile.classes > FEW:
-        look_up(tile, state.label, part(state.numbers, AT_LABEL * width, count), count)
-    for lane in range(0, count, LANES):
-        find_gap(state, lane, 0 if has_labels else 1, uniform, tile.classes)
-    if job & KNOWN:
-        for k in range(count):
-            known = answers[n + first + k]
-            if m[k] != known:
-                state.argmax[k] = -1
-            m[k] = known
-        copy(part(state.numbers, GAP * width, count), (part(answers, 3 * n + first, count),))
-        copy(part(state.numbers, MASS * width, count), (part(answers, 4 * n + first, count),))
-    elif job & STATS:
-        for k in range(count):
-            if m[k] - m[k] != 0:
-                start = (k - k % LANES) * tile.row_step + k % LANES
-                row = part(tile.numbers, start, (tile.classes - 1) * tile.class_step + 1)
-                m[k] = largest_without_softmax(row, tile.class_step)
-    if tile.classes > FEW:
+    m = state.of(MAX, count)
+    with when(~tile.has_few):
+        look_up(tile, state.label, state.of(AT_LABEL, count), count)
+    mass_without_label = where(call.label.length != 0, constant(0), 1)
+    for lane in loop(0, count, LANES):
+        find_gap(state, lane, mass_without_label, uniform, tile.classes)
+    with either(call.asks(KNOWN)) as (given, computed):
+        with given:
+            of_max, _, *others = (call.answers_of(kind, first, count) for kind in STATS_KINDS)
+            for k in loop(count):
+                known = of_max.load(k)
+                with when(~(m.load(k) == known)):
+                    state.argmax.store(constant(-1, state.argmax.element), k)
+                m.store(known, k)
+            for kind, values in zip((GAP, MASS), others, strict=True):
+                copy(state.of(kind, count), values)
+        with computed, when(call.asks(STATS)):
+            for k in loop(count):
+                with when(~is_finite(m.load(k))):
+                    row = tile.numbers.part(tile.place(k, constant(0)), tile.classes)
+                    m.store(largest_without_softmax(row, tile.class_step), k)
+    with when(~tile.has_few):
         hide(tile, state.argmax, count)
 
 
-@inner
-def after_sums(told, state, uniform, answers, first, count):
+def after_sums(call: Call, state: State, uniform: Value, first: Value, count: Value) -> None:
     """Compute losses, stats and the parts of the gradients of `count` rows from their sums."""
-    make_inline()
-    job = told.job
-    numbers, width, sums, n = state.numbers, state.width, state.sums, answers.shape[0] // 6
-    m = part(numbers, MAX * width, count)
-    if job & KNOWN:
-        for k in range(count):
-            if m[k] - m[k] == 0:
-                sums[k] = answers[2 * n + first + k]
-    for lane in range(0, count, HALF):
-        finish_rows(state, lane, told.z_loss, uniform, job & GRAD != 0)
-    if job & STATS:
-        copy(part(answers, 3 * n + first, count), (part(numbers, GAP * width, count),))
-        copy(part(answers, 4 * n + first, count), (part(numbers, MASS * width, count),))
-        for k in range(count):
-            largest, rest = m[k], sums[k]
-            if rest != rest:
-                largest = largest if largest - largest != 0 else np.nan
-                rest = 0 if largest == largest else np.nan
-            answers[n + first + k], answers[2 * n + first + k] = largest, rest
-            answers[5 * n + first + k] = state.label[k] == state.argmax[k]
-    if job & LOSS:
-        copy(part(answers, first, count), (part(numbers, ROW_LOSS * width, count),))
+    m, sums = state.of(MAX, count), state.sums
+    of_max, of_rest, of_gap, of_mass = (call.answers_of(kind, first, count) for kind in STATS_KINDS)
+    with when(call.asks(KNOWN)):
+        for k in loop(count):
+            with when(is_finite(m.load(k))):
+                sums.store(of_rest.load(k).to(DOUBLE), k)
+    for lane in loop(0, count, HALF):
+        finish_rows(state, lane, call.told.z_loss, uniform, call.asks(GRAD))
+    with when(call.asks(STATS)):
+        copy(of_gap, state.of(GAP, count))
+        copy(of_mass, state.of(MASS, count))
+        hits = call.answers_of(HIT, first, count)
+        for k in loop(count):
+            largest, rest = m.load(k), sums.load(k).to(m.element)
+            without = where(is_finite(largest), math.nan, largest)
+            has_softmax = rest == rest
+            of_max.store(where(has_softmax, largest, without), k)
+            of_rest.store(where(has_softmax, rest, where(without == without, 0, without)), k)
+            hits.store(where(state.label.load(k) == state.argmax.load(k), constant(1, m.element), 0), k)
+    with when(call.asks(LOSS)):
+        copy(call.answers_of(0, first, count), state.of(ROW_LOSS, count))
 
 
-@inner
-def find_exceptions(tile, state, count):
+def find_exceptions(tile: Tile, state: State, count: Value) -> None:
     """Compute the gradient at the label, where it is to be written separately by `put_exceptions`."""
-    make_inline()
-    numbers, width = state.numbers, state.width
-    at_label, less = part(numbers, AT_LABEL * width, count), part(numbers, LESS_AT_LABEL * width, count)
+    at_label, less = state.of(AT_LABEL, count), state.of(LESS_AT_LABEL, count)
     look_up(tile, state.label, at_label, count)
-    scale(at_label, (at_label, part(numbers, EXP_FACTOR * width, count)))
-    subtract(less, (at_label, less))
+    scale(at_label, at_label, state.of(EXP_FACTOR, count))
+    subtract(less, at_label, less)

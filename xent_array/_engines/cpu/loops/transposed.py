@@ -7,35 +7,28 @@ its gradient; in between, `add_exps` and what prepares and finishes the rows wor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import NamedTuple
 
-from . import CHECK, GRAD, IGNORE, KINDS, LANES, PARTIAL, PLAIN, SCALE, STREAM, SUM
-from .contiguous import half_gap
-from .elementwise import copy, kept_labels, narrow, numbers_of, stream, total_of, widen
-from .jit import inlined, inner
+from . import GRAD, IGNORE, KINDS, LANES, PARTIAL, PLAIN, SCALE, STREAM
+from .call import Call
+from .elementwise import copy, narrow, numbers_of, stream, widen
 from .math import exp, log1p
+from .reductions import half_gap
 from .simd import (
     DOUBLE,
+    INT32,
+    INT64,
     Array,
-    Flag,
-    Index,
-    Number,
     Value,
     Variable,
     constant,
-    doubles_in,
     either,
-    fence,
     loop,
     make_compact,
-    make_inline,
-    numbers_in,
-    operation,
-    part,
-    places_in,
     prefetch,
+    smaller,
     vectors,
     when,
     where,
@@ -45,7 +38,6 @@ from .tiles import (
     ALL,
     AT_LABEL,
     EXP_FACTOR,
-    FEW,
     GRAD_AT_MAX,
     LESS_AT_LABEL,
     MAX,
@@ -68,8 +60,7 @@ from .tiles import (
 )
 
 
-@operation
-def read_rows(lines: Array, step: Index, count: Index, tile: Tile, state: State) -> None:
+def read_rows(lines: Array, step: Value, count: Value, tile: Tile, state: State) -> None:
     """Read `count` rows, `step` apart, into the tile, and find what `Maximum` says of each."""
     side, classes, has_few = side_of(lines), tile.classes, tile.has_few
     by_vectors = where((classes < side) & (step != classes), 0, count & -LANES)
@@ -136,8 +127,7 @@ class _Vectors:
         return total.get()
 
 
-@operation
-def add_half_gaps(tile: Tile, state: State, count: Index, uniform: Number) -> None:
+def add_half_gaps(tile: Tile, state: State, count: Value, uniform: Value) -> None:
     """Half of what label smoothing contributes to the gap of each of `count` rows, for `find_gap`."""
     for row in loop(0, count, LANES):
         (largest,) = state.load(row, LANES, MAX)
@@ -152,13 +142,12 @@ class Ahead(NamedTuple):
     """
 
     read: Lines
-    read_row: Index
+    read_row: Value
     written: Lines
-    written_row: Index
+    written_row: Value
 
 
-@operation
-def add_exps(tile: Tile, state: State, count: Index, ahead: Ahead) -> None:
+def add_exps(tile: Tile, state: State, count: Value, ahead: Ahead) -> None:
     """Compute exp(x - max) of `count` rows, keep it in place of x, and add it up.
 
     The maximum itself gives 0; a row whose maximum is not finite becomes NaN. Of two classes only the smaller needs an
@@ -223,9 +212,8 @@ def _prefetching(ahead: Ahead, row: Value) -> Callable[[Value], None]:
     return fetch
 
 
-@operation
 def write_rows(
-    tile: Tile, slopes: Array, state: State, lines: Array, step: Index, count: Index, exceptions: Index
+    tile: Tile, slopes: Array, state: State, lines: Array, step: Value, count: Value, exceptions: Value
 ) -> None:
     """Write the gradient of `count` rows of the tile to rows `step` apart; see `Gradient`."""
     for kind in (NONE, TWO, ALL):
@@ -259,8 +247,7 @@ def _write(
 # Plain rows: each has a label and counts as much as any other, or is ignored; there are no options. See PLAIN.
 
 
-@operation
-def take_labels(state: State, label: Array, ignore_index: Index, ignores: Flag) -> None:
+def take_labels(state: State, label: Array, ignore_index: Value, ignores: Value) -> None:
     """All that is to be known of plain rows beforehand: their labels, and -1 for those to ignore."""
     for row, lanes in vectors(label.length, LANES):
         here = label.load(row, lanes)
@@ -268,8 +255,7 @@ def take_labels(state: State, label: Array, ignore_index: Index, ignores: Flag) 
         state.label.store(where(is_ignored, -1, here).to(state.label.element), row)
 
 
-@operation
-def finish_plain(state: State, count: Index, scale: Number, has_grad: Flag) -> None:
+def finish_plain(state: State, count: Value, scale: Value, has_grad: Value) -> None:
     """Compute what `find_gap` and `finish_rows` compute, by what is left of their arithmetic for plain rows."""
     for row in loop(0, count, LANES):
         largest, at_label = state.load(row, LANES, MAX, AT_LABEL)
@@ -289,90 +275,115 @@ def finish_plain(state: State, count: Index, scale: Number, has_grad: Flag) -> N
                 state.store(where(counts_nothing, zero, value), row, kind)
 
 
-@inner
-def _widen(x, start, step, count, classes, is_half, lines):
-    """Convert 16-bit rows, `step` apart, to contiguous rows of float32; in one go if they are contiguous themselves."""
-    make_inline()
-    n = count if step == classes else 1
-    for i in range(0, count, n):
-        widen(part(x, start + i * step, n * classes), is_half, part(lines, i * classes, n * classes))
+def _runs(step: Value, count: Value, classes: Value) -> Iterator[tuple[Value, Value]]:
+    """The first row of each contiguous run of rows `step` apart, and its length: one run if all are contiguous."""
+    is_one = step == classes
+    for first in loop(where(is_one, 1, count)):
+        yield first, where(is_one, count, 1) * classes
 
 
-@inner
-def _narrow(lines, count, classes, is_half, out, start, step):
+def _widen(x: Array, step: Value, count: Value, classes: Value, is_half: Value, lines: Array) -> None:
+    """Convert rows of 16-bit floats, `step` apart, to contiguous rows of float32."""
+    for row, length in _runs(step, count, classes) if x.has_16_bits else ():
+        widen(x.part(row * step, length), is_half, lines.part(row * classes, length))
+
+
+def _narrow(lines: Array, count: Value, classes: Value, is_half: Value, out: Array, step: Value) -> None:
     """The reverse of `_widen`."""
-    make_inline()
-    n = count if step == classes else 1
-    for i in range(0, count, n):
-        narrow(part(lines, i * classes, n * classes), is_half, part(out, start + i * step, n * classes))
+    for row, length in _runs(step, count, classes) if out.has_16_bits else ():
+        narrow(lines.part(row * classes, length), is_half, out.part(row * step, length))
 
 
-@inlined
-def rows(call):
-    """See `loops`; `call` is a `build.Call`."""
-    make_compact()
-    told, count, x, label, per_row, q, answers, out, workspace = call
-    job, classes, is_half, width = told.job, told.classes, told.is_half != 0, told.width
-    x_row, out_row, softcap = told.x_outer, told.out_outer, told.softcap
-    if job & CHECK and kept_labels(label, classes, 0, False) < 0:
-        return -1.0
-    size = per_row.itemsize
-    numbers = numbers_in(workspace, 0, (3 * classes + KINDS) * width, per_row)
-    after = numbers.shape[0] * size
-    sums = doubles_in(workspace, after, width, per_row)
-    places = places_in(workspace, after + 8 * width, 2 * width, per_row)
-    tile = Tile(part(numbers, 0, classes * width), classes, LANES, classes)
-    slopes = part(numbers, classes * width, classes * width if softcap > 0 else 0)
-    lines = part(numbers, 2 * classes * width, classes * width)  # a tile in the layout of the logits
+class _Room(NamedTuple):
+    """The parts of the workspace."""
+
+    tile: Tile
+    slopes: Array  # of softcap, in the layout of the tile; empty without softcap
+    lines: Array  # for a tile in the layout of the logits
+    state: State
+
+
+def _room(call: Call) -> _Room:
+    told, element = call.told, call.per_row.element
+    width, size = told.width, told.classes * told.width
+    numbers = call.workspace.region(element, 0, 3 * size + KINDS * width)
+    after = numbers.length * numbers.size
+    places = call.workspace.region(INT64 if element == DOUBLE else INT32, after + 8 * width, 2 * width)
+    tile = Tile(numbers.part(0, size), told.classes, constant(LANES), told.classes)
+    slopes, lines = numbers.part(size, where(told.softcap > 0, size, 0)), numbers.part(2 * size, size)
     state = State(
-        part(numbers, 3 * classes * width, KINDS * width), width, part(places, 0, width), part(places, width, width),
-        part(numbers, 0, 0), sums,
+        numbers.part(3 * size, KINDS * width), width, places.part(0, width), places.part(width, width),
+        numbers.part(0, 0), call.workspace.region(DOUBLE, after, width),
     )  # fmt: skip
-    uniform = q[0] if q.shape[0] else per_row.dtype.type(0)
-    is_plain, is_streamed = job & PLAIN != 0, job & STREAM != 0
-    exceptions = ALL if uniform > 0 or softcap > 0 else TWO if classes <= FEW else NONE
-    soon = part(out, 0, 0 if is_streamed else out.shape[0])
-    # 16-bit rows are converted in `lines`, and streamed rows are gathered there; all others are accessed in place.
-    x_step = classes if x.itemsize == 2 else x_row
-    is_staged = is_streamed or out.itemsize == 2
-    out_step = classes if is_staged else out_row
-    # Each class of 16 rows prefetches one line of the next tile's logits and one of this tile's output.
-    for first in range(0, count, width):
-        here, start, to = min(width, count - first), first * x_row, first * out_row
-        _widen(x, start, x_row, here, classes, is_half, lines)
-        if is_plain:
-            take_labels(state, part(label, first, here), told.ignore_index, job & IGNORE != 0)
-        else:
-            prepare(told, state, label, per_row, first, here, first == 0)
-        read_rows(numbers_of(part(x, start, classes), lines), x_step, here, tile, state)
-        if softcap > 0:
-            for lane in range(0, here, LANES):
-                cap(tile, slopes, softcap, lane)
-                find_max(tile, 0, classes, state, lane)
-        if uniform > 0:
+    return _Room(tile, slopes, lines, state)
+
+
+def _uniform(q: Array) -> Value:
+    """What label smoothing puts on each class."""
+    uniform = Variable(constant(0, q.element))
+    with when(q.length != 0):
+        uniform.set(q.load(0))
+    return uniform.get()
+
+
+def rows(call: Call) -> None:
+    """See `loops`."""
+    make_compact()
+    told, classes, width, step = call.told, call.told.classes, call.told.width, constant(LANES)
+    room, uniform, is_half = _room(call), _uniform(call.q), told.is_half != 0
+    tile, state, lines = room.tile, room.state, room.lines
+    is_plain, is_capped, is_smoothed = call.asks(PLAIN), told.softcap > 0, uniform > 0
+    exceptions = where(is_smoothed | is_capped, ALL, where(tile.has_few, constant(TWO), NONE))
+    soon = call.out.part(0, where(call.asks(STREAM), 0, call.out.length))
+    for first in loop(0, call.outer, width):
+        here, x = smaller(call.outer - first, width), call.x.part(first * told.x_outer, classes)
+        with either(is_plain) as (plain, others):
+            with plain:
+                take_labels(state, call.label.part(first, here), told.ignore_index, call.asks(IGNORE))
+            with others:
+                prepare(call, state, first, here, first == 0)
+        _widen(x, told.x_outer, here, classes, is_half, lines)
+        read_rows(numbers_of(x, lines), classes if x.has_16_bits else told.x_outer, here, tile, state)
+        with when(is_capped):
+            for lane in loop(0, here, LANES):
+                cap(tile, room.slopes, told.softcap, lane)
+                find_max(tile, constant(0), classes, state, lane)
+        with when(is_smoothed):
             add_half_gaps(tile, state, here, uniform)
-        if not is_plain:
-            after_max(told, tile, state, label, uniform, answers, first, here)
-        elif classes > FEW:
-            look_up(tile, state.label, part(state.numbers, AT_LABEL * width, here), here)
-        following = (first + width if first + width < count else first) * x_row
-        ahead = Ahead(Lines(x, following, LANES), x_row, Lines(soon, to, LANES), out_row)
-        add_exps(tile, state, here, ahead)
-        if is_plain:
-            finish_plain(state, here, per_row[SCALE], job & GRAD != 0)
-            copy(part(answers, first, here), (part(state.numbers, ROW_LOSS * width, here),))
-        else:
-            after_sums(told, state, uniform, answers, first, here)
-        if job & GRAD:
-            if exceptions == NONE:
-                find_exceptions(tile, state, here)
-            into = lines if is_staged else numbers_of(part(out, to, classes), lines)
-            write_rows(tile, slopes, state, into, out_step, here, exceptions)
-            if exceptions == NONE:
-                put_exceptions(state, is_half, Lines(into, 0, 1), out_step, here)
-            if is_streamed:
-                stream(part(lines, 0, here * classes), numbers_of(part(out, to, here * classes), lines))
-            _narrow(lines, here, classes, is_half, out, to, out_row)
-    if is_streamed:
-        fence()
-    return total_of(part(answers, 0, count)) if job & SUM else 0.0
+        with either(is_plain) as (plain, others):
+            with plain, when(~tile.has_few):
+                look_up(tile, state.label, state.of(AT_LABEL, here), here)
+            with others:
+                after_max(call, tile, state, uniform, first, here)
+        # To prefetch, for each class of 16 rows: a line of the next tile's logits, and one of this tile's output.
+        following = where(first + width < call.outer, first + width, first) * told.x_outer
+        read, written = Lines(call.x, following, step), Lines(soon, first * told.out_outer, step)
+        add_exps(tile, state, here, Ahead(read, told.x_outer, written, told.out_outer))
+        with either(is_plain) as (plain, others):
+            with plain:
+                finish_plain(state, here, call.per_row.load(SCALE), call.asks(GRAD))
+                copy(call.answers_of(0, first, here), state.of(ROW_LOSS, here))
+            with others:
+                after_sums(call, state, uniform, first, here)
+        with when(call.asks(GRAD)):
+            _put_gradient(call, room, call.out.part(first * told.out_outer, classes), here, exceptions)
+
+
+def _put_gradient(call: Call, room: _Room, out: Array, count: Value, exceptions: Value) -> None:
+    """Write the gradient of `count` rows to `out`.
+
+    Rows of 16 bits are converted from `lines`, and streamed rows are gathered there.
+    """
+    (tile, slopes, lines, state), told, classes = room, call.told, call.told.classes
+    is_half, is_streamed, are_apart = told.is_half != 0, call.asks(STREAM), exceptions == NONE
+    into = lines if out.has_16_bits else lines.where(is_streamed, out)
+    step = where(is_streamed | out.has_16_bits, classes, told.out_outer)
+    with when(are_apart):
+        find_exceptions(tile, state, count)
+    write_rows(tile, slopes, state, into, step, count, exceptions)
+    with when(are_apart):
+        put_exceptions(state, is_half, Lines(into, constant(0), constant(1)), step, count)
+    _narrow(lines, count, classes, is_half, out, told.out_outer)
+    if not out.has_16_bits:
+        with when(is_streamed):
+            stream(lines.part(0, count * classes), out.part(0, count * classes))

@@ -1,4 +1,4 @@
-"""Where Numba is absent, switched off or fails: NumPy answers in its place, and it is said why."""
+"""Where llvmlite is absent, broken or fails: NumPy answers in its place, and it is said why."""
 
 import pytest
 from support.process import run
@@ -6,17 +6,17 @@ from support.process import run
 from xent_array import __main__ as program
 from xent_array._engines import cpu
 
-needs_numba = pytest.mark.skipif(isinstance(cpu.found_loops(), str), reason="Numba is not installed")
+needs_llvmlite = pytest.mark.skipif(isinstance(cpu.found_loops(), str), reason="llvmlite is not installed")
 
 WITHOUT = """
 import sys
 
 class Finder:
     def find_spec(self, name, path=None, target=None):
-        if name == "numba" and sys.argv[1] == "absent":
-            raise ModuleNotFoundError("No module named 'numba'", name="numba")
-        if name == "numba" and sys.argv[1] == "broken":
-            raise ImportError("Numba needs NumPy 2.1 or less")
+        if name == "llvmlite" and sys.argv[1] == "absent":
+            raise ModuleNotFoundError("No module named 'llvmlite'", name="llvmlite")
+        if name == "llvmlite" and sys.argv[1] == "broken":
+            raise ImportError("its library is missing")
 
 sys.meta_path.insert(0, Finder())
 import numpy as np
@@ -31,15 +31,11 @@ assert program.main([]) == 0
 
 
 @pytest.mark.parametrize(
-    ("how", "reason", "environment"),
-    [
-        ("absent", "Numba is not installed", {}),
-        ("broken", "Numba cannot be used: Numba needs NumPy 2.1 or less", {}),
-        ("switched off", "Numba cannot be used: NUMBA_DISABLE_JIT is set", {"NUMBA_DISABLE_JIT": "1"}),
-    ],
+    ("how", "reason"),
+    [("absent", "llvmlite is not installed"), ("broken", "llvmlite cannot be used: its library is missing")],
 )
-def test_without_numba_it_is_numpy_and_the_report_says_why(how, reason, environment):
-    told = run(WITHOUT, how, **environment)
+def test_without_llvmlite_it_is_numpy_and_the_report_says_why(how, reason):
+    told = run(WITHOUT, how)
     assert f'"reason": "{reason}"' in told
     assert f"loops of engine 'cpu': NumPy, because {reason}\n" in told
 
@@ -49,8 +45,8 @@ import sys, warnings
 
 class Finder:
     def find_spec(self, name, path=None, target=None):
-        if name == "numba":
-            raise ImportError("Numba needs NumPy 2.1 or less")
+        if name == "llvmlite":
+            raise ImportError("its library is missing")
 
 sys.meta_path.insert(0, Finder())
 import numpy as np
@@ -63,38 +59,35 @@ print(*(f"{each.category.__name__}: {each.message}" for each in told), sep="; ")
 """
 
 
-def test_a_numba_that_cannot_be_imported_is_told_once():
-    """But for the one that the user switches off."""
+def test_an_llvmlite_that_cannot_be_imported_is_told_once():
     told = run(WARNED).strip()
     assert told.startswith("RuntimeWarning: xent_array works with NumPy alone")
-    assert told.endswith("Numba cannot be used: Numba needs NumPy 2.1 or less")
+    assert told.endswith("llvmlite cannot be used: its library is missing")
     assert told.count("RuntimeWarning") == 1
-    off = WARNED.replace("sys.meta_path.insert(0, Finder())", "")
-    assert run(off, NUMBA_DISABLE_JIT="1").strip() == ""
 
 
-@needs_numba
+@needs_llvmlite
 def test_a_compilation_that_fails_where_warnings_are_errors(tmp_path):
     script = """
-from numba.core import compiler
+from llvmlite import binding
 
 def fails(*_, **__):
     raise RuntimeError("nothing is compiled here")
 
-compiler.compile_extra = fails
+binding.parse_assembly = fails
 import numpy as np
 from xent_array import cross_entropy
 for _ in range(2):
     print(cross_entropy(np.eye(3), [0, 1, 2]) == cross_entropy(np.eye(3), [0, 1, 2], engine="numpy"))
 """
-    assert run(script, NUMBA_CACHE_DIR=str(tmp_path)).split() == ["True", "True"]
+    assert run(script, XENT_ARRAY_CACHE_DIR=str(tmp_path)).split() == ["True", "True"]
 
 
-@needs_numba
-def test_the_report_says_that_numba_is_used(monkeypatch, capsys):
+@needs_llvmlite
+def test_the_report_says_that_the_loops_are_compiled(monkeypatch, capsys):
     monkeypatch.setattr(program, "SIZE", (4, 10))
     assert program.main([]) == 0
-    assert "loops of engine 'cpu': compiled by Numba\n" in capsys.readouterr().out
+    assert "loops of engine 'cpu': compiled by LLVM\n" in capsys.readouterr().out
 
 
 # -- a first compilation that fails --------------------------------------------------------------------------------
@@ -102,35 +95,31 @@ def test_the_report_says_that_numba_is_used(monkeypatch, capsys):
 FAILING = """
 import os, sys, warnings
 import numpy as np
-from llvmlite import ir
-from numba.core import compiler
+from llvmlite import binding, ir
 from xent_array import __main__ as program, cross_entropy_value_and_grad
 from xent_array._engines import cpu
 from xent_array._engines.cpu import machine_code
 
 what, report_first = sys.argv[1:]
 program.SIZE = (4, 10)
-tries, compiles = [], compiler.compile_extra
+tries, compiles = [], binding.parse_assembly
 
 def fails(*_, **__):
     raise RuntimeError("nothing is compiled here")
 
-def fails_once(*given, **options):
+def fails_once(*given):
     tries.append(given)
-    return fails() if len(tries) == 1 else compiles(*given, **options)
-
-def fails_at_sums(context, target, function, *given, **options):
-    of_sums = "_total.<locals>" in function.__qualname__
-    return fails() if of_sums else compiles(context, target, function, *given, **options)
+    return fails() if len(tries) == 1 else compiles(*given)
 
 if what == "compiler":
-    compiler.compile_extra = fails
-elif what == "LLVM":
+    binding.parse_assembly = fails
+elif what == "instructions":
     ir.IRBuilder.gep = fails
 elif what == "once":
-    compiler.compile_extra = fails_once
+    binding.parse_assembly = fails_once
 elif what == "sums":
-    compiler.compile_extra = fails_at_sums
+    from xent_array._engines.cpu.loops import build
+    build._OTHERS["total"] = [], fails
 
 def called(function, *given, **options):
     with warnings.catch_warnings(record=True) as told:
@@ -139,7 +128,7 @@ def called(function, *given, **options):
 
 def is_said(told):
     (warning,) = told
-    wanted = "xent_array works with NumPy alone, which is several times slower: Numba cannot compile the loops: "
+    wanted = "xent_array works with NumPy alone, which is several times slower: LLVM cannot compile the loops: "
     assert warning.category is RuntimeWarning
     assert str(warning.message).startswith(wanted) and "nothing is compiled here" in str(warning.message), warning
     assert cpu.found_loops() in str(warning.message)
@@ -187,15 +176,15 @@ assert called(program.main, [])[0] == 0
 
 def failing(what, tmp_path, report_first=""):
     """What a process prints, in which the first compilation fails."""
-    return run(FAILING, what, report_first, NUMBA_CACHE_DIR=str(tmp_path), XENT_ARRAY_NUM_THREADS="3")
+    return run(FAILING, what, report_first, XENT_ARRAY_CACHE_DIR=str(tmp_path), XENT_ARRAY_NUM_THREADS="3")
 
 
-@needs_numba
+@needs_llvmlite
 @pytest.mark.parametrize(
     "what",
     [
         "compiler",
-        "LLVM",
+        "instructions",
         "once",
         "sums",
     ],
@@ -203,14 +192,14 @@ def failing(what, tmp_path, report_first=""):
 def test_a_compilation_that_fails(tmp_path, what):
     """NumPy answers, from logits that are as they were, one warning says why, and so does the report."""
     told = failing(what, tmp_path)
-    assert "loops of engine 'cpu': NumPy, because Numba cannot compile the loops: " in told
+    assert "loops of engine 'cpu': NumPy, because LLVM cannot compile the loops: " in told
     assert "nothing is compiled here" in told
 
 
-@needs_numba
-@pytest.mark.parametrize("what", ["compiler", "LLVM"])
+@needs_llvmlite
+@pytest.mark.parametrize("what", ["compiler", "instructions"])
 def test_the_report_compiles_before_it_says_what_is_compiled(tmp_path, what):
-    assert "loops of engine 'cpu': NumPy, because Numba cannot compile the loops: " in failing(what, tmp_path, "report")
+    assert "loops of engine 'cpu': NumPy, because LLVM cannot compile the loops: " in failing(what, tmp_path, "report")
 
 
 NO_FOLDER = """
@@ -236,10 +225,10 @@ print(len(machine_code._functions) > 2)
 """
 
 
-@needs_numba
+@needs_llvmlite
 def test_no_folder_for_compiled_code(tmp_path):
     """It lives in memory then; that is nothing to warn of."""
-    told = run(NO_FOLDER, NUMBA_CACHE_DIR=str(tmp_path))
-    assert "loops of engine 'cpu': compiled by Numba\n" in told
+    told = run(NO_FOLDER, XENT_ARRAY_CACHE_DIR=str(tmp_path))
+    assert "loops of engine 'cpu': compiled by LLVM\n" in told
     assert told.endswith("True\n")
     assert not any(tmp_path.iterdir())
