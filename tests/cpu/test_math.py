@@ -14,7 +14,7 @@ if isinstance(cpu.found_loops(), str):
 from support.compiled import compiled
 from support.problems import each_wide
 
-from xent_array._engines.cpu.loops import KINDS, LANES, PARTIAL, contiguous, tiles
+from xent_array._engines.cpu.loops import KINDS, LANES, PARTIAL, contiguous, pipeline, process, reductions, tiles
 from xent_array._engines.cpu.loops import math as ours
 from xent_array._engines.cpu.loops.simd import DOUBLE, constant, vectors
 
@@ -39,16 +39,26 @@ exp_each, tanh_each, slope_each = map(
 
 @compiled
 def exp_in_rows(x, out, m):
-    return contiguous.exps(x, m.load(0), constant(-1), out, x, out)
+    return reductions.exps(x, m.load(0), constant(-1), out, x, out)
 
 
 @compiled
 def exp_in_lanes(x, numbers, at, partial, sums):
-    zero, width, classes = constant(0), constant(LANES), x.length // LANES
-    tile = tiles.Tile(x, zero, width, classes)
+    zero, (tile, state, lines) = constant(0), tile_of(x, numbers, at, partial, sums)
+    pipeline.exps(tile, zero, tile.classes, state, zero, zero == 0, lines, lines)
+
+
+@compiled
+def exp_in_tile(x, numbers, at, partial, sums):
+    zero, (tile, state, lines) = constant(0), tile_of(x, numbers, at, partial, sums)
+    process.add_exps(tile, state, constant(LANES), process.Ahead(lines, zero, lines, zero))
+
+
+def tile_of(x, numbers, at, partial, sums):
+    """One of 16 rows, what is known of them, and something to prefetch."""
+    zero, width = constant(0), constant(LANES)
     state = tiles.State(numbers, width, at, at, partial, sums)
-    lines = tiles.Lines(x, zero, zero)
-    tiles.exps(tile, zero, classes, state, zero, zero == 0, lines, lines)
+    return tiles.Tile(x, zero, width, x.length // LANES), state, tiles.Lines(x, zero, zero)
 
 
 def words(first, last, count, dtype):
@@ -126,14 +136,15 @@ def test_exp(dtype):
 def test_exp_is_the_same_alone_and_in_vectors(dtype):
     x = np.concatenate([words(-0.0, -800, 5000, dtype), np.array([0, -np.inf, np.nan], dtype)])
     x = np.resize(x, -(-x.size // 64) * 64)
-    each, rows, lanes, alone = np.empty_like(x), np.empty_like(x), x.copy(), np.empty_like(x)
+    each, rows, lanes, tile, alone = np.empty_like(x), np.empty_like(x), x.copy(), x.copy(), np.empty_like(x)
     exp_each(x, each)
     exp_in_rows(x, rows, np.zeros(1, dtype))
     state = np.zeros((KINDS, LANES), dtype), np.full(LANES, -1), np.zeros(PARTIAL * LANES, dtype)
     exp_in_lanes(lanes, *(array.ravel() for array in state), np.zeros(LANES))
+    exp_in_tile(tile, *(array.ravel() for array in state), np.zeros(LANES))
     for k in range(x.size):
         exp_each(x[k : k + 1], alone[k : k + 1])
-    assert each.tobytes() == rows.tobytes() == lanes.tobytes() == alone.tobytes()
+    assert each.tobytes() == rows.tobytes() == lanes.tobytes() == tile.tobytes() == alone.tobytes()
 
 
 @each_wide

@@ -57,6 +57,7 @@ def apart(*shape):
 
 
 COPIED = None
+SMOOTH = {"label_smoothing": 0.1}
 EVERYTHING = {"weight": np.ones(30), "sample_weight": np.ones(50), "z_loss": 0.1, "grad_output": 2.0}
 
 # What is called; the code, where logits are read and where the gradient is written, None where they are copied.
@@ -95,7 +96,9 @@ TABLE = {
     "classes apart": (lambda: both(logits(20, 50)[::2], axis=0), "strided", (1000, 100), (500, 50)),
     "rows apart from each other": (lambda: both(apart(10, 50), axis=0), "contiguous", COPIED, COPIED),
     "side by side, float16": (lambda: both(logits(9, 50, dtype=np.float16), axis=0), "strided", (450, 50), (450, 50)),
-    "side by side, smoothing": (lambda: both(logits(9, 50), axis=0, label_smoothing=0.1), "contiguous", COPIED, COPIED),
+    "few side by side, smoothing": (lambda: both(logits(9, 50), axis=0, **SMOOTH), "strided", (450, 50), (450, 50)),
+    "side by side, smoothing": (lambda: both(logits(33, 50), axis=0, **SMOOTH), "contiguous", COPIED, COPIED),
+    "side by side, softcap": (lambda: both(logits(33, 50), axis=0, softcap=3), "contiguous", COPIED, COPIED),
     "side by side, unaligned": (lambda: both(laid("unaligned", 9, 50), axis=0), "contiguous", COPIED, COPIED),
     "out elsewhere": (lambda: both(logits(9, 50), axis=0, out=apart(9, 50)), "contiguous", COPIED, COPIED),
     "Fortran": (lambda: both(laid("Fortran", 50, 10)), "strided", (500, 50), (500, 50)),

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..._rows import Array, Rows, RowStats
-from .loops import GRAD, KNOWN, LANES, LOG, LOSS, PLAIN, STATS, STREAM
+from .loops import FEW, GRAD, KNOWN, LANES, LOG, LOSS, PLAIN, STATS, STREAM
 from .memory import LARGE, LINE
 
 BLOCK = 1 << 18  # the most work, in logits, in a block that is copied to a workspace
@@ -31,7 +31,8 @@ TRANSPOSED_ROWS, TRANSPOSED_ROWS_ALONE = 128, 256
 STREAMED, STREAMED_MOST = 1 << 11, 1 << 14
 SIDE_BY_SIDE = 8  # the strided loop takes rows if at least this many are adjacent
 STRIDED_CLASSES = 1 << 16  # and there are at most this many classes
-STRIDED_SIZE = 1 << 16  # logits per strided tile, which has 32 to 256 rows
+STRIDED_SIZE = 1 << 16  # logits per strided tile, which has at least 32 rows
+STRIDED_ROWS, STRIDED_ROWS_OF_FEW = 256, 128  # and at most so many
 
 _REDUCTIONS = ("mean", "sum", "none")
 _NUMBERS: Any = frozenset({int, float})
@@ -98,16 +99,17 @@ def choose(rows: Rows, want: Want, has_loops: bool) -> Path:
     fits_lanes = want.log is None and (rows.target is None or rows.has_labels)
     fits_lanes = fits_lanes and not _may_scale_last(rows, want.divisor)
     has_options = bool(rows.label_smoothing) or rows.softcap is not None
-    if fits_lanes and not has_options and inner >= SIDE_BY_SIDE and classes <= STRIDED_CLASSES:
+    if has_options and (want.stats or want.given or (rows.label_smoothing and rows.weight is not None)):
+        fits_lanes = False
+    if fits_lanes and inner >= SIDE_BY_SIDE and classes <= (FEW if has_options else STRIDED_CLASSES):
         x, out = _strides(rows.logits, acc, True), _strides(output, acc, True)
         if x is not None and (output is None or out is not None):
-            return _tiled("strided", want.job | _streaming(rows.logits, output, out), x, out, classes)
+            job = want.job | _streaming(rows.logits, output, out) | _plain(rows, want)
+            return _tiled("strided", job, x, out, classes)
     x = out = None
     if inner == 1:
         x, out = _strides(rows.logits, acc, False), _strides(output, acc, False)
     is_copied = x is None or (output is not None and out is None)
-    if has_options and (want.stats or want.given or (rows.label_smoothing and rows.weight is not None)):
-        fits_lanes = False
     to_memory = out is not None and out.outer == classes and is_to_memory(rows.logits, want.grad)
     in_tiles = want.job | _streaming_rows(to_memory, rows.grad_dtype.itemsize)
     if fits_lanes and not is_copied and _is_transposed(classes, acc.itemsize, in_tiles):
@@ -193,7 +195,8 @@ def _tiled(code: str, job: int, x: Strides | None, out: Strides | None, classes:
         )
         width = max(LANES, min(most, size // classes // LANES * LANES))
     else:
-        width = max(32, min(256, STRIDED_SIZE // classes // LANES * LANES))
+        most = STRIDED_ROWS_OF_FEW if classes <= FEW else STRIDED_ROWS
+        width = max(32, min(most, STRIDED_SIZE // classes // LANES * LANES))
     return Path(code, job, x, out, width, 16 * BLOCK, 3 * SERIAL)
 
 

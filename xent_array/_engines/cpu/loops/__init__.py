@@ -51,6 +51,7 @@ IGNORE = 256  # rows with the label `ignore_index` do not count
 PLAIN = 512  # only loss and gradient, of rows with labels and no options: all that are not ignored count alike
 
 LANES = 16  # rows per vector
+FEW = 32  # up to this many classes, each is compared with the label and the argmax; beyond, those two are looked up
 PARTIAL = 32  # partial sums per row
 GROUP = 2048  # losses are added in groups of so many rows, and then the sums of the groups
 
