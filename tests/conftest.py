@@ -6,6 +6,8 @@ for each value of that parameter. What a run leaves out is counted at its end.
 
 import functools
 import importlib
+import importlib.util
+import sys
 import warnings
 from collections import Counter
 
@@ -151,6 +153,16 @@ def pytest_addoption(parser):
         help=f"fail, at once, where this backend ({', '.join(BACKENDS)}) or module cannot be used (repeatable), "
         "and where a test of this backend would be skipped",
     )
+
+
+@pytest.fixture(autouse=True)
+def _loops_are_compiled():
+    """A loop that cannot be compiled is replaced by NumPy, and every result would still be right."""
+    yield
+    cpu = sys.modules.get("xent_array._engines.cpu")
+    reason = getattr(cpu, "_found", None)
+    if isinstance(reason, str) and importlib.util.find_spec("llvmlite") is not None:
+        pytest.fail(reason)
 
 
 def pytest_configure(config):

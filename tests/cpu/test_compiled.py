@@ -149,6 +149,22 @@ def test_one_machine_code_for_all_options(classes):
         assert set(machine_code._functions) == before
 
 
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        lambda n, x: n or x, lambda n, x: 0 < n < 2, lambda n, x: max(n, 1), lambda n, x: not n,
+        lambda n, x: n < 0.5, lambda n, x: n / 2, lambda n, x: x % 2, lambda n, x: x << 1,
+    ],
+)  # fmt: skip
+def test_a_mistake_in_a_loop_is_found_while_it_is_made(mistake):
+    """Python would take it for something else, and LLVM only says that it cannot parse it."""
+    elements = [simd.INT64, simd.DOUBLE]
+    machine_code._initialize()
+    with pytest.raises(TypeError, match=r"a Value is known only|is no integer|no such operator"):
+        simd.machine_code_of("wrong", elements, lambda n, x: mistake(n.load(0), x.load(0)))
+    assert simd._builders == []
+
+
 @pytest.fixture(scope="module")
 def assembly():
     """Of `contiguous` for float32."""

@@ -248,8 +248,8 @@ def block(path: Path, loop: Function, rows: Rows, want: Want, part: Part, buffer
     lead = _lead(out) if is_strided and path.job & STREAM else 0
     shape = (outer, inner) if is_strided else (count, 1)
     record = _record(
-        path.job, *shape, classes, *x_strides, *out_strides, path.width, lead, q_row,
-        rows.grad_dtype == _HALF, rows.softcap or 0.0, rows.z_loss,
+        path.job, *shape, classes, *x_strides, *out_strides, path.width, lead=lead, q_row=q_row,
+        is_half=rows.grad_dtype == _HALF, softcap=rows.softcap or 0.0, z_loss=rows.z_loss,
     )  # fmt: skip
     room = workspace(workspace_size(path.code, classes, path.width, acc.itemsize))
     loop((record, x, label, per_row, q, answers, out, room, *_ALONE))
@@ -264,8 +264,8 @@ def block(path: Path, loop: Function, rows: Rows, want: Want, part: Part, buffer
 
 
 @lru_cache(maxsize=256)
-def _record(*arguments: Any) -> Array:
-    return Arguments(*arguments).record()
+def _record(*strides: Any, **others: Any) -> Array:
+    return Arguments(*strides, **others).record()
 
 
 def _labels(rows: Rows, want: Want) -> tuple[Array, Array]:

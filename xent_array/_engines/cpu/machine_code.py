@@ -27,6 +27,8 @@ from .loops import AXES, DATA, ITEMS, NAME, POINTER, SHAPE
 HERE = Path(__file__).parent
 SOURCES = (HERE / "memory.py", *sorted((HERE / "loops").glob("*.py")))  # what the machine code is compiled from
 
+MESSAGE = 300  # characters of LLVM's own, at most
+
 Function = Callable[[tuple[Any, ...]], float]
 
 _TYPE = ctypes.CFUNCTYPE(ctypes.c_double, ctypes.py_object)  # releases the interpreter's lock while it runs
@@ -68,7 +70,7 @@ def _is_installed(library: str) -> bool:
 
 
 def _is_laid_out_as_known() -> bool:
-    """Whether `loops.simd.arrays_in` finds what is in a tuple, and the data and the shape of an array."""
+    """Whether `loops.simd.machine_code_of` finds what is in a tuple, and the data and the shape of an array."""
     array = np.empty((2, 3))
     given = (None, array)
 
@@ -115,7 +117,7 @@ def _compiled(name: tuple[str, ...]) -> Function:
     except MemoryError as error:
         raise threads.Busy("LLVM cannot compile the loops: there is no memory left") from error
     except Exception as error:
-        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:MESSAGE]}"
         raise threads.CannotCompile(f"LLVM cannot compile the loops: {reason}") from error
     _store(name, code)
     return found

@@ -15,7 +15,7 @@ _ELEMENTS = {np.dtype(np.int64): INT64, np.dtype(np.float64): DOUBLE}
 class Call(NamedTuple):
     """What a loop works on, see `loops`: everything, or what belongs to some of the outer indices."""
 
-    told: Any  # `Arguments` of a `Value` each
+    told: Any  # `Arguments` of a `Value` each, int64 or float64
     outer: Value  # how many outer indices
     x: Array
     label: Array

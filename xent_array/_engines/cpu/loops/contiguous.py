@@ -200,6 +200,7 @@ def rows(call: Call) -> None:
     make_compact()
     told, classes, element = call.told, call.told.classes, call.per_row.element
     room = call.workspace.region(element, 0, 3 * classes)
+    # The logits converted or after softcap, if either is needed; exponentials and gradient, if not in place; slopes.
     wide, e, slope = (room.part(k * classes, classes) for k in range(3))
     is_half, is_capped, is_streamed = told.is_half != 0, told.softcap > 0, call.asks(STREAM)
     for i in loop(call.outer):

@@ -36,7 +36,7 @@ def loaded(operand: Operand, place: Value, lanes: int, element: Any) -> Value:
 
 def _on_each(function: Callable[..., Value]) -> Callable[..., None]:
     def on_each(out: Array, *operands: Operand) -> None:
-        """``out[k] = function(*operands[k])`` for every k."""
+        """``out[k] = function(*operands[k])`` for every k, in the type of `out`, which may be an operand too."""
         for place, lanes in vectors(out.length, LANES):
             out.store(function(*(loaded(operand, place, lanes, out.element) for operand in operands)), place)
 

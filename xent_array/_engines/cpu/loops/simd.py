@@ -41,6 +41,9 @@ class Value:
     def __init__(self, value: Any) -> None:
         self.value = value
 
+    def __bool__(self) -> bool:
+        raise TypeError("a Value is known only when the loop runs: use where, when or either, and &, | and ~")
+
     @property
     def lanes(self) -> int:
         """The number of elements; 1 for a scalar."""
@@ -140,8 +143,10 @@ class Value:
         return other.value if isinstance(other, Value) else self.like(other).value
 
     def _arithmetic(self, other: Any, of_floats: str, of_integers: str, swapped: bool = False) -> Value:
-        operands = self.value, self._operand(other)
-        operate = getattr(_builder(), of_floats if self.is_float else of_integers)
+        operands, name = (self.value, self._operand(other)), of_floats if self.is_float else of_integers
+        if not name:
+            raise TypeError(f"numbers of type {self.value.type} have no such operator")
+        operate = getattr(_builder(), name)
         return Value(operate(*(reversed(operands) if swapped else operands)))
 
     def __add__(self, other: Any) -> Value:
@@ -172,7 +177,7 @@ class Value:
         return self._arithmetic(other, "", "srem")
 
     def __neg__(self) -> Value:
-        return Value(_builder().fneg(self.value))
+        return Value(_builder().fneg(self.value) if self.is_float else _builder().neg(self.value))
 
     def __and__(self, other: Any) -> Value:
         return self._arithmetic(other, "", "and_")
@@ -241,6 +246,8 @@ def constant(number: float | int, element: Any = INT64, lanes: int = 1) -> Value
     """A constant; in every lane of a vector if there are several."""
     if isinstance(element, ir.FloatType):
         number = float(np.float32(number))
+    if isinstance(element, ir.IntType) and number != int(number):
+        raise TypeError(f"{number} is no integer, and numbers of type {element} are")
     if lanes == 1:
         return Value(ir.Constant(element, number))
     return Value(ir.Constant(ir.VectorType(element, lanes), [number] * lanes))
@@ -311,7 +318,10 @@ def _on_stack(type_: Any) -> Any:
 
 
 def loop(start: Value | int, stop: Value | int | None = None, step: Value | int = 1) -> Iterator[Value]:
-    """``for k in loop(...)`` emits a loop; it takes the arguments of `range`. The body must not break."""
+    """``for k in loop(...)`` emits a loop; it takes the arguments of `range`.
+
+    The body must not break, and what it or a branch computes is unknown after it: only a `Variable` keeps it.
+    """
     if stop is None:
         start, stop = 0, start
     for index, _ in _loop(_value(start), _value(stop), _value(step)):
