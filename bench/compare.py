@@ -117,7 +117,9 @@ class Worker:
         return json.loads(line)
 
     def __enter__(self) -> Worker:
-        self.ask("ready")  # what is imported while others are timed would disturb them
+        reason = self.ask("ready")  # what is imported while others are timed would disturb them
+        if reason is not None:
+            _say(f"{self.name} has no compiled loops: {reason}")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -126,11 +128,17 @@ class Worker:
         self.process.communicate()
 
 
+@functools.cache
+def _say(line: str) -> None:
+    """Once, however many processes a tree has."""
+    print(line, file=sys.stderr)
+
+
 def answer(requests: int, answers: int) -> None:
     """In a worker: answers each line of one file in another, both of JSON, until there are no more."""
     calls: dict[str, timing.Call] = {}
     known: dict[str, Callable[..., Any]] = {
-        "ready": lambda: True,
+        "ready": _why_numpy,
         "begin": functools.partial(_begin, calls),
         "turn": functools.partial(_turn, calls),
         "first": _first,
@@ -144,6 +152,16 @@ def answer(requests: int, answers: int) -> None:
                 told = {"failed": run.short(error)}
             out.write(json.dumps(told) + "\n")
             out.flush()
+
+
+def _why_numpy() -> str | None:
+    """Why NumPy does the work, if it does and that is known of this version of the library."""
+    with contextlib.suppress(ImportError, AttributeError):
+        from xent_array._engines import cpu
+
+        found = cpu.found_loops()
+        return found if isinstance(found, str) else None
+    return None
 
 
 def _begin(calls: dict[str, timing.Call], fields: list[Any], seed: int, threads: int) -> dict[str, run.Row]:

@@ -15,6 +15,7 @@ import pytest
 pytest.importorskip("tqdm")  # for bench.run
 from bench import compare, run, timing
 from bench.suite import COLD, GRAD, IN_PLACE, LOSS, OUT, WARM
+from xent_array._engines import cpu
 
 FIELDS = {
     *("case", "operation", "group", "shape", "axis", "dtype", "target", "option", "threads", "rounds", "processes"),
@@ -465,3 +466,13 @@ def test_a_turn_settles_first_and_the_next_one_begins_when_it_is_quiet(monkeypat
     monkeypatch.setattr(timing, "wait_until_quiet", lambda: log.append("quiet"))
     assert len(compare._turn({LOSS: timing.Call(lambda: log.append("run"))}, LOSS, 0.0, 7)) == 1
     assert log == [{7}, cores, "run", "run", "quiet"]
+
+
+def test_a_tree_without_compiled_loops_is_named_once(monkeypatch, capfd):
+    monkeypatch.setattr(cpu, "_found", "no compiler")
+    worker = compare.Worker.__new__(compare.Worker)
+    worker.name = "a tree of this test"
+    monkeypatch.setattr(worker, "ask", lambda _: compare._why_numpy(), raising=False)
+    for _ in range(2):
+        assert worker.__enter__() is worker
+    assert capfd.readouterr().err == "a tree of this test has no compiled loops: no compiler\n"

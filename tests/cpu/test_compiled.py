@@ -18,7 +18,7 @@ if isinstance(cpu.found_loops(), str):
 from llvmlite import binding
 
 from xent_array._engines.cpu import blocks, machine_code
-from xent_array._engines.cpu.loops import build, simd, workspace_size
+from xent_array._engines.cpu.loops import build, function, simd, workspace_size
 
 RNG = np.random.default_rng(0)
 
@@ -159,24 +159,22 @@ def test_one_machine_code_for_all_options(classes):
 def test_a_mistake_in_a_loop_is_found_while_it_is_made(mistake):
     """Python would take it for something else, and LLVM only says that it cannot parse it."""
     elements = [simd.INT64, simd.DOUBLE]
-    machine_code._initialize()
     with pytest.raises(TypeError, match=r"a Value is known only|is no integer|no such operator"):
-        simd.machine_code_of("wrong", elements, lambda n, x: mistake(n.load(0), x.load(0)))
-    assert simd._builders == []
+        function.machine_code("wrong", elements, lambda n, x: mistake(n.load(0), x.load(0)))
+    assert simd._builder() is None
 
 
-@pytest.fixture(scope="module")
-def assembly():
-    """Of `contiguous` for float32."""
+def assembly(*name):
+    """That of a function which `build` makes."""
     found = []
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(simd, "_emitted", lambda machine, module: found.append(machine.emit_assembly(module)))
-        build.build("contiguous", *["float32"] * 3)
+        patched.setattr(function, "_emitted", lambda machine, module: found.append(machine.emit_assembly(module)))
+        build.build(*name)
     return found[0]
 
 
 @pytest.mark.full
-def test_widest_vectors_of_the_host(assembly):
+def test_widest_vectors_of_the_host():
     features, machine = binding.get_host_cpu_features(), platform.machine().lower()
     if machine in ("x86_64", "amd64") and features.get("fma"):
         vectors = "zmm" if features.get("avx512f") else "ymm"
@@ -185,20 +183,53 @@ def test_widest_vectors_of_the_host(assembly):
         instruction = r"fmla\s+v\d+\.4s"
     else:
         pytest.skip(f"nothing is known of the multiply-add of this {machine}")
-    assert len(re.findall(instruction, assembly)) >= 20  # an exponential has seven, and a group two or four of these
+    found = re.findall(instruction, assembly("contiguous", *["float32"] * 3))
+    assert len(found) >= 20  # an exponential has seven, and a group two or four of these
 
 
-def test_no_function_of_the_c_library_is_called(assembly):
-    assert "ret" in assembly
-    called = re.findall(r"\b(expf?|exp2f?|tanhf?|log1pf?|logf?|fmaf?|__\w+[hs]f2)\b", assembly)
-    assert called == []
+@pytest.mark.parametrize("dtypes", [("float32", "uint16", "uint16"), ("float64",) * 3], ids=lambda names: names[-1])
+@pytest.mark.parametrize("name", ["contiguous", "transposed", "strided"])
+def test_no_function_of_the_c_library_is_called(name, dtypes):
+    """But the one that fills memory: every process has it."""
+    found = assembly(name, *dtypes)
+    assert "ret" in found
+    called = set(re.findall(r"(?:movabsq\s+\$|\bcallq?[ \t]+|\bbl[ \t]+)([A-Za-z_]\w*)", found))
+    called |= set(re.findall(r"\b(expf?|exp2f?|tanhf?|log1pf?|logf?|fmaf?|__\w+[hs]f2)\b", found))
+    assert called <= {"memset"}
+
+
+CROSS = """
+import sys
+from llvmlite import binding
+binding.initialize_all_targets()
+binding.initialize_all_asmprinters()
+from xent_array._engines.cpu.loops import build, processor
+
+triple, name, features = sys.argv[1:]
+processor.triple, processor.name, processor.features = lambda: triple, lambda: name, lambda: features
+for function in (["count_kept"], ["transposed", "float32", "uint16", "uint16"], ["contiguous"] + 3 * ["float64"]):
+    assert build.build(*function)
+print("made")
+"""
+
+
+@pytest.mark.parametrize(
+    ("triple", "name", "features"),
+    [
+        ("aarch64-unknown-linux-gnu", "neoverse-n1", "+neon"), ("arm64-apple-darwin23.0.0", "apple-m1", "+neon"),
+        ("x86_64-pc-windows-msvc", "haswell", "+avx,+avx2,+fma,+f16c"), ("x86_64-unknown-linux-gnu", "generic", ""),
+    ],
+)  # fmt: skip
+def test_machine_code_for_other_machines(triple, name, features):
+    """As far as LLVM can tell here; what it cannot compile would end the process."""
+    assert run(CROSS, triple, name, features).strip() == "made"
 
 
 # -- other processes ---------------------------------------------------------------------------------------------
 
 
 def test_llvmlite_is_imported_only_for_loops(tmp_path):
-    """By no other engine; and what makes loops only where no process before has compiled all that is needed."""
+    """No other engine imports it, and `build` is imported only if something has to be compiled."""
     script = (
         "import sys, numpy, xent_array; xent_array.cross_entropy(numpy.eye(3), [0, 1, 2], engine='generic')\n"
         "xent_array.cross_entropy(numpy.eye(3), [0, 1, 2], engine='numpy')\n"

@@ -102,6 +102,17 @@ def test_what_was_compiled_before_changes_nothing():
     assert log1p_of(np.float32) == first != exact
 
 
+@pytest.mark.parametrize("degree", ours._COEFFICIENTS)
+def test_the_coefficients_of_exp_interpolate_at_the_chebyshev_nodes(degree):
+    """(e**r - 1 - r)/r² on [-ln 2/2, ln 2/2], from its series, because the closed form cancels."""
+    series = np.polynomial.Polynomial([1 / math.factorial(k + 2) for k in range(20)])
+    domain = [-math.log(2) / 2, math.log(2) / 2]
+    found = np.polynomial.Chebyshev.interpolate(series, degree, domain).convert(kind=np.polynomial.Polynomial)
+    r = np.linspace(*domain, 1000)
+    assert np.abs(found(r) - np.polyval(ours._COEFFICIENTS[degree], r)).max() < 1e-15
+    assert np.abs(series(r) - np.polyval(ours._COEFFICIENTS[degree], r)).max() < (2e-7 if degree == 4 else 1e-15)
+
+
 @each_wide
 def test_exp(dtype):
     """On all that is not above 0; exactly 0 beside the smallest normal number."""

@@ -51,7 +51,7 @@ def needs_an_optional_library(name):
 
 
 def test_what_counts_as_optional():
-    wanted = {"_engines.cpu.loops.simd", "_bridges._torch", "_bridges._jax", "torch"}
+    wanted = {"_engines.cpu.loops.simd", "_engines.cpu.loops.processor", "_bridges._torch", "_bridges._jax", "torch"}
     assert {f"{ROOT.name}.{name}" for name in wanted} <= {name for name in MODULES if needs_an_optional_library(name)}
     without = ("_api", "_engines", "_engines.cpu.compiled", "_engines.cpu.machine_code")
     assert not any(needs_an_optional_library(f"{ROOT.name}.{name}") for name in without)

@@ -273,6 +273,52 @@ def test_a_handler_that_calls_at_any_moment(first_calls):
     assert any(is_called == "True" for is_called, _ in found)  # else all were over before the moment
 
 
+def test_the_lock_of_llvm_is_found():
+    """Where llvmlite has it: nothing else would tell if that changed."""
+    from llvmlite import binding
+    from llvmlite.binding import ffi
+
+    assert threads._llvms_lock() is not threads._NO_LLVM
+    with ffi.lib._lock:
+        assert threads._llvms_lock()._is_owned()
+    assert not threads._llvms_lock()._is_owned()
+    assert binding.llvm_version_info
+
+
+SIDE_BY_SIDE = """
+import sys, threading
+from llvmlite.binding import ffi
+from xent_array._engines.cpu import machine_code
+from xent_array._engines.cpu.loops import build
+
+sys.setswitchinterval(1e-4)
+begun, make, found = threading.Event(), build.machine_code, []
+
+def made(*given):
+    begun.set()
+    return make(*given)
+
+def many():
+    found.extend(machine_code.function(name, *["float32"] * 3) for name in ("contiguous", "strided", "transposed"))
+
+build.machine_code = made
+other = threading.Thread(target=many)
+other.start()
+begun.wait()
+for name in (["total", "float64"], ["total", "float32"], ["combined"], ["count_kept"]):
+    with ffi.lib._lock:  # as in a function that LLVM calls
+        found.append(machine_code.function(*name))
+other.join()
+print(len(found))
+"""
+
+
+@needs_llvmlite
+def test_functions_are_made_in_two_threads_at_once(tmp_path):
+    """By a thread that LLVM has called, and by another one."""
+    assert process.run(SIDE_BY_SIDE, XENT_ARRAY_CACHE_DIR=str(tmp_path)).strip() == "7"
+
+
 IMPORTING = """
 import importlib, pathlib, tempfile
 folder = tempfile.mkdtemp()

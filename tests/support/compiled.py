@@ -4,7 +4,8 @@ import numpy as np
 
 from xent_array._engines.cpu import machine_code
 from xent_array._engines.cpu.loops import NAME
-from xent_array._engines.cpu.loops.simd import DOUBLE, FLOAT, INT16, INT32, INT64, constant, machine_code_of
+from xent_array._engines.cpu.loops.function import machine_code as made
+from xent_array._engines.cpu.loops.simd import DOUBLE, FLOAT, INT16, INT32, INT64, constant
 
 ELEMENTS = {"float32": FLOAT, "float64": DOUBLE, "uint16": INT16, "int32": INT32, "int64": INT64}
 
@@ -20,8 +21,7 @@ def compiled(body):
     def called(*arrays):
         dtypes = tuple(array.dtype.name for array in arrays)
         if dtypes not in functions:
-            machine_code._initialize()
-            code = machine_code_of(NAME, [ELEMENTS[dtype] for dtype in dtypes], emitted)
+            code = made(NAME, [ELEMENTS[dtype] for dtype in dtypes], emitted)
             functions[dtypes] = machine_code._loaded(code)
         return functions[dtypes](tuple(map(np.ascontiguousarray, arrays)))
 

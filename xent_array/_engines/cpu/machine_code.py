@@ -70,7 +70,7 @@ def _is_installed(library: str) -> bool:
 
 
 def _is_laid_out_as_known() -> bool:
-    """Whether `loops.simd.machine_code_of` finds what is in a tuple, and the data and the shape of an array."""
+    """Whether `loops.function` finds what is in a tuple, and the data and the shape of an array."""
     array = np.empty((2, 3))
     given = (None, array)
 
@@ -111,7 +111,6 @@ def _compiled(name: tuple[str, ...]) -> Function:
     except Exception as error:  # for example, a library that it needs is missing
         raise threads.CannotCompile(f"llvmlite cannot be used: {error}") from error
     try:
-        _initialize()
         code = build.build(*name)
         found = _loaded(code)
     except MemoryError as error:
@@ -127,9 +126,9 @@ def _loaded(code: bytes) -> Function:
     """The function in an object file."""
     from llvmlite import binding
 
-    _initialize()
-    machine = binding.Target.from_default_triple().create_target_machine(jit=True)
-    engine = binding.create_mcjit_compiler(binding.parse_assembly(""), machine)
+    from .loops.processor import target_machine
+
+    engine = binding.create_mcjit_compiler(binding.parse_assembly(""), target_machine())
     engine.add_object_file(binding.ObjectFileRef.from_data(code))
     engine.finalize_object()
     address = engine.get_function_address(NAME)
@@ -137,16 +136,6 @@ def _loaded(code: bytes) -> Function:
         raise ValueError("the code has no entry")
     _engines.append(engine)
     return _TYPE(address)
-
-
-@cache
-def _initialize() -> None:
-    from llvmlite import binding
-
-    with suppress(RuntimeError):  # newer versions do it by themselves, and raise
-        binding.initialize()
-    binding.initialize_native_target()
-    binding.initialize_native_asmprinter()
 
 
 # Files
@@ -192,9 +181,11 @@ def _environment() -> str:
     import llvmlite
     from llvmlite import binding
 
+    from .loops import processor
+
     parts = (
-        sys.implementation.cache_tag, ITEMS, DATA, llvmlite.__version__, binding.get_process_triple(),
-        binding.get_host_cpu_name(), binding.get_host_cpu_features().flatten(),
+        sys.implementation.cache_tag, ITEMS, DATA, llvmlite.__version__, binding.llvm_version_info,
+        processor.triple(), processor.name(), processor.features(),
     )  # fmt: skip
     return _short(repr(parts).encode())
 

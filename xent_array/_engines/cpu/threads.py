@@ -40,7 +40,7 @@ class CannotCompile(RuntimeError):
 
 
 class Busy(CannotCompile):
-    """It fails for a passing reason: lack of memory, or the caller is importing a module that llvmlite waits for."""
+    """LLVM cannot compile now: memory is lacking, or the caller is importing a module that llvmlite waits for."""
 
 
 class _Asked:
@@ -110,7 +110,7 @@ def _is_begun(run: Callable[[], None]) -> bool:
 
 
 def _llvms_lock() -> Any:
-    """What llvmlite holds while LLVM is at work, for Numba or for others too; no task holds that of `_NO_LLVM`."""
+    """The lock that llvmlite holds during every call of LLVM, whoever makes it; `_NO_LLVM` if it is not imported."""
     lib = getattr(sys.modules.get("llvmlite.binding.ffi"), "lib", None)
     return getattr(getattr(lib, "_lock", None), "_lock", _NO_LLVM)
 

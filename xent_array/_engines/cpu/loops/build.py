@@ -9,6 +9,7 @@ from typing import Any
 from . import CHECK, GROUP, IGNORE, NAME, STREAM, SUM, contiguous, strided, transposed
 from .call import Call, told_in
 from .elementwise import combined, kept_labels, total_of
+from .function import machine_code
 from .simd import (
     BYTE,
     DOUBLE,
@@ -19,14 +20,12 @@ from .simd import (
     Value,
     Variable,
     constant,
-    end_turns,
     fence,
     forever,
     give,
-    machine_code_of,
-    next_turn,
     when,
 )
+from .turns import end_turns, next_turn
 
 _ELEMENTS = {"float32": FLOAT, "float64": DOUBLE, "uint16": INT16}
 
@@ -37,9 +36,9 @@ def build(name: str, *dtypes: str) -> bytes:
     if name in _LOOPS:
         number, x, out = given
         elements = [BYTE, x, INT64, number, number, number, out, BYTE, INT64, DOUBLE]
-        return machine_code_of(NAME, elements, partial(_LOOPS[name], _CODE[name].rows))
+        return machine_code(NAME, elements, partial(_LOOPS[name], _CODE[name].rows))
     elements, body = _OTHERS[name]
-    return machine_code_of(NAME, [*elements, *given], body)
+    return machine_code(NAME, [*elements, *given], body)
 
 
 def _all_rows(rows: Callable[[Call], None], record: Array, *arrays: Array) -> Value:

@@ -52,7 +52,7 @@ def is_infinite(number: Value) -> Value:
 
 
 def largest_without_softmax(row: Array, step: Value | int) -> Value:
-    """The maximum that the stats report for a row without a softmax: NaN if it holds one, else inf or -inf."""
+    """The maximum that the stats report for a row without a softmax: NaN if the row holds NaN, else inf or -inf."""
     largest = Variable(constant(-math.inf, row.element))
     nothing = Variable(constant(0, row.element))  # or NaN
     for k in loop(row.length):
@@ -69,7 +69,7 @@ class _Target(NamedTuple):
     on_label: Value  # 0 if it has none
     q: Array  # a number for each class, one for all of them, or none
     is_distribution: Value
-    mass: Value  # that of all but `q`
+    mass: Value  # that of all but `q`; 1 if there is no target at all
 
     @property
     def has_q(self) -> Value:
@@ -134,14 +134,14 @@ class _Stats:
         self.call, self.i, self.row, self.is_known = call, i, row, call.asks(KNOWN)
         largest_at = argmax(row)
         m = row.load(largest_at)
-        self.at, self.largest_at = Variable(largest_at), largest_at
+        self.special, self.largest_at = Variable(largest_at), largest_at  # `special` is -1 if none is
         self.m, self.r, self.gap, self.mass = held = [Variable(m) for _ in range(4)]
         with either(self.is_known) as (known, unknown):
             with known:
                 for variable, kind in zip(held, STATS_KINDS, strict=True):
                     variable.set(call.answers_of(kind, i, 1).load(0))
                 with when(~(m == self.m.get())):
-                    self.at.set(constant(-1))
+                    self.special.set(constant(-1))
             with unknown:
                 for variable, value in zip((self.gap, self.mass), _gap_and_mass(row, m, target), strict=True):
                     variable.set(value)
@@ -151,7 +151,7 @@ class _Stats:
         m, r, element = self.m.get(), self.r, self.row.element
         total = Variable(constant(math.nan, DOUBLE))
         with when(where(self.is_known, self.call.asks(GRAD), is_finite(m))):
-            total.set(exps(self.row, where(is_finite(m), m, 0), self.at.get(), g, following, soon))
+            total.set(exps(self.row, where(is_finite(m), m, 0), self.special.get(), g, following, soon))
         with when(~self.is_known):
             r.set(total.get().to(element))
             with when(~(r.get() == r.get())):
@@ -221,7 +221,7 @@ def rows(call: Call) -> None:
         stats.add_exps(g, following, soon)
         with when(call.asks(STATS)):
             stats.store(where(is_capped, label_is_largest.get(), target.y == stats.largest_at))
-        m, r, gap, mass, at = (held.get() for held in (stats.m, stats.r, stats.gap, stats.mass, stats.at))
+        m, r, gap, mass, at = (held.get() for held in (stats.m, stats.r, stats.gap, stats.mass, stats.special))
         finish_with = partial(finish_row, m, where(is_finite(m), r, math.nan), gap, mass, target.at(at), z=told.z_loss)
         loss, by, top, tail = finish_with(factor=factor, scale=s)
         with when(call.asks(LOSS)):

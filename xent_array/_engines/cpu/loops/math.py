@@ -16,12 +16,8 @@ Functions", 3rd edition, 2016, chapters 3, 5 and 11.
 from __future__ import annotations
 
 import math
-from functools import cache
-from typing import Any
 
-import numpy as np
-
-from . import simd
+from . import processor, simd
 from .simd import DOUBLE, FLOAT, HALF, INT16, INT32, INT64, Value, fma, where
 
 
@@ -42,21 +38,21 @@ def _exp_parts(x: Value) -> tuple[Value, Value]:
     shifted = fma(x, x.fixed(1 / math.log(2)), magic)
     n = shifted - magic
     r = fma(n, x.fixed(-low), fma(n, x.fixed(-high), x))
-    less_one = fma(r.estrin(_exp_coefficients(degree)), r * r, r)
+    less_one = fma(r.estrin(_COEFFICIENTS[degree]), r * r, r)
     bits = shifted.bits(INT32 if x.is_single else INT64) << mantissa
     return less_one, bits.bits(x.element)
 
 
-@cache
-def _exp_coefficients(degree: int) -> list[float]:
-    """The coefficients of p in exp(r) = 1 + r + r²·p(r), highest first; its error is below 0.1 ulp of the result."""
-    domain = [-math.log(2) / 2, math.log(2) / 2]
-
-    def p(r: Any) -> Any:  # from its series, because the closed form cancels
-        return sum(r**k / math.factorial(k + 2) for k in range(20))
-
-    found = np.polynomial.Chebyshev.interpolate(p, degree, domain)
-    return [float(c) for c in found.convert(kind=np.polynomial.Polynomial).coef[::-1]]
+# The coefficients of p of each degree, highest first, interpolated at the Chebyshev nodes. They are constants, because
+# their last digits depend on the library that interpolates.
+_COEFFICIENTS = {
+    4: [0.0013926176119143712, 0.008363173074516405, 0.04166655466205872, 0.16666577025597948, 0.49999999999999994],
+    10: [
+        -2.4803564525475405e-09, 2.517987944901038e-08, 2.7683316922388476e-07, 2.755703302366125e-06,
+        2.4801467628308355e-05, 0.00019841270092369525, 0.001388888893435773, 0.008333333333242163,
+        0.04166666666660706, 0.16666666666666796, 0.5000000000000002,
+    ],
+}  # fmt: skip
 
 
 def exp(x: Value) -> Value:
@@ -146,7 +142,7 @@ def at_max(r: Value, p: Value, mass: Value, coef: Value, more: Value, a: Value) 
 
 def has_half_instructions() -> bool:
     """Whether the processor converts float16; if not, LLVM would call a library function that is missing here."""
-    return simd.is_arm() or simd.has_feature("f16c")
+    return processor.is_arm() or processor.has_feature("f16c")
 
 
 def from_half(x: Value) -> Value:

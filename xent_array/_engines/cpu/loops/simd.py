@@ -11,26 +11,41 @@ floating-point arithmetic.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import numpy as np
-from llvmlite import binding, ir
+from llvmlite import ir
 
 from ..memory import LINE as LINE
-from . import AXES, DATA, ITEMS, LIMIT, NEXT, POINTER, SHAPE
+from . import processor
 
 BIT, BYTE, INT16, INT32, INT64 = (ir.IntType(width) for width in (1, 8, 16, 32, 64))
 HALF, FLOAT, DOUBLE = ir.HalfType(), ir.FloatType(), ir.DoubleType()
-_ADDRESS = BYTE.as_pointer()
+ADDRESS = BYTE.as_pointer()
 
-_builders: list[Any] = []  # of the function being made: one at a time, see `threads.whole`
+
+class _Own(threading.local):
+    builder: Any = None  # of the function that this thread makes
+
+
+_own = _Own()
 
 
 def _builder() -> Any:
-    return _builders[-1]
+    return _own.builder
+
+
+@contextmanager
+def emitting(function: Any) -> Iterator[None]:
+    """Within it, instructions are emitted to this function."""
+    _own.builder = ir.IRBuilder(function.append_basic_block())
+    try:
+        yield
+    finally:
+        _own.builder = None
 
 
 class Value:
@@ -89,7 +104,7 @@ class Value:
         """
         builder, type_, kind = _builder(), self.value.type, "r"
         if isinstance(type_, ir.VectorType):
-            if not has_feature("avx"):
+            if not processor.has_feature("avx"):
                 return self
             kind = "v"
         return Value(builder.asm(ir.FunctionType(type_, [type_]), "", f"={kind},0", [self.value], False))
@@ -114,6 +129,11 @@ class Value:
 
     def lane(self, number: int) -> Value:
         return Value(_builder().extract_element(self.value, INT32(number)))
+
+    def at(self, offset: Value | int, type_: Any) -> Value:
+        """What lies so many bytes from this address."""
+        builder = _builder()
+        return Value(builder.load(builder.bitcast(builder.gep(self.value, [_value(offset).value]), type_.as_pointer())))
 
     def bits(self, element: Any) -> Value:
         """The same bits, reinterpreted as another type of the same size."""
@@ -308,7 +328,7 @@ class Variable:
 
 
 def _on_stack(type_: Any) -> Any:
-    """The address of room for a value, the same whenever this is passed."""
+    """The address of room for a value, one for every call of the function, even if this is in a loop."""
     builder = _builder()
     with builder.goto_entry_block():
         return builder.alloca(type_)
@@ -329,7 +349,7 @@ def loop(start: Value | int, stop: Value | int | None = None, step: Value | int 
 
 
 def search(count: Value) -> Iterator[tuple[Value, Callable[[], None]]]:
-    """A loop of `count` rounds; each yields the index, and a function that emits a break."""
+    """A loop of `count` rounds; each yields the index, and a function that emits a break: the last of a branch."""
     return _loop(constant(0), count, constant(1))
 
 
@@ -349,7 +369,7 @@ def _loop(start: Value, stop: Value, step: Value) -> Iterator[tuple[Value, Calla
 
 
 def forever() -> Iterator[Callable[[], None]]:
-    """A loop without end; yields a function that emits a break."""
+    """A loop without end; yields a function that emits a break: the last of a branch."""
     builder, (body, end) = _builder(), (_builder().append_basic_block(name) for name in ("body", "end"))
     builder.branch(body)
     builder.position_at_end(body)
@@ -437,9 +457,21 @@ class Array:
         if value.lanes > 1:
             stored.set_metadata("nontemporal", builder.module.add_metadata([INT32(1)]))
 
+    def load_atomic(self, place: int) -> Value:
+        return Value(_builder().load_atomic(self.pointer(place), "monotonic", self.size))
+
+    def store_atomic(self, value: Value, place: int) -> None:
+        _builder().store_atomic(value.value, self.pointer(place), "monotonic", self.size)
+
+    def replace_atomic(self, place: int, before: Value, after: Value) -> Value:
+        """Store `after` if `before` is there, in one step; return whether it was."""
+        builder = _builder()
+        found = builder.cmpxchg(self.pointer(place), before.value, after.value, "monotonic", "monotonic")
+        return Value(builder.extract_value(found, 1))
+
     def address(self, place: Value | int = 0) -> Value:
         """The address of an element, for `prefetch`."""
-        return Value(_builder().bitcast(self.pointer(place), _ADDRESS))
+        return Value(_builder().bitcast(self.pointer(place), ADDRESS))
 
     def part(self, start: Value | int, count: Value | int) -> Array:
         """``array[start : start + count]``, without a bounds check."""
@@ -476,75 +508,19 @@ def fence() -> None:
     _builder().fence("seq_cst")
 
 
-# The processor
-
-
-@cache
-def _features() -> str:
-    """What the processor has, by LLVM's names."""
-    try:
-        found: str = binding.get_host_cpu_features().flatten()
-    except RuntimeError:  # unknown
-        return ""
-    return found
-
-
-def has_feature(name: str) -> bool:
-    """Whether the processor has a feature, by LLVM's name for it."""
-    return f"+{name}" in _features().split(",")
-
-
-def is_x86() -> bool:
-    return bool(binding.get_process_triple().startswith("x86_64"))
-
-
-def is_arm() -> bool:
-    return bool(binding.get_process_triple().startswith(("aarch64", "arm64")))
-
-
 def has_default_arithmetic() -> Value:
     """Whether the thread's rounding mode and flush-to-zero flags have their defaults; True if that is unknown."""
     builder = _builder()
-    if is_x86():
+    if processor.is_x86():
         settings = _on_stack(INT32)
-        _call("llvm.x86.sse.stmxcsr", ir.VoidType(), builder.bitcast(settings, _ADDRESS))
+        _call("llvm.x86.sse.stmxcsr", ir.VoidType(), builder.bitcast(settings, ADDRESS))
         word, mask = Value(builder.load(settings)), 0xE040  # flush to zero, rounding mode, denormals are zero
-    elif is_arm():
-        word = Value(builder.asm(ir.FunctionType(INT64, []), "mrs $0, fpcr", "=r", [], True))
+    elif processor.is_arm():
+        word = Value(_call("llvm.aarch64.get.fpcr", INT64))
         mask = 0x1C00003  # FZ, RMode; AH and FIZ
     else:
         return constant(1, BIT)
     return (word & mask) == 0
-
-
-# Turns
-
-
-def next_turn(turns: Array, least: Value, most: Value, team: Value) -> tuple[Value, Value]:
-    """Take the next rows from a counter, see `loops`; return the first of them, or -1 if none are left, and how many.
-
-    Turns shrink, so that threads that start at different times still finish together.
-    """
-    builder, first, count = _builder(), Variable(constant(-1)), Variable(constant(0))
-    for stop in forever():
-        limit, start = (Value(builder.load_atomic(turns.pointer(place), "monotonic", 8)) for place in (LIMIT, NEXT))
-        left = limit - start
-        with when(~(left > 0)):
-            stop()
-        share = smaller(left // team, most)
-        share = smaller(where(share < least, least, share), left)
-        taken = builder.cmpxchg(turns.pointer(NEXT), start.value, (start + share).value, "monotonic", "monotonic")
-        with when(Value(builder.extract_value(taken, 1))):
-            first.set(start)
-            count.set(share)
-            stop()
-    return first.get(), count.get()
-
-
-def end_turns(turns: Array) -> None:
-    """Leave no rows to take, if there are turns."""
-    with when(turns.length != 0):
-        _builder().store_atomic(INT64(0), turns.pointer(LIMIT), "monotonic", 8)
 
 
 # Functions
@@ -558,59 +534,3 @@ def give(result: Value) -> None:
 def make_compact() -> None:
     """Ask LLVM to optimize for size: unrolling loops that are vectorized already gains nothing."""
     _builder().function.attributes.add("optsize")
-
-
-def machine_code_of(name: str, elements: list[Any], body: Callable[..., Value]) -> bytes:
-    """An object file with a C function of that name, which takes a tuple of arrays with these elements.
-
-    The function returns what `body` returns for the arrays, each as an `Array`: a number in float64. It needs no
-    interpreter: an array that is in a tuple stays where it is, and nobody may change its shape meanwhile.
-    """
-    module = ir.Module()
-    module.triple, module.data_layout = binding.get_process_triple(), str(_machine().target_data)
-    function = ir.Function(module, ir.FunctionType(DOUBLE, [_ADDRESS]), name)
-    _builders.append(ir.IRBuilder(function.append_basic_block()))
-    try:
-        give(body(*(_argument(function.args[0], *place) for place in enumerate(elements))))
-    finally:
-        _builders.pop()
-    return _compiled(str(module))
-
-
-def _argument(given: Any, number: int, element: Any) -> Array:
-    """One of the arrays in a tuple, seen as flat."""
-    builder = _builder()
-
-    def read(address: Any, offset: Value | int, type_: Any) -> Any:
-        place = builder.gep(address, [_value(offset).value])
-        return builder.load(builder.bitcast(place, type_.as_pointer()))
-
-    array = read(given, ITEMS + number * POINTER, _ADDRESS)
-    length, shape = Variable(constant(1)), read(array, SHAPE, _ADDRESS)
-    for axis in loop(Value(read(array, AXES, INT32)).to(INT64)):
-        length.set(length.get() * Value(read(shape, axis * POINTER, INT64)))
-    return Array(element, read(array, DATA, element.as_pointer()), length.get())
-
-
-def _compiled(source: str) -> bytes:
-    """An object file made of LLVM's assembly language."""
-    machine = _machine()
-    with binding.parse_assembly(source, binding.create_context()) as module:
-        module.verify()
-        builder = binding.create_pass_builder(machine, binding.create_pipeline_tuning_options(speed_level=3))
-        builder.getModulePassManager().run(module, builder)
-        return _emitted(machine, module)
-
-
-def _emitted(machine: Any, module: Any) -> bytes:
-    found: bytes = machine.emit_object(module)
-    return found
-
-
-@cache
-def _machine() -> Any:
-    """The processor of this machine."""
-    return binding.Target.from_default_triple().create_target_machine(
-        cpu=binding.get_host_cpu_name(), features=_features(), opt=3, jit=True,
-        reloc="static" if is_x86() else "default",
-    )  # fmt: skip
