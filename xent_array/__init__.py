@@ -12,6 +12,7 @@ from ._api import (
     cross_entropy_value_and_grad,
     log_softmax,
     logsumexp,
+    merge_stats,
     row_stats,
     softmax,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "cross_entropy_value_and_grad",
     "log_softmax",
     "logsumexp",
+    "merge_stats",
     "row_stats",
     "softmax",
 ]

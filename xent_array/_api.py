@@ -18,7 +18,7 @@ from ._problem import (
     problem_of,
     problem_without_target,
 )
-from ._rows import IGNORE_INDEX, Array, Asked, RowStats
+from ._rows import IGNORE_INDEX, Array, Asked, RowStats, merge, namespace, quiet
 from ._typing import (
     A,
     Float,
@@ -748,6 +748,102 @@ def row_stats(
     if call is not None:
         call.keep(*stats)
     return stats
+
+
+def merge_stats(*stats: RowStats) -> RowStats:
+    r"""The statistics of whole rows, from those of parts of their classes.
+
+    .. math:: m = \max_i m_i, \qquad 1 + \mathrm{rest} = \sum_i (1 + \mathrm{rest}_i) \, e^{m_i - m}, \qquad
+              \mathrm{gap} = \sum_i \mathrm{gap}_i + \mathrm{mass}_i (m - m_i)
+
+    Every class must belong to exactly one part: for example, to a slice of the class axis that is on another machine,
+    or that is read from a file when its turn comes. The parts of a row exchange four numbers, however many classes they
+    have.
+
+    Parameters
+    ----------
+    *stats : RowStats
+        At least one, in the order of the classes. All have one number for each of the same rows, in one dtype. In each,
+        the mass is that part of the target which belongs to its own classes: see the example.
+
+    Returns
+    -------
+    RowStats
+        As `row_stats` would return it for whole rows. ``correct`` is None where it is None in the parts.
+
+    Raises
+    ------
+    TypeError
+        If an argument is no `RowStats`, if their arrays differ in library or dtype, or if ``correct`` is None in some
+        of them only.
+    ValueError
+        If there is no argument, or if the shapes of the rows differ.
+
+    See Also
+    --------
+    row_stats : The statistics of one part.
+    cross_entropy_grad : Accepts the merged statistics.
+
+    Notes
+    -----
+    Parts are merged as in [1]_, pairwise and neighbours first, so that a number passes through as few merges as
+    possible: log2 of the number of parts. ``lse`` and ``loss`` are then within the 4 units of rounding that hold for
+    whole rows. To merge one part after another instead may cost one more unit for every few parts.
+
+    Among several classes with the largest logit, ``correct`` means the first, so the order of the parts matters to it,
+    and to nothing else but rounding.
+
+    References
+    ----------
+    .. [1] M. Milakov and N. Gimelshein, "Online normalizer calculation for softmax", arXiv:1805.02867, 2018.
+
+    Examples
+    --------
+    A label that belongs to another part has no mass here, as if it were ignored:
+
+    >>> import numpy as np
+    >>> from xent_array import merge_stats, row_stats
+    >>> logits, labels = np.array([[2, 1, 0.1, 3], [0.1, 2, 1.9, 0]]), np.array([3, 1])
+    >>> def part(start, stop):
+    ...     inside = (labels >= start) & (labels < stop)
+    ...     return row_stats(logits[:, start:stop], np.where(inside, labels - start, -100))
+    >>> stats = merge_stats(part(0, 2), part(2, 4))
+    >>> stats.loss.round(3), stats.correct
+    (array([0.444, 0.784]), array([ True,  True]))
+    >>> row_stats(logits, labels).loss.round(3)
+    array([0.444, 0.784])
+    """
+    parts = list(stats)
+    _check_parts(parts)
+    with quiet(namespace(parts[0].max)):
+        while len(parts) > 1:
+            pairs = zip(parts[::2], parts[1::2], strict=False)
+            parts = [merge(*pair) for pair in pairs] + parts[len(parts) & ~1 :]
+    return parts[0]
+
+
+def _check_parts(parts: list[RowStats]) -> None:
+    if not parts:
+        raise ValueError("merge_stats needs at least one RowStats; got none")
+    for number, part in enumerate(parts):
+        if not isinstance(part, RowStats):
+            raise TypeError(f"argument {number} of merge_stats must be a RowStats; got {type(part).__name__}")
+    first = parts[0]
+    for number, part in enumerate(parts[1:], start=1):
+        if namespace(part.max) is not namespace(first.max):
+            libraries = " and ".join(namespace(each.max).__name__ for each in (first, part))
+            raise TypeError(f"all stats must be of one library; got arrays of {libraries} (arguments 0 and {number})")
+        if part.max.dtype != first.max.dtype:
+            dtypes = f"{first.max.dtype} and {part.max.dtype}"
+            raise TypeError(f"all stats must have one dtype; got {dtypes} (arguments 0 and {number})")
+        if tuple(part.max.shape) != tuple(first.max.shape):
+            shapes = f"{tuple(first.max.shape)} and {tuple(part.max.shape)}"
+            raise ValueError(f"all stats must be of the same rows; got the shapes {shapes} (arguments 0 and {number})")
+        if (part.correct is None) is not (first.correct is None):
+            raise TypeError(
+                f"the stats of some parts have correct=None and those of others do not (arguments 0 and {number}):"
+                " the target must be labels in all parts, or distributions in all"
+            )
 
 
 class CrossEntropyLoss:

@@ -270,7 +270,7 @@ class RowStats(NamedTuple):
 
 
 def merge(one: RowStats, two: RowStats) -> RowStats:
-    """The stats of rows whose classes are split over two parts.
+    """The stats of rows whose classes are split over two parts, of which the first has the lower indices.
 
     A part that is all -inf changes nothing unless it holds target mass; 0·inf counts as 0.
     """
@@ -279,12 +279,16 @@ def merge(one: RowStats, two: RowStats) -> RowStats:
     zero = xp.zeros_like(one.max)
     half = xp.where(one.max == two.max, zero, xp.abs(one.max / 2 - two.max / 2))  # the difference itself may overflow
     low_rest, low_mass = xp.where(first, two.rest, one.rest), xp.where(first, two.mass, one.mass)
-    return RowStats(
+    merged = RowStats(
         max=xp.maximum(one.max, two.max),
         rest=xp.where(first, one.rest, two.rest) + (1 + low_rest) * xp.exp(-2 * half),
         gap=one.gap + two.gap + xp.where((low_mass == 0) | (half == 0), zero, 2 * (low_mass * half)),
         mass=one.mass + two.mass,
     )
+    if one.correct is None or two.correct is None:
+        return merged
+    lse = merged.lse
+    return merged._replace(correct=xp.where(first, one.correct, two.correct) & (lse == lse))
 
 
 class Labels(NamedTuple):

@@ -33,7 +33,7 @@ def _sections(documented):
 
 def _entries(section):
     """(name, type) of everything that a section describes, in its order."""
-    described = re.findall(r"^(\w+(?:, \w+)*) : (\S.*)$", section, re.MULTILINE)
+    described = re.findall(r"^\*?(\w+(?:, \w+)*) : (\S.*)$", section, re.MULTILINE)
     return [(name, kind) for names, kind in described for name in names.split(", ")]
 
 

@@ -40,7 +40,7 @@ def test_docstring_has_every_section(name):
     wanted = ["Parameters", "See Also", "Examples"] + (["Returns", "Raises"] if inspect.isfunction(documented) else [])
     assert set(wanted) <= set(sections)
     for parameter in inspect.signature(documented).parameters:
-        assert re.search(rf"^ *(\w+, )*{parameter}(, \w+)*( :|$)", documented.__doc__, re.MULTILINE), parameter
+        assert re.search(rf"^ *\*?(\w+, )*{parameter}(, \w+)*( :|$)", documented.__doc__, re.MULTILINE), parameter
 
 
 def test_the_same_options_everywhere():
