@@ -18,7 +18,7 @@ from ._problem import (
     problem_of,
     problem_without_target,
 )
-from ._rows import IGNORE_INDEX, Array, Asked, RowStats, merge, namespace, quiet
+from ._rows import IGNORE_INDEX, Array, Asked, RowStats, merged, namespace, quiet
 from ._typing import (
     A,
     Float,
@@ -643,9 +643,9 @@ def cross_entropy_grad(
         answer, call = _again.ask("grad", asked, [logits, target, *(stats or ())[:4]], out=out)
         if answer is not None:
             return answer[0]
-    problem = problem_of(logits, target, asked)
+    problem = problem_of(logits, target, asked, has_stats=stats is not None)
     saved = None if stats is None else problem.stats(stats)
-    into = Output(problem, out)
+    into = Output(problem, out, has_stats=stats is not None)
     chosen = problem.engine if call is None else call.noted(problem.engine)
     with problem.home.at_work():
         if saved is None:
@@ -813,16 +813,12 @@ def merge_stats(*stats: RowStats) -> RowStats:
     >>> row_stats(logits, labels).loss.round(3)
     array([0.444, 0.784])
     """
-    parts = list(stats)
-    _check_parts(parts)
-    with quiet(namespace(parts[0].max)):
-        while len(parts) > 1:
-            pairs = zip(parts[::2], parts[1::2], strict=False)
-            parts = [merge(*pair) for pair in pairs] + parts[len(parts) & ~1 :]
-    return parts[0]
+    _check_parts(stats)
+    with quiet(namespace(stats[0].max)):
+        return merged(stats)
 
 
-def _check_parts(parts: list[RowStats]) -> None:
+def _check_parts(parts: tuple[RowStats, ...]) -> None:
     if not parts:
         raise ValueError("merge_stats needs at least one RowStats; got none")
     for number, part in enumerate(parts):
@@ -1037,7 +1033,7 @@ class CrossEntropyLoss:
         with problem.home.at_work():
             if grad_output is not None:
                 problem = problem.with_upstream(grad_output)
-            into = Output(problem, out)
+            into = Output(problem, out, has_stats=True)
             grad = into.result(problem.engine.grad(problem.rows, stats, into.view))
         if into.in_place:
             self._saved = None

@@ -108,7 +108,7 @@ def _conversion(given: Any, role: str, dtype: str, library: Any = np) -> str:
     return f"{role}.{dtype.rstrip('0123456789')}()" if hasattr(given, "float") else f"xp.astype({role}, xp.{dtype})"
 
 
-def _view(logits: Array, axis: int, role: str) -> View:
+def _view(logits: Array, axis: int, role: str, may_be_empty: bool = False) -> View:
     """Row axes that vary faster in memory than the class axis are inner, all others outer, each from slow to fast.
 
     Any axis order of a contiguous array is therefore a view: (N, C, H, W) in channels-last memory has dense rows.
@@ -119,9 +119,9 @@ def _view(logits: Array, axis: int, role: str) -> View:
         _without_dimension(axis, "axis")
         raise TypeError(f"axis must be an integer, got {axis!r}") from None
     try:
-        view = _ordered_view(tuple(logits.shape), axis, role)
+        view = _ordered_view(tuple(logits.shape), axis, role, may_be_empty)
     except TypeError:  # symbolic lengths cannot be hashed
-        view = _ordered_view.__wrapped__(tuple(logits.shape), axis, role)
+        view = _ordered_view.__wrapped__(tuple(logits.shape), axis, role, may_be_empty)
     shape, axis, strides = view.shape, view.axis, getattr(logits, "strides", None)
     if strides is None or shape[axis] == 1 or logits.flags.c_contiguous:
         return view
@@ -137,7 +137,7 @@ def _view(logits: Array, axis: int, role: str) -> View:
 
 
 @lru_cache(maxsize=256)
-def _ordered_view(shape: tuple[int, ...], axis: int, role: str) -> View:
+def _ordered_view(shape: tuple[int, ...], axis: int, role: str, may_be_empty: bool) -> View:
     """The view for axes that lie in memory in the order of the shape."""
     if not shape:
         raise ValueError(f"{role} must have at least one dimension, the classes; got a scalar, of shape ()")
@@ -145,7 +145,7 @@ def _ordered_view(shape: tuple[int, ...], axis: int, role: str) -> View:
         raise ValueError(f"axis must be from {-len(shape)} to {len(shape) - 1} for {role} of shape {shape}, got {axis}")
     axis %= len(shape)
     before, behind = shape[:axis], shape[axis + 1 :]
-    if shape[axis] == 0:
+    if shape[axis] == 0 and not may_be_empty:
         raise ValueError(f"{role} must have at least one class; axis {axis} of shape {shape} has length 0")
     return View(shape, axis, before + behind, None, (math.prod(before), shape[axis], math.prod(behind)))
 
@@ -292,8 +292,27 @@ def _home(logits: Array, others: list[Any], engine: str | Engine | None, differe
     return Home(logits, xp, bridge if why_not is None else None, differentiates, why_not or "")
 
 
-def problem_of(logits: Any, target: Any, asked: Asked, differentiates: str = "nothing") -> Problem:
+def problem_of(
+    logits: Any, target: Any, asked: Asked, differentiates: str = "nothing", has_stats: bool = False
+) -> Problem:
     """Makes every check, once. What the library must be able to differentiate is explained in `_bridges`."""
+    try:
+        problem = _checked(logits, target, asked, differentiates)
+    except Exception as error:
+        _tell(asked.engine, error, is_prepared=False, has_stats=has_stats)
+        raise
+    prepared = getattr(problem.engine, "prepared", None)
+    return problem if prepared is None else problem._replace(rows=prepared(problem.rows))
+
+
+def _tell(engine: Any, error: Exception, is_prepared: bool, has_stats: bool) -> None:
+    """Let an engine of several processes know that this one has failed, so that no other waits for it."""
+    failed = getattr(engine, "failed", None)
+    if failed is not None:
+        failed(error, is_prepared, has_stats)
+
+
+def _checked(logits: Any, target: Any, asked: Asked, differentiates: str) -> Problem:
     axis, reduction, weight, sample_weight, ignore_index, *numbers_asked, denominator, validate, engine, grad_output = (
         asked
     )
@@ -311,7 +330,12 @@ def problem_of(logits: Any, target: Any, asked: Asked, differentiates: str = "no
         _check_held(xp, options[1], "z_loss", acc)
         if options[2] is not None:
             _check_held(xp, options[2], "softcap", acc, divides=True)
-        view = _view(logits, axis, "logits")
+        start, vocabulary = getattr(engine, "slice", (0, 0))
+        view = _view(logits, axis, "logits", may_be_empty=vocabulary != 0)
+        if vocabulary and start + view.flat[1] > vocabulary:
+            raise ValueError(
+                f"the logits are those of {view.flat[1]} classes, from class {start} on, of only {vocabulary} in all"
+            )
         given, target = target, _lent(target, "target", home)
         target_dtype = _dtype_name(target.dtype)
         is_labels = _check_target(target, target_dtype, view, given, home.library)
@@ -329,7 +353,8 @@ def problem_of(logits: Any, target: Any, asked: Asked, differentiates: str = "no
                 ignore_index = None  # no label can have that value; PyTorch would wrap it to one that can
         class_weight, row_weight = weight, sample_weight
         if weight is not None:
-            class_weight = _real(weight, "weight", home, acc, (view.flat[1],), "one number per class,")
+            of_all = (vocabulary or view.flat[1],)
+            class_weight = _real(weight, "weight", home, acc, of_all, "one number per class,")
         if sample_weight is not None:
             row_weight = _real_rows(sample_weight, "sample_weight", home, acc, view, may_be_mask=True)
         label_smoothing, z_loss, softcap = options
@@ -346,13 +371,15 @@ def problem_of(logits: Any, target: Any, asked: Asked, differentiates: str = "no
             softcap=softcap,
             reduction=reduction,
             row_order=view.row_order,
+            start=start,
+            vocabulary=vocabulary,
         )
         if denominator is not None:
             rows = rows._replace(denominator=_denominator(denominator, rows, home))
         chosen = home.engine(_engines.pick(rows, engine, home.about, is_lent=home.bridge is not None))
         if is_labels and validate is not False and (validate or chosen.reads_labels_free(rows)):
             with quiet(xp):
-                counts = _all_labels_count(target, view.flat[1], ignore_index, row_weight)
+                counts = _all_labels_count(target, rows.all_classes, ignore_index, row_weight)
                 rows = rows._replace(all_labels_count=counts)
         inputs = {"logits": logits, "target": target}
         inputs |= {"weight": home.lend(weight), "sample_weight": home.lend(sample_weight)}
@@ -766,13 +793,18 @@ def _extent(array: Any) -> _Extent | None:
 class Output:
     """The caller's `out`, checked, with its view as (outer, C, inner) if there is one; finally, the gradient."""
 
-    def __init__(self, problem: Problem, out: Array | None) -> None:
+    def __init__(self, problem: Problem, out: Array | None, has_stats: bool = False) -> None:
         self.problem, self.out = problem, out
         self.target: Any = None
         self.view: Array | None = None
         self.in_place = False
-        if out is not None:
+        if out is None:
+            return
+        try:
             self._check(out)
+        except Exception as error:
+            _tell(problem.engine, error, is_prepared=True, has_stats=has_stats)
+            raise
 
     def _check(self, out: Any) -> None:
         rows, view, home = self.problem.rows, self.problem.view, self.problem.home

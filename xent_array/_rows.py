@@ -8,6 +8,7 @@ what multiplies a row, what divides the sum, and how two parts of a row are merg
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any, NamedTuple
@@ -146,6 +147,9 @@ class Rows(NamedTuple):
     array in the widest dtype. `row_order` holds the user's shape of the rows and the order in which its axes form
     (outer, inner); None if they are in that order already. `all_labels_count` is True if it is already known that every
     label is a class and none is ignored; False means nothing is known.
+
+    The logits may be those of a slice of the classes, which begins at class `start` of `vocabulary`; that is 0 if all
+    classes are here. Labels and class weights are then those of the whole vocabulary, distributions those of the slice.
     """
 
     xp: Any
@@ -163,10 +167,28 @@ class Rows(NamedTuple):
     denominator: Array | float | None = None
     row_order: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     all_labels_count: bool = False
+    start: int = 0
+    vocabulary: int = 0
 
     @property
     def classes(self) -> int:
         return int(self.logits.shape[1])
+
+    @property
+    def is_slice(self) -> bool:
+        """Whether the logits are those of some classes only. Labels and weights are those of all classes."""
+        return self.vocabulary != 0
+
+    @property
+    def all_classes(self) -> int:
+        return self.vocabulary or self.classes
+
+    @property
+    def class_weight(self) -> Array | None:
+        """The weights of the classes that are here."""
+        if self.weight is None or not self.is_slice:
+            return self.weight
+        return self.weight[self.start : self.start + self.classes]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -291,22 +313,34 @@ def merge(one: RowStats, two: RowStats) -> RowStats:
     return merged._replace(correct=xp.where(first, one.correct, two.correct) & (lse == lse))
 
 
+def merged(stats: Sequence[RowStats]) -> RowStats:
+    """The same for any number of parts, in the order of their classes. Pairwise, so few merges follow each other."""
+    parts = list(stats)
+    while len(parts) > 1:
+        pairs = zip(parts[::2], parts[1::2], strict=False)
+        parts = [merge(*pair) for pair in pairs] + parts[len(parts) & ~1 :]
+    return parts[0]
+
+
 class Labels(NamedTuple):
     """Class indices that are safe to index with, and which of them count."""
 
     index: Array  # int, within [0, C) everywhere
     valid: Array | None  # bool: the label is a class; None: all of them are
     ignored: Array | None  # bool: the row is ignored; None: no row is
+    here: Array | None = None  # bool: the logits include that class; None: they include all classes
 
 
 def labels(rows: Rows) -> Labels:
-    xp, classes = rows.xp, rows.classes
-    index = signed(xp, rows.target)
-    if rows.all_labels_count:
-        return Labels(index, None, None)
-    valid = (index >= 0) & (index < classes)
-    ignored = None if rows.ignore_index is None else is_ignored(xp, index, rows.ignore_index)
-    return Labels(xp.where(valid, index, xp.zeros_like(index)), valid, ignored)
+    xp, index, valid, ignored, here = rows.xp, signed(rows.xp, rows.target), None, None, None
+    if not rows.all_labels_count:
+        valid = (index >= 0) & (index < rows.all_classes)
+        ignored = None if rows.ignore_index is None else is_ignored(xp, index, rows.ignore_index)
+    known = valid
+    if rows.is_slice:
+        known = here = (index >= rows.start) & (index < rows.start + rows.classes)
+        index = index - rows.start
+    return Labels(index if known is None else xp.where(known, index, xp.zeros_like(index)), valid, ignored, here)
 
 
 def row_factor(rows: Rows, known: Labels | None) -> Array | None:
@@ -336,7 +370,11 @@ def denominator(rows: Rows, known: Labels | None, factor: Array | None, wide: DT
     else:
         counted = xp.astype(factor, wide, copy=False)
     if known is not None and rows.weight is not None:
-        of_label = xp.reshape(xp.take(rows.weight, xp.reshape(known.index, (-1,))), known.index.shape)
+        index = known.index
+        if rows.is_slice:
+            index = signed(xp, rows.target)
+            index = index if known.valid is None else xp.where(known.valid, index, xp.zeros_like(index))
+        of_label = xp.reshape(xp.take(rows.weight, xp.reshape(index, (-1,))), index.shape)
         counted = xp.where(counted == 0, counted, counted * xp.astype(of_label, wide, copy=False))
     if known is not None and known.valid is not None:
         # A bad label makes its own row NaN and must not change the gradient of the others.
@@ -351,6 +389,14 @@ def in_order(rows: Rows, values: Array) -> Array:
         values = rows.xp.reshape(values, tuple(shape[k] for k in order))
         values = rows.xp.permute_dims(values, tuple(order.index(k) for k in range(len(order))))
     return values.ravel() if rows.xp is np else rows.xp.reshape(values, (-1,))
+
+
+def from_order(rows: Rows, values: Array) -> Array:
+    """The reverse of `in_order`."""
+    if rows.row_order is not None:
+        shape, order = rows.row_order
+        values = rows.xp.permute_dims(rows.xp.reshape(values, shape), order)
+    return rows.xp.reshape(values, rows.shape)
 
 
 def divide(xp: Any, value: Array | float, by: Array | float) -> Array | float:
@@ -405,9 +451,10 @@ def terms(rows: Rows) -> tuple[Array | None, Array | float | None]:
 def hits(rows: Rows) -> Array:
     """Whether the label of each row is the first class with the largest logit (for rows that count and are not NaN)."""
     xp = rows.xp
-    index = labels(rows).index
+    known = labels(rows)
     at = xp.argmax(xp.astype(rows.logits, rows.acc, copy=False), axis=1)
-    return xp.astype(at, index.dtype, copy=False) == index
+    found = xp.astype(at, known.index.dtype, copy=False) == known.index
+    return found if known.here is None else found & known.here
 
 
 def marked(rows: Rows, stats: RowStats, hit: Array | None = None) -> RowStats:
@@ -421,7 +468,7 @@ def marked(rows: Rows, stats: RowStats, hit: Array | None = None) -> RowStats:
     correct = (hits(rows) if hit is None else hit) & (lse == lse)
     if rows.all_labels_count:
         return stats._replace(correct=correct)
-    _, valid, ignored = labels(rows)
+    _, valid, ignored, _ = labels(rows)
     named, counts = (valid, valid) if ignored is None else (valid | ignored, valid & ~ignored)
     return stats._replace(gap=nan_unless(xp, named, stats.gap), correct=correct & counts)
 

@@ -652,6 +652,8 @@ class Cuda:
             return reason
         if self.launcher.chip(rows.logits) < OLDEST:
             return f"takes GPUs of compute capability {OLDEST / 10} and above"
+        if rows.is_slice:
+            return "does not take slices of the classes yet"
         if rows.classes >= MOST_CLASSES:
             return f"takes fewer than 2^31 classes, and these are {rows.classes}"
         KINDS.setdefault(type(rows.logits), self.launcher.look)

@@ -107,17 +107,18 @@ def _target(rows: Rows) -> Array:
     if rows.target is None:
         return xp.zeros_like(rows.logits, dtype=rows.acc)
     if rows.has_labels:
-        index, valid, _ = _rows.labels(rows)
-        q = xp.astype(_classes(rows) == index[:, None, :], rows.acc)
+        index, valid, _, here = _rows.labels(rows)
+        is_label = _classes(rows) == index[:, None, :]
+        q = xp.astype(is_label if here is None else is_label & here[:, None, :], rows.acc)
     else:
         q, valid = xp.astype(rows.target, rows.acc, copy=False), None
     if rows.label_smoothing:
-        q = (1 - rows.label_smoothing) * q + rows.label_smoothing / rows.classes
+        q = (1 - rows.label_smoothing) * q + rows.label_smoothing / rows.all_classes
     # A weight of inf or NaN counts only where target mass meets its class.
-    if rows.weight is None:
+    if rows.class_weight is None:
         a = q
     else:
-        weight = rows.weight[None, :, None]
+        weight = rows.class_weight[None, :, None]
         a = q * xp.where((q == 0) & ~xp.isfinite(weight), xp.zeros_like(q), weight)
     return a if valid is None else xp.where(valid[:, None, :], a, xp.zeros_like(a))
 

@@ -127,10 +127,10 @@ def distribution(rows: Rows, target: Array, span: slice, buffer: Array) -> Array
     a = contiguous(target, rows.acc, buffer)
     if rows.label_smoothing:
         a = np.multiply(a, 1 - rows.label_smoothing, out=buffer)
-        a += rows.label_smoothing / rows.classes
-    if rows.weight is None:
+        a += rows.label_smoothing / rows.all_classes
+    if rows.class_weight is None:
         return a
-    weight = rows.weight[span]
+    weight = rows.class_weight[span]
     # An infinite or NaN weight counts only where the target is not 0.
     counts = True if all_finite(weight) else a != 0
     if counts is not True and a is not buffer:

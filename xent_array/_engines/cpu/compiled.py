@@ -18,12 +18,14 @@ from .arithmetic import is_usual
 from .blocks import KEPT, WHOLE, Buffers, Part, borrow, contiguous, distribution, give_back, store, workspace
 from .loops import (
     CHECK,
+    ELSEWHERE,
     FACTOR,
     GRAD,
     GROUP,
     IGNORE,
     KNOWN,
     LOSS,
+    NO_LABEL,
     ON_LABEL,
     SCALE,
     STATS,
@@ -273,7 +275,7 @@ def _labels(rows: Rows, want: Want) -> tuple[Array, Array]:
     acc = rows.acc
     if rows.target is None:  # the softmax alone
         return _NONE[_INDEX], _ONES[acc]
-    known = _rows.labels(rows) if rows.has_labels and not rows.all_labels_count else None
+    known = _rows.labels(rows) if rows.has_labels and (rows.is_slice or not rows.all_labels_count) else None
     factor = _rows.row_factor(rows, known)
     scale = 1.0 if want.grad is None else _rows.row_scale(rows, factor, want.divisor)
     label: Array = _NONE[_INDEX]
@@ -282,10 +284,12 @@ def _labels(rows: Rows, want: Want) -> tuple[Array, Array]:
         label = np.require(rows.target if known is None else known.index, np.intp, ["C", "A"]).reshape(-1)
         if rows.label_smoothing:
             on_label = acc.type(1 - rows.label_smoothing)
-        if rows.weight is not None and on_label:  # a target of 0 counts 0, whatever the weight
-            on_label = on_label * rows.weight.take(label)
+        if rows.class_weight is not None and on_label:  # a target of 0 counts 0, whatever the weight
+            on_label = on_label * rows.class_weight.take(label)
+        if known is not None and known.here is not None:
+            label = np.where(known.here.reshape(-1), label, ELSEWHERE)
         if known is not None and known.valid is not None:
-            label = np.where(known.valid.reshape(-1), label, -1)
+            label = np.where(known.valid.reshape(-1), label, NO_LABEL)
     if factor is None and not isinstance(scale, np.ndarray) and not isinstance(on_label, np.ndarray):
         return label, np.array([on_label, 1, scale], acc)
     per_row = np.empty((3, *rows.shape), acc)
@@ -301,10 +305,10 @@ def _beside_label(rows: Rows, buffers: Buffers) -> tuple[Array, int]:
     if rows.target is None or (rows.has_labels and not rows.label_smoothing):
         return _NONE[acc], 0
     if rows.has_labels:
-        uniform = np.array([rows.label_smoothing / classes], acc)
+        uniform = np.array([rows.label_smoothing / rows.all_classes], acc)
         if not uniform[0]:  # it underflows
             return _NONE[acc], 0
-        return uniform if rows.weight is None else uniform * rows.weight, 0
+        return uniform if rows.class_weight is None else uniform * rows.class_weight, 0
     a = distribution(rows, rows.target, slice(0, classes), buffers("a", (outer * inner, classes)))
     return a, a.strides[0] // a.itemsize
 

@@ -59,7 +59,7 @@ def short_block(rows: Rows, want: Want, part: Part, buffers: Buffers) -> None:
 
 def block(rows: Rows, want: Want, part: Part, buffers: Buffers) -> None:
     """Computes all that is wanted of one block: a tile of whole rows, or one long row in several tiles."""
-    known = _rows.labels(rows) if rows.has_labels and not rows.all_labels_count else None
+    known = _rows.labels(rows) if rows.has_labels and (rows.is_slice or not rows.all_labels_count) else None
     factor = _rows.row_factor(rows, known)
     spans = _spans(rows.classes)
     tile = None
@@ -151,15 +151,17 @@ class _Tile:
             self.a = distribution(rows, target[:, span, :], span, buffers("a", self.e.shape))
             return
         if rows.label_smoothing:
-            self.each = rows.acc.type(rows.label_smoothing / rows.classes)
-            if rows.weight is not None and self.each:
-                self.each = self.each * rows.weight[span]
+            self.each = rows.acc.type(rows.label_smoothing / rows.all_classes)
+            if rows.class_weight is not None and self.each:
+                self.each = self.each * rows.class_weight[span]
         label = (target if known is None else known.index).reshape(-1).astype(np.intp, copy=False)
-        if rows.weight is not None and self.label_part:  # a 0 remains 0, whatever the weight
-            self.label_part = self.label_part * rows.weight.take(label)
+        if rows.class_weight is not None and self.label_part:  # a 0 remains 0, whatever the weight
+            self.label_part = self.label_part * rows.class_weight.take(label)
         if known is not None and known.valid is not None:
             self.valid = known.valid.reshape(-1)
-            self.label_part = np.where(self.valid, self.label_part, rows.acc.type(0))
+        for counts in (None, None) if known is None else (known.valid, known.here):
+            if counts is not None:
+                self.label_part = np.where(counts.reshape(-1), self.label_part, rows.acc.type(0))
         if self.classes != rows.classes:
             inside = (label >= span.start) & (label < span.stop)
             label = np.where(inside, label, span.start) - span.start

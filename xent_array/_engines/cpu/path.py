@@ -225,7 +225,7 @@ def _plain(rows: Rows, want: Want) -> int:
     """PLAIN if only loss and gradient are asked for, there are no options, and all rows have labels and count alike."""
     is_plain = (
         (want.loss is not None and want.stats is None and want.given is None)
-        and (rows.has_labels and rows.all_labels_count)
+        and (rows.has_labels and rows.all_labels_count and not rows.is_slice)
         and (rows.weight is None and rows.sample_weight is None and rows.softcap is None)
         and (rows.label_smoothing == 0 and rows.z_loss == 0)
         and (rows.upstream is None or isinstance(rows.upstream, float))

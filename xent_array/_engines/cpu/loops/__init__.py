@@ -11,7 +11,8 @@ makes a function of machine code of each, which Python calls with one tuple of a
 
     arguments   one record of `Arguments`
     x           the logits; 16-bit floats as uint16
-    label       the class of each row, -1 if it has none; empty if the target is not labels
+    label       the class of each row, NO_LABEL if it has none, ELSEWHERE if it is not among these classes; empty if the
+                target is not labels
     per_row     three kinds of numbers, each with one value per row or a single value: the target at the label
                 (ON_LABEL), the factor of the loss (FACTOR) and that of the gradient (SCALE)
     q           with labels, the part of the target that label smoothing puts on each class: empty, one value, or C
@@ -54,6 +55,9 @@ LANES = 16  # rows per vector
 FEW = 32  # up to this many classes, each is compared with the label and the argmax; beyond, those two are looked up
 PARTIAL = 32  # partial sums per row
 GROUP = 2048  # losses are added in groups of so many rows, and then the sums of the groups
+
+# Labels that are no classes: the row has no target; or its label is elsewhere, and here is only what smoothing adds
+NO_LABEL, ELSEWHERE = -1, -2
 
 # Kinds of numbers in `per_row`
 ON_LABEL, FACTOR, SCALE = range(3)

@@ -10,7 +10,7 @@ import math
 from functools import partial
 from typing import NamedTuple
 
-from . import FACTOR, GRAD, HIT, IGNORE, KNOWN, LOG, LOSS, ON_LABEL, SCALE, STATS, STATS_KINDS, STREAM
+from . import FACTOR, GRAD, HIT, IGNORE, KNOWN, LOG, LOSS, NO_LABEL, ON_LABEL, SCALE, STATS, STATS_KINDS, STREAM
 from .call import Call
 from .elementwise import (
     fill,
@@ -65,15 +65,15 @@ def largest_without_softmax(row: Array, step: Value | int) -> Value:
 class _Target(NamedTuple):
     """The target of a row: `on_label` at class `y`, plus `q`; or the distribution `q` alone."""
 
-    y: Value  # -1 if the row has no label
-    on_label: Value  # 0 if it has none
+    y: Value  # or NO_LABEL, or ELSEWHERE
+    on_label: Value  # 0 in these cases
     q: Array  # a number for each class, one for all of them, or none
     is_distribution: Value
     mass: Value  # that of all but `q`; 1 if there is no target at all
 
     @property
     def has_q(self) -> Value:
-        return (self.q.length != 0) & (self.is_distribution | ~(self.y < 0))
+        return (self.q.length != 0) & (self.is_distribution | (self.y != NO_LABEL))
 
     def q_at(self, k: Value) -> Value:
         return self.q.load(where(self.q.length > 1, k, 0))

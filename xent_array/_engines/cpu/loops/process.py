@@ -10,7 +10,22 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-from . import FACTOR, GRAD, HIT, IGNORE, KNOWN, LANES, LOSS, ON_LABEL, PARTIAL, PLAIN, SCALE, STATS, STATS_KINDS
+from . import (
+    FACTOR,
+    GRAD,
+    HIT,
+    IGNORE,
+    KNOWN,
+    LANES,
+    LOSS,
+    NO_LABEL,
+    ON_LABEL,
+    PARTIAL,
+    PLAIN,
+    SCALE,
+    STATS,
+    STATS_KINDS,
+)
 from .call import Call
 from .contiguous import is_finite, largest_without_softmax
 from .elementwise import copy, fill, scale, subtract
@@ -191,9 +206,9 @@ def find_gap(state: State, lane: Value, mass_without_label: Value, uniform: Valu
 
     With label smoothing, which puts `uniform` on every class, the sums already hold its half gaps.
     """
-    has_none = state.label.load(lane, LANES) < 0
+    label = state.label.load(lane, LANES)
     largest, at_label, on_label = state.load(lane, LANES, MAX, AT_LABEL, ON_LABEL)
-    on_label = where(has_none, 0, on_label)
+    has_none, on_label = label == NO_LABEL, where(label < 0, 0, on_label)
     half = largest * 0.5 - at_label * 0.5  # m - x itself may overflow
     product = on_label * half
     gap = Variable(where((on_label == 0) | (half == 0), 0, product + product))
@@ -332,7 +347,7 @@ def finish_rows(state: State, lane: Value, z: Value, uniform: Value, has_grad: V
         by = (wide_scale * coef * p).to(acc) + zero
         a, less_at_all = Variable(where(label == argmax, on_label, zero)), Variable(zero)
         with when(uniform > 0):
-            at_all = where(label < 0, zero, uniform.repeated(HALF))
+            at_all = where(label == NO_LABEL, zero, uniform.repeated(HALF))
             a.set(a.get() + at_all)
             less_at_all.set(where(at_all == 0, zero, row_scale * at_all))  # no -0
         top = (wide_scale * at_max(r, p, wide_mass, coef, more, a.get().to(DOUBLE))).to(acc)

@@ -1,0 +1,331 @@
+"""Engines that work with those of other processes: see `xent_array.parallel`.
+
+Each call makes every process gather one message of all others, whatever happens: what it has computed, or why it has
+failed. So no process waits for one that has failed, and all of them raise an error before any has a result.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from .. import _engines, _rows
+from .._engines import Engine
+from .._rows import Array, Rows, RowStats
+
+
+class Communicator(Protocol):
+    """What is needed of the means by which processes exchange messages."""
+
+    rank: int
+    size: int
+
+    def gather(self, message: bytes) -> list[bytes]:
+        """The message of every process, in the order of their ranks; their lengths may differ."""
+        ...
+
+
+class _Mpi:
+    """A communicator of mpi4py."""
+
+    def __init__(self, comm: Any) -> None:
+        self.comm, self.rank, self.size = comm, int(comm.Get_rank()), int(comm.Get_size())
+
+    def gather(self, message: bytes) -> list[bytes]:
+        found: list[bytes] = self.comm.allgather(message)
+        return found
+
+
+def _communicator(given: Any) -> Communicator:
+    if hasattr(given, "allgather") and hasattr(given, "Get_rank"):
+        return _Mpi(given)
+    if all(hasattr(given, name) for name in ("rank", "size", "gather")):
+        found: Communicator = given
+        return found
+    raise TypeError(
+        "communicator must be one of mpi4py, or an object with rank, size and gather(message);"
+        f" got {type(given).__name__}"
+    )
+
+
+class _Told(NamedTuple):
+    """What a process tells the others."""
+
+    error: str  # what went wrong there, or nothing
+    start: int
+    classes: int
+    question: str  # what must be the same everywhere
+    numbers: bytes
+
+    def packed(self) -> bytes:
+        head = "\0".join([self.error.replace("\0", ""), str(self.start), str(self.classes), self.question]).encode()
+        return len(head).to_bytes(8, "little") + head + self.numbers
+
+    @classmethod
+    def unpacked(cls, message: bytes) -> _Told:
+        stop = 8 + int.from_bytes(message[:8], "little")
+        error, start, classes, question = message[8:stop].decode().split("\0")
+        return cls(error, int(start), int(classes), question, message[stop:])
+
+
+class _Shared:
+    """An engine that works with those of other processes, all of which make the same calls."""
+
+    name: str
+
+    def __init__(self, communicator: Any, engine: str | Engine | None) -> None:
+        self.communicator, self.engine = _communicator(communicator), engine
+        if engine is not None:
+            _engines.named(engine)
+
+    def declines(self, rows: Rows) -> str | None:
+        return None if rows.xp is np else f"takes NumPy arrays, and these are of {rows.xp.__name__}"
+
+    def reads_labels_free(self, rows: Rows) -> bool:
+        return True
+
+    def own(self, rows: Rows) -> Engine:
+        """The engine that does the work of this process."""
+        return _engines.pick(rows, self.engine)
+
+    def exchange(self, told: _Told) -> list[_Told]:
+        """What every process tells, if all are well and ask the same; else the same error everywhere."""
+        found = [_Told.unpacked(message) for message in self.communicator.gather(told.packed())]
+        for rank, each in enumerate(found):
+            if each.error:
+                raise RuntimeError(f"the process of rank {rank} failed: {each.error}")
+        for rank, each in enumerate(found):
+            if each.question != found[0].question:
+                raise ValueError(
+                    f"all processes must ask the same; rank 0 asks for {found[0].question},"
+                    f" and rank {rank} for {each.question}"
+                )
+        return found
+
+    def tell(self, error: Exception) -> None:
+        """Let the others, who wait, know that this process has failed."""
+        with suppress(RuntimeError):
+            self.exchange(_Told(f"{type(error).__name__}: {error}", 0, 0, "", b""))
+
+
+def _question(rows: Rows, *more: Any) -> str:
+    """What must be the same in every process, but for the numbers in arrays."""
+    target = "labels" if rows.has_labels else "distributions"
+    options = {
+        name: getattr(rows, name) for name in ("reduction", "ignore_index", "label_smoothing", "z_loss", "softcap")
+    }
+    return f"{target}, logits of {rows.logits.dtype}, {options}{''.join(f', {each}' for each in more)}"
+
+
+class VocabParallel(_Shared):
+    r"""An engine for rows whose classes are spread over several processes: each has a slice of the class axis.
+
+    Every process passes its slice of the logits, and all labels, class weights and sample weights. All get the same
+    loss, with the same bits, and each the gradient of its slice. They exchange four numbers per row, once per call,
+    however many classes there are: see `merge_stats`.
+
+    Parameters
+    ----------
+    communicator : Communicator or mpi4py.MPI.Comm
+        By which the processes exchange them.
+    start : int
+        The first class of this process's slice. The slices of all processes must cover every class once; a slice may
+        be empty.
+    size : int
+        How many classes there are in all.
+    engine : str, Engine or None, default None
+        The engine that each process uses for its slice; by default the first that accepts it.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is of a wrong type or out of range. In calls that use the engine: if slices overlap or leave out
+        classes, or if the processes pass different options, the same `ValueError` in every process. If a process
+        fails, it raises its own error, and all others a `RuntimeError` that names it.
+
+    See Also
+    --------
+    BatchParallel : For rows that are spread over several processes.
+
+    Notes
+    -----
+    A distribution is passed slice by slice, like the logits. Label smoothing and class weights are those of the whole
+    vocabulary. ``cross_entropy_grad`` with saved ``stats`` exchanges nothing.
+
+    Examples
+    --------
+    One process alone:
+
+    >>> import numpy as np
+    >>> from xent_array import cross_entropy
+    >>> from xent_array.parallel import Alone, VocabParallel
+    >>> logits, labels = np.array([[2, 1, 0.1], [0.1, 2, 1.9]]), np.array([1, 0])
+    >>> print(f"{cross_entropy(logits, labels, engine=VocabParallel(Alone(), start=0, size=3)):.3f}")
+    2.019
+    """
+
+    name = "vocab_parallel"
+
+    def __init__(self, communicator: Any, start: int, size: int, *, engine: str | Engine | None = None) -> None:
+        super().__init__(communicator, engine)
+        start, size = (_integer(value, role) for value, role in ((start, "start"), (size, "size")))
+        if not 0 <= start <= size or size == 0:
+            raise ValueError(f"start must be from 0 to size, which is at least 1; got start={start}, size={size}")
+        self.slice = start, size
+
+    def failed(self, error: Exception, is_prepared: bool, has_stats: bool) -> None:
+        if not has_stats:
+            self.tell(error)
+
+    def stats(self, rows: Rows) -> RowStats:
+        return self._merged(rows, "stats", lambda: self.own(rows).stats(rows))
+
+    def row_stats(self, rows: Rows) -> RowStats:
+        return self._merged(rows, "row_stats", lambda: _engines.row_stats(self.own(rows), rows))
+
+    def grad(self, rows: Rows, stats: RowStats, out: Array | None = None) -> Array:
+        if rows.classes == 0:
+            return np.empty(rows.logits.shape, rows.grad_dtype) if out is None else out
+        return self.own(rows).grad(rows, stats, out)
+
+    def loss_grad_and_stats(self, rows: Rows, out: Array | None = None) -> tuple[Array, Array, RowStats]:
+        stats = self.row_stats(rows)
+        return _rows.finish(rows, stats), self.grad(rows, stats, out), stats
+
+    def _merged(self, rows: Rows, name: str, compute: Callable[[], RowStats]) -> RowStats:
+        """The stats of whole rows. `compute` returns those of this slice."""
+        try:
+            own = _nothing(rows, name == "row_stats") if rows.classes == 0 else compute()
+        except Exception as error:
+            self.tell(error)
+            raise
+        count = rows.shape[0] * rows.shape[1]
+        numbers = [np.asarray(_rows.in_order(rows, part), rows.acc) for part in own if part is not None]
+        asked = _question(rows, f"{count} rows", f"{rows.vocabulary} classes", name)
+        told = self.exchange(_Told("", rows.start, rows.classes, asked, np.stack(numbers).tobytes()))
+        found = sorted(told, key=lambda each: (each.start, each.classes))
+        stop = 0
+        for each in found:
+            if each.start != stop:
+                what = "overlap at" if each.start < stop else "leave out"
+                raise ValueError(f"the slices of the classes {what} class {min(each.start, stop)}")
+            stop += each.classes
+        if stop != rows.vocabulary:
+            raise ValueError(f"the slices of the classes leave out class {stop}, of {rows.vocabulary}")
+        parts = []
+        for each in found:
+            values = np.frombuffer(each.numbers, rows.acc).reshape(-1, count)
+            part = RowStats(*(_rows.from_order(rows, value) for value in values))
+            parts.append(part if part.correct is None else part._replace(correct=part.correct != 0))
+        with np.errstate(all="ignore"):
+            return _rows.merged(parts)
+
+
+def _nothing(rows: Rows, is_marked: bool) -> RowStats:
+    """The stats of no classes."""
+    zero = np.zeros(rows.shape, rows.acc)
+    correct = np.zeros(rows.shape, bool) if is_marked and rows.has_labels else None
+    return RowStats(np.full(rows.shape, -np.inf, rows.acc), zero, zero, zero, correct)
+
+
+class BatchParallel(_Shared):
+    r"""An engine for rows that are spread over several processes, each of which has all classes of its rows.
+
+    With ``reduction="mean"`` every process divides by what counts in all of them together, however many rows each has
+    and however many of these are ignored. The sum of the losses over the processes is the mean over all rows, and the
+    sum of the gradients that of the whole batch: a plain sum all-reduce is right for both. Other reductions are those
+    of the process's own rows. They exchange one number per call.
+
+    Parameters
+    ----------
+    communicator : Communicator or mpi4py.MPI.Comm
+        By which the processes exchange it.
+    engine : str, Engine or None, default None
+        The engine that each process uses for its rows; by default the first that accepts them.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If an argument is of a wrong type. In calls that use the engine: as with `VocabParallel`.
+
+    See Also
+    --------
+    VocabParallel : For classes that are spread over several processes.
+
+    Examples
+    --------
+    One process alone:
+
+    >>> import numpy as np
+    >>> from xent_array import cross_entropy
+    >>> from xent_array.parallel import Alone, BatchParallel
+    >>> logits, labels = np.array([[2, 1, 0.1], [0.1, 2, 1.9]]), np.array([1, 0])
+    >>> print(f"{cross_entropy(logits, labels, engine=BatchParallel(Alone())):.3f}")
+    2.019
+    """
+
+    name = "batch_parallel"
+
+    def __init__(self, communicator: Any, *, engine: str | Engine | None = None) -> None:
+        super().__init__(communicator, engine)
+
+    def prepared(self, rows: Rows) -> Rows:
+        """The same rows with the denominator of all processes."""
+        try:
+            counted = 0.0
+            if rows.reduction == "mean":
+                with np.errstate(all="ignore"):
+                    counted = float(_rows.terms(rows._replace(denominator=None))[1] or 0.0)
+        except Exception as error:
+            self.tell(error)
+            raise
+        asked = _question(rows, f"denominator={rows.denominator}", f"{rows.classes} classes")
+        found = self.exchange(_Told("", 0, 0, asked, np.float64(counted).tobytes()))
+        if rows.reduction != "mean" or rows.denominator is not None:
+            return rows
+        return rows._replace(denominator=math.fsum(float(np.frombuffer(each.numbers)[0]) for each in found))
+
+    def failed(self, error: Exception, is_prepared: bool, has_stats: bool) -> None:
+        if not is_prepared:
+            self.tell(error)
+
+    def stats(self, rows: Rows) -> RowStats:
+        return self.own(rows).stats(rows)
+
+    def row_stats(self, rows: Rows) -> RowStats:
+        return _engines.row_stats(self.own(rows), rows)
+
+    def grad(self, rows: Rows, stats: RowStats, out: Array | None = None) -> Array:
+        return self.own(rows).grad(rows, stats, out)
+
+    def loss(self, rows: Rows) -> Array:
+        return _engines.loss(self.own(rows), rows)
+
+    def loss_and_grad(self, rows: Rows, out: Array | None = None) -> tuple[Array, Array]:
+        return _engines.loss_and_grad(self.own(rows), rows, out)
+
+    def stats_and_loss(self, rows: Rows) -> tuple[RowStats, Array]:
+        return _engines.stats_and_loss(self.own(rows), rows)
+
+    def loss_grad_and_stats(self, rows: Rows, out: Array | None = None) -> tuple[Array, Array, RowStats]:
+        return _engines.loss_grad_and_stats(self.own(rows), rows, out)
+
+
+class Alone:
+    """The communicator of a single process."""
+
+    rank, size = 0, 1
+
+    def gather(self, message: bytes) -> list[bytes]:
+        return [message]
+
+
+def _integer(value: Any, role: str) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{role} must be an integer, got {value!r}")
+    return operator.index(value)
