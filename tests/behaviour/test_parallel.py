@@ -226,18 +226,20 @@ def test_a_rank_that_fails(broken, how, kind, says):
 @pytest.mark.parametrize(
     ("how", "says"),
     [
-        ({"options": {"reduction": "sum"}}, "'reduction': 'sum'"), ({"options": {"softcap": 3.0}}, "'softcap': 3.0"),
-        ({"logits": LOGITS[:, :5].astype(np.float32)}, "float32"),
-        ({"options": {"return_stats": True}}, "row_stats"),
-        ({"logits": LOGITS[:9, 10:15], "target": LABELS[:9]}, "9 rows"),
+        ({"options": {"reduction": "sum"}}, "reduction=sum"), ({"options": {"softcap": 3.0}}, "softcap=3.0"),
+        ({"logits": LOGITS[:, :5].astype(np.float32)}, "logits=float32"),
+        ({"options": {"return_stats": True}}, "asked=row_stats"), ({"options": {"grad_output": 2}}, "grad_output=2.0"),
+        ({"logits": LOGITS[:9, 10:15], "target": LABELS[:9]}, "rows=9"),
+        ({"target": LABELS[::-1]}, "target=<40 numbers"),
+        ({"options": {"weight": WEIGHT}}, "weight=<23 numbers"), ({"options": {"denominator": 7}}, "denominator=7.0"),
+        ({"options": {"sample_weight": SAMPLE_WEIGHT}}, "sample_weight=<40 numbers"),
     ],
-    ids=["reduction", "softcap", "dtype", "function", "rows"],
 )  # fmt: skip
 def test_ranks_that_ask_otherwise(how, says):
     found = failing(1, **how)
     assert len({str(error) for error in found}) == 1
     assert isinstance(found[0], ValueError)
-    assert "all processes must ask the same; rank 0 asks for labels" in str(found[0])
+    assert "all processes must ask the same; rank 0 passes logits=float64, " in str(found[0])
     assert says in str(found[0])
 
 

@@ -6,6 +6,7 @@ failed. So no process waits for one that has failed, and all of them raise an er
 
 from __future__ import annotations
 
+import hashlib
 import math
 import operator
 from collections.abc import Callable
@@ -102,8 +103,8 @@ class _Shared:
         for rank, each in enumerate(found):
             if each.question != found[0].question:
                 raise ValueError(
-                    f"all processes must ask the same; rank 0 asks for {found[0].question},"
-                    f" and rank {rank} for {each.question}"
+                    f"all processes must ask the same; rank 0 passes {found[0].question};"
+                    f" rank {rank} passes {each.question}"
                 )
         return found
 
@@ -113,13 +114,20 @@ class _Shared:
             self.exchange(_Told(f"{type(error).__name__}: {error}", 0, 0, "", b""))
 
 
-def _question(rows: Rows, *more: Any) -> str:
-    """What must be the same in every process, but for the numbers in arrays."""
-    target = "labels" if rows.has_labels else "distributions"
-    options = {
-        name: getattr(rows, name) for name in ("reduction", "ignore_index", "label_smoothing", "z_loss", "softcap")
-    }
-    return f"{target}, logits of {rows.logits.dtype}, {options}{''.join(f', {each}' for each in more)}"
+def _question(rows: Rows, /, **more: Any) -> str:
+    """What must be the same in every process."""
+    names = ("reduction", "ignore_index", "label_smoothing", "z_loss", "softcap")
+    asked = {"logits": str(rows.logits.dtype), "weight": _digest(rows, rows.weight)}
+    asked |= {name: getattr(rows, name) for name in names} | more
+    return ", ".join(f"{name}={value}" for name, value in asked.items())
+
+
+def _digest(rows: Rows, values: Array | float | None) -> str:
+    """What stands for the numbers of an array; a number itself."""
+    if not isinstance(values, np.ndarray):
+        return repr(values)
+    values = _rows.in_order(rows, values) if values.shape == rows.shape else values
+    return f"<{values.size} numbers, {hashlib.blake2b(np.ascontiguousarray(values).data, digest_size=4).hexdigest()}>"
 
 
 class VocabParallel(_Shared):
@@ -201,14 +209,19 @@ class VocabParallel(_Shared):
         """The stats of whole rows. `compute` returns those of this slice."""
         try:
             own = _nothing(rows, name == "row_stats") if rows.classes == 0 else compute()
+            count = rows.shape[0] * rows.shape[1]
+            numbers = [np.asarray(_rows.in_order(rows, part), rows.acc) for part in own if part is not None]
+            asked = _question(
+                rows, rows=count, classes=rows.vocabulary, asked=name,
+                target=_digest(rows, _rows.signed(np, rows.target)) if rows.has_labels else "distributions",
+                sample_weight=_digest(rows, rows.sample_weight), grad_output=_digest(rows, rows.upstream),
+                denominator=rows.denominator,
+            )  # fmt: skip
+            told = _Told("", rows.start, rows.classes, asked, np.stack(numbers).tobytes())
         except Exception as error:
             self.tell(error)
             raise
-        count = rows.shape[0] * rows.shape[1]
-        numbers = [np.asarray(_rows.in_order(rows, part), rows.acc) for part in own if part is not None]
-        asked = _question(rows, f"{count} rows", f"{rows.vocabulary} classes", name)
-        told = self.exchange(_Told("", rows.start, rows.classes, asked, np.stack(numbers).tobytes()))
-        found = sorted(told, key=lambda each: (each.start, each.classes))
+        found = sorted(self.exchange(told), key=lambda each: (each.start, each.classes))
         stop = 0
         for each in found:
             if each.start != stop:
@@ -281,11 +294,13 @@ class BatchParallel(_Shared):
             if rows.reduction == "mean":
                 with np.errstate(all="ignore"):
                     counted = float(_rows.terms(rows._replace(denominator=None))[1] or 0.0)
+            target = "labels" if rows.has_labels else "distributions"
+            asked = _question(rows, classes=rows.classes, target=target, denominator=rows.denominator)
+            told = _Told("", 0, 0, asked, np.float64(counted).tobytes())
         except Exception as error:
             self.tell(error)
             raise
-        asked = _question(rows, f"denominator={rows.denominator}", f"{rows.classes} classes")
-        found = self.exchange(_Told("", 0, 0, asked, np.float64(counted).tobytes()))
+        found = self.exchange(told)
         if rows.reduction != "mean" or rows.denominator is not None:
             return rows
         return rows._replace(denominator=math.fsum(float(np.frombuffer(each.numbers)[0]) for each in found))
