@@ -791,7 +791,9 @@ def merge_stats(*stats: RowStats) -> RowStats:
     whole rows. To merge one part after another instead may cost one more unit for every few parts.
 
     Among several classes with the largest logit, ``correct`` means the first, so the order of the parts matters to it,
-    and to nothing else but rounding.
+    and to nothing else but rounding. With softcap, the largest logits of two parts may become equal.
+
+    Label smoothing would spread over the classes of each part: pass the smoothed target as distributions instead.
 
     References
     ----------

@@ -297,19 +297,17 @@ def problem_of(
 ) -> Problem:
     """Makes every check, once. What the library must be able to differentiate is explained in `_bridges`."""
     try:
-        problem = _checked(logits, target, asked, differentiates)
-    except Exception as error:
-        _tell(asked.engine, error, is_prepared=False, has_stats=has_stats)
+        return _checked(logits, target, asked, differentiates)
+    except BaseException as error:
+        _tell(asked.engine, error, has_stats)
         raise
-    prepared = getattr(problem.engine, "prepared", None)
-    return problem if prepared is None else problem._replace(rows=prepared(problem.rows))
 
 
-def _tell(engine: Any, error: Exception, is_prepared: bool, has_stats: bool) -> None:
+def _tell(engine: Any, error: BaseException, has_stats: bool) -> None:
     """Let an engine of several processes know that this one has failed, so that no other waits for it."""
     failed = getattr(engine, "failed", None)
     if failed is not None:
-        failed(error, is_prepared, has_stats)
+        failed(error, has_stats)
 
 
 def _checked(logits: Any, target: Any, asked: Asked, differentiates: str) -> Problem:
@@ -802,8 +800,8 @@ class Output:
             return
         try:
             self._check(out)
-        except Exception as error:
-            _tell(problem.engine, error, is_prepared=True, has_stats=has_stats)
+        except BaseException as error:
+            _tell(problem.engine, error, has_stats)
             raise
 
     def _check(self, out: Any) -> None:

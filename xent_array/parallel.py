@@ -2,10 +2,10 @@
 
 Pass one of them to any function that takes `engine`:
 
-    VocabParallel(communicator, start, size)     each process has a slice of the classes of every row
+    VocabParallel(communicator, start, classes)  each process has a slice of the classes of every row
     BatchParallel(communicator)                  each process has some of the rows, with all of their classes
 
-A communicator is one of mpi4py, or any object that does what `Communicator` says. All of its processes must make the
+A communicator is one of mpi4py, or any object that has what `Communicator` says. All of its processes must make the
 same calls in the same order. The arrays are those of NumPy.
 """
 

@@ -74,6 +74,14 @@ def test_ties_and_rows_without_a_softmax(backend, cuts):
             np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
+def test_a_label_in_a_slice_that_is_masked(backend):
+    x, labels = np.array([[-np.inf, -np.inf, 1, 2], [-np.inf, -np.inf, 1, 2]]), np.array([0, 3])
+    for engine in backend.engines:
+        stats = merge_stats(*slices(backend, x, labels, [2], "float32", engine=engine))
+        assert_array_equal(np.isinf(backend.numpy(stats.loss)), [True, False])
+        assert_array_equal(backend.numpy(stats.correct), [False, True])
+
+
 def test_one_part_is_the_whole():
     stats = row_stats(np.eye(3), [0, 1, 1])
     assert merge_stats(stats) is stats

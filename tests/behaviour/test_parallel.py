@@ -239,7 +239,7 @@ def test_ranks_that_ask_otherwise(how, says):
     found = failing(1, **how)
     assert len({str(error) for error in found}) == 1
     assert isinstance(found[0], ValueError)
-    assert "all processes must ask the same; rank 0 passes logits=float64, " in str(found[0])
+    assert str(found[0]).startswith("all processes must make the same calls; rank 0 passes ")
     assert says in str(found[0])
 
 
@@ -262,6 +262,99 @@ def test_classes_that_nobody_has():
         cross_entropy(LOGITS, LABELS, engine=VocabParallel(Alone(), 0, 30))
 
 
+def test_rows_of_which_there_are_none():
+    loss, grad = cross_entropy_value_and_grad(LOGITS[:0], LABELS[:0], engine=VocabParallel(Alone(), 0, CLASSES))
+    assert np.isnan(loss)
+    assert grad.shape == (0, CLASSES)
+
+
+def test_a_slice_without_classes_may_lie_anywhere():
+    parts = [(0, 10), (4, 4), (10, CLASSES), (CLASSES, CLASSES)]
+
+    def work(communicator):
+        start, stop = parts[communicator.rank]
+        return cross_entropy(LOGITS[:, start:stop], LABELS, engine=VocabParallel(communicator, start, CLASSES))
+
+    assert_loss(Threads(4).run(work)[1], oracle(LOGITS, LABELS))
+
+
+def test_a_label_in_a_slice_that_is_masked():
+    logits = LOGITS.copy()
+    logits[:, :10] = -np.inf
+    for engine in ("cpu", "numpy", "generic"):
+        for axis in (0, 1):
+
+            def work(communicator, engine=engine, axis=axis):
+                start, stop = slices([10])[communicator.rank]
+                x = logits[:, start:stop] if axis else np.ascontiguousarray(logits[:, start:stop].T)
+                shared = VocabParallel(communicator, start, CLASSES, engine=engine)
+                return cross_entropy(x, LABELS, axis=axis, reduction="none", engine=shared)
+
+            loss, _ = Threads(2).run(work)
+            assert_loss(loss, oracle(logits, LABELS, reduction="none"))
+            assert np.isinf(loss[LABELS < 10]).all()
+
+
+def test_processes_that_have_lost_each_other():
+    """One has failed where no other could learn of it: the next call is an error, not a wrong number."""
+    engines = {}
+
+    def work(communicator):
+        start, stop = slices([10])[communicator.rank]
+        shared = engines.setdefault(communicator.rank, VocabParallel(communicator, start, CLASSES))
+        shared.calls += communicator.rank
+        return cross_entropy(LOGITS[:, start:stop], LABELS, engine=shared)
+
+    assert {str(error) for error in Threads(2).run(work)} == {
+        "all processes must make the same calls; rank 0 passes call=1, and rank 1 call=2"
+    }
+
+
+def test_an_interrupt_is_told(monkeypatch):
+    def work(communicator):
+        start, stop = slices([10])[communicator.rank]
+        shared = VocabParallel(communicator, start, CLASSES)
+        if communicator.rank:
+            monkeypatch.setattr(shared, "own", interrupted)
+        try:
+            return cross_entropy(LOGITS[:, start:stop], LABELS, engine=shared)
+        except KeyboardInterrupt as error:
+            return error
+
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    other, own = Threads(2).run(work)
+    assert isinstance(own, KeyboardInterrupt)
+    assert str(other) == "the process of rank 1 failed: KeyboardInterrupt: "
+
+
+def test_an_engine_of_several_processes_within_another():
+    with pytest.raises(TypeError, match="one that works in a single process; got 'batch_parallel'"):
+        VocabParallel(Alone(), 0, 3, engine=BatchParallel(Alone()))
+    assert repr(VocabParallel(Alone(), 0, 3)) == "VocabParallel(Alone(), start=0, classes=3, engine=None)"
+    assert repr(BatchParallel(Alone(), engine="cpu")) == "BatchParallel(Alone(), engine='cpu')"
+
+
+def test_weights_whose_sum_is_no_number():
+    def work(communicator):
+        weight = np.where(np.arange(CLASSES) < 10, np.inf, -np.inf)
+        labels = np.full(5, 3 + 10 * communicator.rank)
+        return cross_entropy(LOGITS[:5], labels, weight=weight, engine=BatchParallel(communicator))
+
+    assert np.isnan(Threads(2).run(work)).all()
+
+
+def test_a_buffer_that_is_refused_with_a_batch():
+    def work(communicator):
+        out = np.ones((5, 2 + communicator.rank * (CLASSES - 2)))
+        return cross_entropy_value_and_grad(LOGITS[:5], LABELS[:5], out=out, engine=BatchParallel(communicator))
+
+    first, second = Threads(2).run(work)
+    assert "out must have the shape of logits" in str(first)
+    assert str(second).startswith("the process of rank 0 failed: ValueError: out must have the shape")
+
+
 def test_a_rank_that_fails_with_its_batch():
     def work(communicator):
         labels = LABELS[:5] if communicator.rank else LABELS[:4]
@@ -275,11 +368,11 @@ def test_a_rank_that_fails_with_its_batch():
 @pytest.mark.parametrize(
     ("given", "error", "says"),
     [
-        ((3, 0, 5), TypeError, "communicator must be one of mpi4py, or an object with rank, size and gather(message)"),
+        ((3, 0, 5), TypeError, "communicator must be one of mpi4py, or an object with rank, size and allgather"),
         ((Alone(), 0.5, 5), TypeError, "start must be an integer, got 0.5"),
-        ((Alone(), 0, True), TypeError, "size must be an integer, got True"),
-        ((Alone(), -1, 5), ValueError, "start must be from 0 to size, which is at least 1; got start=-1, size=5"),
-        ((Alone(), 0, 0), ValueError, "got start=0, size=0"),
+        ((Alone(), 0, True), TypeError, "classes must be an integer, got True"),
+        ((Alone(), -1, 5), ValueError, "start must be from 0 to classes, which is at least 1; got start=-1, classes=5"),
+        ((Alone(), 0, 0), ValueError, "got start=0, classes=0"),
     ],
     ids=["communicator", "start", "size", "below", "none"],
 )  # fmt: skip

@@ -38,7 +38,7 @@ class _OfRank:
     def __init__(self, threads, rank):
         self.threads, self.rank, self.size = threads, rank, threads.size
 
-    def gather(self, message):
+    def allgather(self, message):
         together = self.threads
         together.bytes[self.rank] += len(message)
         together.gathers[self.rank] += 1

@@ -21,9 +21,8 @@ It may also have the following. Where it does not, the functions below compose t
     noting()                       (the same engine for one call, a tape of its launches), which `_again.py` replays
     kinds                          the classes of the arrays that it may take; without it, it may take any
     slice                          (start, vocabulary) if the logits are those of a slice of the classes: see `Rows`
-    prepared(rows)                 the rows that it is then asked for
-    failed(error, is_prepared, has_stats)   called where a check fails before the engine is asked: with `is_prepared`,
-                                   after `prepared`; with `has_stats`, the call passes stats that are computed already
+    failed(error, has_stats)       called where a check fails, so that the engine is not asked; `has_stats` if the call
+                                   passes stats that are computed already
     at_once(logits, target, options, wants_grad, out)   the answer from a user's own arguments; see the function below
 
 Rows are canonical and checked: an engine never sees an axis or a user's mistake. A label that is not a class has no

@@ -1,13 +1,12 @@
 """Engines that work with those of other processes: see `xent_array.parallel`.
 
-Each call makes every process gather one message of all others, whatever happens: what it has computed, or why it has
-failed. So no process waits for one that has failed, and all of them raise an error before any has a result.
+Each call makes every process gather one message of all others: what it has computed, or why it has failed. So no
+process waits for one that has failed before, and all of them raise an error before any has a result.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 import operator
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,37 +20,14 @@ from .._rows import Array, Rows, RowStats
 
 
 class Communicator(Protocol):
-    """What is needed of the means by which processes exchange messages."""
+    """The interface through which processes exchange messages: that of ``mpi4py.MPI.Comm``, for example."""
 
-    rank: int
-    size: int
+    rank: int  # the number of this process, from 0 on
+    size: int  # how many processes there are
 
-    def gather(self, message: bytes) -> list[bytes]:
-        """The message of every process, in the order of their ranks; their lengths may differ."""
+    def allgather(self, message: bytes, /) -> list[bytes]:
+        """Send a message to all processes; return the message of each, in the order of ranks. Lengths may differ."""
         ...
-
-
-class _Mpi:
-    """A communicator of mpi4py."""
-
-    def __init__(self, comm: Any) -> None:
-        self.comm, self.rank, self.size = comm, int(comm.Get_rank()), int(comm.Get_size())
-
-    def gather(self, message: bytes) -> list[bytes]:
-        found: list[bytes] = self.comm.allgather(message)
-        return found
-
-
-def _communicator(given: Any) -> Communicator:
-    if hasattr(given, "allgather") and hasattr(given, "Get_rank"):
-        return _Mpi(given)
-    if all(hasattr(given, name) for name in ("rank", "size", "gather")):
-        found: Communicator = given
-        return found
-    raise TypeError(
-        "communicator must be one of mpi4py, or an object with rank, size and gather(message);"
-        f" got {type(given).__name__}"
-    )
 
 
 class _Told(NamedTuple):
@@ -64,7 +40,8 @@ class _Told(NamedTuple):
     numbers: bytes
 
     def packed(self) -> bytes:
-        head = "\0".join([self.error.replace("\0", ""), str(self.start), str(self.classes), self.question]).encode()
+        fields = [self.error.replace("\0", ""), str(self.start), str(self.classes), self.question]
+        head = "\0".join(fields).encode(errors="replace")
         return len(head).to_bytes(8, "little") + head + self.numbers
 
     @classmethod
@@ -79,10 +56,19 @@ class _Shared:
 
     name: str
 
-    def __init__(self, communicator: Any, engine: str | Engine | None) -> None:
-        self.communicator, self.engine = _communicator(communicator), engine
+    def __init__(self, communicator: Communicator, engine: str | Engine | None) -> None:
+        has_all = all(hasattr(communicator, name) for name in ("rank", "size", "allgather"))
+        if not has_all or isinstance(communicator, type):
+            raise TypeError(
+                "communicator must be one of mpi4py, or an object with rank, size and allgather(message);"
+                f" got {_named(communicator)}"
+            )
+        if isinstance(engine, _Shared):
+            raise TypeError(f"engine must be one that works in a single process; got {engine.name!r}")
         if engine is not None:
             _engines.named(engine)
+        self.communicator, self.engine = communicator, engine
+        self.calls = 0  # exchanges so far, by which processes that have lost each other find out
 
     def declines(self, rows: Rows) -> str | None:
         return None if rows.xp is np else f"takes NumPy arrays, and these are of {rows.xp.__name__}"
@@ -96,55 +82,69 @@ class _Shared:
 
     def exchange(self, told: _Told) -> list[_Told]:
         """What every process tells, if all are well and ask the same; else the same error everywhere."""
-        found = [_Told.unpacked(message) for message in self.communicator.gather(told.packed())]
+        self.calls += 1
+        told = told._replace(question=f"call={self.calls}{_NEXT}{told.question}")
+        messages = self.communicator.allgather(told.packed())
+        if len(messages) != self.communicator.size:
+            raise RuntimeError(f"allgather must return {self.communicator.size} messages; got {len(messages)}")
+        found = [_Told.unpacked(message) for message in messages]
         for rank, each in enumerate(found):
             if each.error:
                 raise RuntimeError(f"the process of rank {rank} failed: {each.error}")
         for rank, each in enumerate(found):
             if each.question != found[0].question:
+                pairs = zip(found[0].question.split(_NEXT), each.question.split(_NEXT), strict=False)
+                first, other = zip(*(pair for pair in pairs if pair[0] != pair[1]), strict=True)
                 raise ValueError(
-                    f"all processes must ask the same; rank 0 passes {found[0].question};"
-                    f" rank {rank} passes {each.question}"
+                    f"all processes must make the same calls; rank 0 passes {', '.join(first)},"
+                    f" and rank {rank} {', '.join(other)}"
                 )
         return found
 
-    def tell(self, error: Exception) -> None:
+    def tell(self, error: BaseException) -> None:
         """Let the others, who wait, know that this process has failed."""
         with suppress(RuntimeError):
             self.exchange(_Told(f"{type(error).__name__}: {error}", 0, 0, "", b""))
 
 
+_NEXT = "\x1f"  # between what is asked
+
+
 def _question(rows: Rows, /, **more: Any) -> str:
     """What must be the same in every process."""
-    names = ("reduction", "ignore_index", "label_smoothing", "z_loss", "softcap")
-    asked = {"logits": str(rows.logits.dtype), "weight": _digest(rows, rows.weight)}
-    asked |= {name: getattr(rows, name) for name in names} | more
-    return ", ".join(f"{name}={value}" for name, value in asked.items())
+    ignored = rows.ignore_index if rows.ignore_index is not None and rows.ignore_index >= 0 else None
+    asked = {"logits": rows.grad_dtype.name, "weight": _digest(rows, rows.weight), "ignore_index": ignored}
+    asked |= {name: getattr(rows, name) for name in ("reduction", "label_smoothing", "z_loss", "softcap")} | more
+    return _NEXT.join(f"{name}={value}" for name, value in asked.items())
 
 
 def _digest(rows: Rows, values: Array | float | None) -> str:
     """What stands for the numbers of an array; a number itself."""
     if not isinstance(values, np.ndarray):
         return repr(values)
-    values = _rows.in_order(rows, values) if values.shape == rows.shape else values
-    return f"<{values.size} numbers, {hashlib.blake2b(np.ascontiguousarray(values).data, digest_size=4).hexdigest()}>"
+    values = np.ascontiguousarray(_rows.in_order(rows, values) if values.shape == rows.shape else values)
+    return f"<{values.size} numbers, {hashlib.blake2b(values.tobytes(), digest_size=4).hexdigest()}>"
+
+
+def _named(value: Any) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
 
 
 class VocabParallel(_Shared):
     r"""An engine for rows whose classes are spread over several processes: each has a slice of the class axis.
 
     Every process passes its slice of the logits, and all labels, class weights and sample weights. All get the same
-    loss, with the same bits, and each the gradient of its slice. They exchange four numbers per row, once per call,
-    however many classes there are: see `merge_stats`.
+    loss, with the same bits if their processors are of one kind, and each the gradient of its slice. They exchange four
+    numbers per row, once per call, however many classes there are (see `merge_stats`), and a fifth for ``correct``.
 
     Parameters
     ----------
-    communicator : Communicator or mpi4py.MPI.Comm
-        By which the processes exchange them.
+    communicator : Communicator
+        Through which the processes exchange them, for example one of mpi4py.
     start : int
         The first class of this process's slice. The slices of all processes must cover every class once; a slice may
         be empty.
-    size : int
+    classes : int
         How many classes there are in all.
     engine : str, Engine or None, default None
         The engine that each process uses for its slice; by default the first that accepts it.
@@ -153,8 +153,8 @@ class VocabParallel(_Shared):
     ------
     TypeError, ValueError
         If an argument is of a wrong type or out of range. In calls that use the engine: if slices overlap or leave out
-        classes, or if the processes pass different options, the same `ValueError` in every process. If a process
-        fails, it raises its own error, and all others a `RuntimeError` that names it.
+        classes, or if the processes do not make the same call, the same `ValueError` in every process. If a process
+        fails before they exchange, it raises its own error, and all others a `RuntimeError` that names it.
 
     See Also
     --------
@@ -163,7 +163,8 @@ class VocabParallel(_Shared):
     Notes
     -----
     A distribution is passed slice by slice, like the logits. Label smoothing and class weights are those of the whole
-    vocabulary. ``cross_entropy_grad`` with saved ``stats`` exchanges nothing.
+    vocabulary. A gradient reads the logits a second time, after the exchange. `cross_entropy_grad` with saved ``stats``
+    exchanges nothing.
 
     Examples
     --------
@@ -173,20 +174,28 @@ class VocabParallel(_Shared):
     >>> from xent_array import cross_entropy
     >>> from xent_array.parallel import Alone, VocabParallel
     >>> logits, labels = np.array([[2, 1, 0.1], [0.1, 2, 1.9]]), np.array([1, 0])
-    >>> print(f"{cross_entropy(logits, labels, engine=VocabParallel(Alone(), start=0, size=3)):.3f}")
+    >>> print(f"{cross_entropy(logits, labels, engine=VocabParallel(Alone(), start=0, classes=3)):.3f}")
     2.019
     """
 
     name = "vocab_parallel"
 
-    def __init__(self, communicator: Any, start: int, size: int, *, engine: str | Engine | None = None) -> None:
+    def __init__(
+        self, communicator: Communicator, start: int, classes: int, *, engine: str | Engine | None = None
+    ) -> None:
         super().__init__(communicator, engine)
-        start, size = (_integer(value, role) for value, role in ((start, "start"), (size, "size")))
-        if not 0 <= start <= size or size == 0:
-            raise ValueError(f"start must be from 0 to size, which is at least 1; got start={start}, size={size}")
-        self.slice = start, size
+        start, classes = (_integer(value, role) for value, role in ((start, "start"), (classes, "classes")))
+        if not 0 <= start <= classes or classes == 0:
+            raise ValueError(
+                f"start must be from 0 to classes, which is at least 1; got start={start}, classes={classes}"
+            )
+        self.slice = start, classes
 
-    def failed(self, error: Exception, is_prepared: bool, has_stats: bool) -> None:
+    def __repr__(self) -> str:
+        start, classes = self.slice
+        return f"VocabParallel({self.communicator!r}, start={start}, classes={classes}, engine={self.engine!r})"
+
+    def failed(self, error: BaseException, has_stats: bool) -> None:
         if not has_stats:
             self.tell(error)
 
@@ -218,13 +227,13 @@ class VocabParallel(_Shared):
                 denominator=rows.denominator,
             )  # fmt: skip
             told = _Told("", rows.start, rows.classes, asked, np.stack(numbers).tobytes())
-        except Exception as error:
+        except BaseException as error:
             self.tell(error)
             raise
         found = sorted(self.exchange(told), key=lambda each: (each.start, each.classes))
         stop = 0
         for each in found:
-            if each.start != stop:
+            if each.classes and each.start != stop:
                 what = "overlap at" if each.start < stop else "leave out"
                 raise ValueError(f"the slices of the classes {what} class {min(each.start, stop)}")
             stop += each.classes
@@ -232,7 +241,7 @@ class VocabParallel(_Shared):
             raise ValueError(f"the slices of the classes leave out class {stop}, of {rows.vocabulary}")
         parts = []
         for each in found:
-            values = np.frombuffer(each.numbers, rows.acc).reshape(-1, count)
+            values = np.frombuffer(each.numbers, rows.acc).reshape(len(numbers), count)
             part = RowStats(*(_rows.from_order(rows, value) for value in values))
             parts.append(part if part.correct is None else part._replace(correct=part.correct != 0))
         with np.errstate(all="ignore"):
@@ -250,14 +259,14 @@ class BatchParallel(_Shared):
     r"""An engine for rows that are spread over several processes, each of which has all classes of its rows.
 
     With ``reduction="mean"`` every process divides by what counts in all of them together, however many rows each has
-    and however many of these are ignored. The sum of the losses over the processes is the mean over all rows, and the
-    sum of the gradients that of the whole batch: a plain sum all-reduce is right for both. Other reductions are those
-    of the process's own rows. They exchange one number per call.
+    and however many of these are ignored. The sum of the losses over the processes is then the mean over all rows, and
+    the sum of the gradients of their parameters that of the whole batch: add them up, and do not average. Other
+    reductions are those of the process's own rows. They exchange one number per call.
 
     Parameters
     ----------
-    communicator : Communicator or mpi4py.MPI.Comm
-        By which the processes exchange it.
+    communicator : Communicator
+        Through which the processes exchange it, for example one of mpi4py.
     engine : str, Engine or None, default None
         The engine that each process uses for its rows; by default the first that accepts them.
 
@@ -284,51 +293,57 @@ class BatchParallel(_Shared):
 
     name = "batch_parallel"
 
-    def __init__(self, communicator: Any, *, engine: str | Engine | None = None) -> None:
+    def __init__(self, communicator: Communicator, *, engine: str | Engine | None = None) -> None:
         super().__init__(communicator, engine)
 
-    def prepared(self, rows: Rows) -> Rows:
-        """The same rows with the denominator of all processes."""
+    def __repr__(self) -> str:
+        return f"BatchParallel({self.communicator!r}, engine={self.engine!r})"
+
+    def failed(self, error: BaseException, has_stats: bool) -> None:
+        self.tell(error)
+
+    def _shared(self, rows: Rows) -> tuple[Engine, Rows]:
+        """The engine of this process, and its rows with the denominator of all processes."""
         try:
-            counted = 0.0
-            if rows.reduction == "mean":
+            engine, counted = self.own(rows), 0.0
+            if rows.reduction == "mean" and rows.denominator is None:
                 with np.errstate(all="ignore"):
-                    counted = float(_rows.terms(rows._replace(denominator=None))[1] or 0.0)
+                    counted = float(_rows.terms(rows)[1] or 0.0)
             target = "labels" if rows.has_labels else "distributions"
             asked = _question(rows, classes=rows.classes, target=target, denominator=rows.denominator)
             told = _Told("", 0, 0, asked, np.float64(counted).tobytes())
-        except Exception as error:
+        except BaseException as error:
             self.tell(error)
             raise
         found = self.exchange(told)
         if rows.reduction != "mean" or rows.denominator is not None:
-            return rows
-        return rows._replace(denominator=math.fsum(float(np.frombuffer(each.numbers)[0]) for each in found))
-
-    def failed(self, error: Exception, is_prepared: bool, has_stats: bool) -> None:
-        if not is_prepared:
-            self.tell(error)
+            return engine, rows
+        with np.errstate(all="ignore"):
+            total = float(np.sum([np.frombuffer(each.numbers)[0] for each in found]))
+        return engine, rows._replace(denominator=total)
 
     def stats(self, rows: Rows) -> RowStats:
-        return self.own(rows).stats(rows)
+        engine, rows = self._shared(rows)
+        return engine.stats(rows)
 
     def row_stats(self, rows: Rows) -> RowStats:
-        return _engines.row_stats(self.own(rows), rows)
+        return _engines.row_stats(*self._shared(rows))
 
     def grad(self, rows: Rows, stats: RowStats, out: Array | None = None) -> Array:
-        return self.own(rows).grad(rows, stats, out)
+        engine, rows = self._shared(rows)
+        return engine.grad(rows, stats, out)
 
     def loss(self, rows: Rows) -> Array:
-        return _engines.loss(self.own(rows), rows)
+        return _engines.loss(*self._shared(rows))
 
     def loss_and_grad(self, rows: Rows, out: Array | None = None) -> tuple[Array, Array]:
-        return _engines.loss_and_grad(self.own(rows), rows, out)
+        return _engines.loss_and_grad(*self._shared(rows), out)
 
     def stats_and_loss(self, rows: Rows) -> tuple[RowStats, Array]:
-        return _engines.stats_and_loss(self.own(rows), rows)
+        return _engines.stats_and_loss(*self._shared(rows))
 
     def loss_grad_and_stats(self, rows: Rows, out: Array | None = None) -> tuple[Array, Array, RowStats]:
-        return _engines.loss_grad_and_stats(self.own(rows), rows, out)
+        return _engines.loss_grad_and_stats(*self._shared(rows), out)
 
 
 class Alone:
@@ -336,8 +351,11 @@ class Alone:
 
     rank, size = 0, 1
 
-    def gather(self, message: bytes) -> list[bytes]:
+    def allgather(self, message: bytes, /) -> list[bytes]:
         return [message]
+
+    def __repr__(self) -> str:
+        return "Alone()"
 
 
 def _integer(value: Any, role: str) -> int:

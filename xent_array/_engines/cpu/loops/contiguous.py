@@ -112,7 +112,7 @@ def _gap_and_mass(row: Array, m: Value, target: _Target) -> tuple[Value, Value]:
     gap, mass = Variable(m.like(0)), Variable(target.mass)
     with when(~(target.y < 0)):
         below = half - row.load(target.y) * 0.5
-        with when(~((target.on_label == 0) | (below == 0))):
+        with when(~(target.on_label == 0) & ((below > 0) | (below < 0))):  # not for NaN, where both are infinite
             gap.set(2 * (target.on_label * below))
 
     def add(half_gaps: Value, of_q: Value) -> None:
