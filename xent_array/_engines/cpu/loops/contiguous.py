@@ -111,8 +111,9 @@ def _gap_and_mass(row: Array, m: Value, target: _Target) -> tuple[Value, Value]:
     q, half = target.q, m * 0.5
     gap, mass = Variable(m.like(0)), Variable(target.mass)
     with when(~(target.y < 0)):
-        below = half - row.load(target.y) * 0.5
-        with when(~(target.on_label == 0) & ((below > 0) | (below < 0))):  # not for NaN, where both are infinite
+        x = row.load(target.y)
+        below = where(x == m, 0, half - x * 0.5)  # also where both are infinite
+        with when(~((target.on_label == 0) | (below == 0))):
             gap.set(2 * (target.on_label * below))
 
     def add(half_gaps: Value, of_q: Value) -> None:

@@ -209,8 +209,7 @@ def find_gap(state: State, lane: Value, mass_without_label: Value, uniform: Valu
     label = state.label.load(lane, LANES)
     largest, at_label, on_label = state.load(lane, LANES, MAX, AT_LABEL, ON_LABEL)
     has_none, on_label = label == NO_LABEL, where(label < 0, 0, on_label)
-    half = largest * 0.5 - at_label * 0.5  # m - x itself may overflow
-    half = where(half == half, half, 0)  # where both are infinite
+    half = where(largest == at_label, 0, largest * 0.5 - at_label * 0.5)  # m - x may overflow; or both be infinite
     product = on_label * half
     gap = Variable(where((on_label == 0) | (half == 0), 0, product + product))
     mass = Variable(where(has_none, mass_without_label.to(on_label.element).repeated(LANES), on_label))
