@@ -178,7 +178,7 @@ class Problem(NamedTuple):
     def stats(self, stats: RowStats) -> RowStats:
         """Stats that the user passed, checked and in the form that an engine takes."""
         if not isinstance(stats, RowStats):
-            raise TypeError(f"stats must be what row_stats returned, got {_described(stats)}")
+            raise TypeError(f"stats must be what row_stats returned, got {described(stats)}")
         acc, view = self.rows.acc, self.view
         return RowStats(
             *(
@@ -252,7 +252,7 @@ def _float(value: Any, role: str) -> float:
 def _check_number(value: Any, role: str) -> None:
     """Raises TypeError for anything that is neither a number nor an array that might hold one."""
     if not hasattr(value, "dtype") and not hasattr(value, "__array__"):
-        raise TypeError(f"{role} must be a number or an array without dimensions, got {_described(value)}")
+        raise TypeError(f"{role} must be a number or an array without dimensions, got {described(value)}")
 
 
 def _check_held(xp: Any, value: float, role: str, acc: DType, divides: bool = False) -> None:
@@ -445,7 +445,7 @@ def _checked_options(
 ) -> tuple[float, float, float | None]:
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(map(repr, _REDUCTIONS))}; got {reduction!r}")
-    if ignore_index is not None and not _is_integer(ignore_index):
+    if ignore_index is not None and not is_integer(ignore_index):
         raise TypeError(f"ignore_index must be an integer or None, got {ignore_index!r}")
     if not 0 <= _number(label_smoothing, "label_smoothing") <= 1:
         raise ValueError(f"label_smoothing must be from 0 to 1, got {label_smoothing!r}")
@@ -458,7 +458,7 @@ def _checked_options(
     return float(label_smoothing), float(z_loss), None if softcap is None else float(softcap)
 
 
-def _is_integer(value: Any) -> bool:
+def is_integer(value: Any) -> bool:
     """Whether `value` is an integer of any library; True and False do not count as integers."""
     if isinstance(value, (bool, np.bool_)):
         return False
@@ -473,7 +473,7 @@ def _number(value: Any, role: str) -> float:
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
         return _float(value, role)
     shape = f" of shape {tuple(value.shape)}" if hasattr(value, "shape") else ""
-    raise TypeError(f"{role} must be a real number, got {_described(value)}{shape}")
+    raise TypeError(f"{role} must be a real number, got {described(value)}{shape}")
 
 
 def _array(value: Any, role: str, like: Array | None = None) -> Array:
@@ -492,18 +492,18 @@ def _array(value: Any, role: str, like: Array | None = None) -> Array:
         value = _from_protocol(value, role)
     elif hasattr(value, "data_ptr") and (str(value.layout) != "torch.strided" or value.is_nested):
         kind = "that is nested" if value.is_nested else f"of layout {value.layout}: pass .to_dense() of it"
-        raise TypeError(f"{role} must be a dense array, got a {_described(value)} {kind}")
+        raise TypeError(f"{role} must be a dense array, got a {described(value)} {kind}")
     elif lacking := lacks(namespace(value)):
         ways = [f".{way}()" for way in ("todense", "compute") if hasattr(value, way)]
         raise TypeError(
             f"{role} must be an array of a library that has all of the Array API that is needed here;"
-            f" got {_described(value)}, and {namespace(value).__name__} lacks {', '.join(lacking)}"
+            f" got {described(value)}, and {namespace(value).__name__} lacks {', '.join(lacking)}"
             f" ({' or '.join(ways) or 'numpy.asarray'} may convert it)"
         )
     if like is not None and value is not like:
         library = namespace(like)
         if namespace(value) is not library and not (isinstance(value, np.ndarray) and _bridges.takes_numpy(library)):
-            words = f"{_described(given)} with {_described(like)}"
+            words = f"{described(given)} with {described(like)}"
             raise TypeError(f"{role} must be a list, or an array of the library of logits; got {words}")
         if not isinstance(value, np.ndarray):
             here, there = place(value), place(like)
@@ -558,7 +558,7 @@ def _from_protocol(value: Any, role: str) -> Array:
         advice = "; pass a list of it"
     raise TypeError(
         f"{role} must be a list, or an array of NumPy, CuPy, PyTorch, JAX or another library of the Array API;"
-        f" got {_described(value)}{advice}"
+        f" got {described(value)}{advice}"
     )
 
 
@@ -570,7 +570,7 @@ def _instead(value: Any, role: str) -> str:
     return "pass its data, and sample_weight 0 (or ignore_index) for rows that must not count"
 
 
-def _described(value: Any) -> str:
+def described(value: Any) -> str:
     kind = type(value)
     name = kind.__name__ if kind.__module__ == "builtins" else f"{kind.__module__.partition('.')[0]}.{kind.__name__}"
     return f"{name} ({value!r})" if isinstance(value, (str, numbers.Number)) or value is None else name
@@ -808,7 +808,7 @@ class Output:
         rows, view, home = self.problem.rows, self.problem.view, self.problem.home
         xp, library = rows.xp, home.library
         if not (is_array_api_obj(out) and namespace(out) is library):
-            raise TypeError(f"out must be an array of the library of logits, {library.__name__}; got {_described(out)}")
+            raise TypeError(f"out must be an array of the library of logits, {library.__name__}; got {described(out)}")
         if not getattr(getattr(out, "flags", None), "writeable", True):
             raise ValueError("out is read-only: the gradient cannot be written to it")
         if not is_writeable_array(out):

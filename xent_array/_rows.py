@@ -343,6 +343,11 @@ def labels(rows: Rows) -> Labels:
     return Labels(index if known is None else xp.where(known, index, xp.zeros_like(index)), valid, ignored, here)
 
 
+def known_labels(rows: Rows) -> Labels | None:
+    """`labels`, or None if there are none, or if each is a class that is here."""
+    return labels(rows) if rows.has_labels and (rows.is_slice or not rows.all_labels_count) else None
+
+
 def row_factor(rows: Rows, known: Labels | None) -> Array | None:
     """What multiplies a row's loss: its sample weight, 0 if ignored, NaN for a bad label; None if 1 in every row."""
     xp, factor = rows.xp, rows.sample_weight

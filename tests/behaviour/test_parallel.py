@@ -8,6 +8,8 @@ from support.oracle import oracle
 from support.together import Threads
 
 from xent_array import CrossEntropyLoss, cross_entropy, cross_entropy_grad, cross_entropy_value_and_grad, row_stats
+from xent_array._engines import cpu, generic, loss_and_grad
+from xent_array._rows import Rows
 from xent_array.parallel import Alone, BatchParallel, VocabParallel
 
 RNG = np.random.default_rng(0)
@@ -63,6 +65,20 @@ def test_classes_in_slices(cuts, options, engine):
             assert_loss(losses[0], truth)
             assert_grad(np.concatenate(grads, axis=1), truth)
             assert together.gathers == [1] * len(parts)
+
+
+@pytest.mark.parametrize("classes", [5, 700])
+@pytest.mark.parametrize("inner", [1, 40])
+def test_a_slice_by_every_loop(classes, inner):
+    """Labels in it, and in another one, of which here is only what label smoothing adds."""
+    logits = RNG.standard_normal((40 // inner, classes, inner))
+    target = RNG.integers(0, 2 * classes, (40 // inner, inner))
+    for options in ({}, {"label_smoothing": 0.2}, {"label_smoothing": 0.2, "weight": RNG.random(2 * classes)}):
+        rows = Rows(np, logits, logits.dtype, target, start=classes, vocabulary=2 * classes, **options)
+        wanted = loss_and_grad(generic, rows, None)
+        for engine in (cpu.engine, cpu.numpy_engine):
+            for found, right in zip(loss_and_grad(engine, rows, None), wanted, strict=True):
+                np.testing.assert_allclose(found, right, rtol=1e-12, atol=1e-15)
 
 
 def test_every_function_and_layout():

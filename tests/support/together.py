@@ -23,7 +23,6 @@ class Threads:
                 found[rank] = work(self.of(rank))
             except Exception as error:
                 found[rank] = error
-                self.barrier.abort() if isinstance(error, threading.BrokenBarrierError) else None
 
         threads = [threading.Thread(target=of_rank, args=(rank,)) for rank in range(self.size)]
         for thread in threads:

@@ -16,6 +16,7 @@ import numpy as np
 
 from .. import _engines, _rows
 from .._engines import Engine
+from .._problem import described, is_integer
 from .._rows import Array, Rows, RowStats
 
 
@@ -61,7 +62,7 @@ class _Shared:
         if not has_all or isinstance(communicator, type):
             raise TypeError(
                 "communicator must be one of mpi4py, or an object with rank, size and allgather(message);"
-                f" got {_named(communicator)}"
+                f" got {described(communicator)}"
             )
         if isinstance(engine, _Shared):
             raise TypeError(f"engine must be one that works in a single process; got {engine.name!r}")
@@ -124,10 +125,6 @@ def _digest(rows: Rows, values: Array | float | None) -> str:
         return repr(values)
     values = np.ascontiguousarray(_rows.in_order(rows, values) if values.shape == rows.shape else values)
     return f"<{values.size} numbers, {hashlib.blake2b(values.tobytes(), digest_size=4).hexdigest()}>"
-
-
-def _named(value: Any) -> str:
-    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
 
 
 class VocabParallel(_Shared):
@@ -359,6 +356,6 @@ class Alone:
 
 
 def _integer(value: Any, role: str) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    if not is_integer(value):
         raise TypeError(f"{role} must be an integer, got {value!r}")
     return operator.index(value)

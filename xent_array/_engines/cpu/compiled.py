@@ -275,7 +275,7 @@ def _labels(rows: Rows, want: Want) -> tuple[Array, Array]:
     acc = rows.acc
     if rows.target is None:  # the softmax alone
         return _NONE[_INDEX], _ONES[acc]
-    known = _rows.labels(rows) if rows.has_labels and (rows.is_slice or not rows.all_labels_count) else None
+    known = _rows.known_labels(rows)
     factor = _rows.row_factor(rows, known)
     scale = 1.0 if want.grad is None else _rows.row_scale(rows, factor, want.divisor)
     label: Array = _NONE[_INDEX]

@@ -59,7 +59,7 @@ def short_block(rows: Rows, want: Want, part: Part, buffers: Buffers) -> None:
 
 def block(rows: Rows, want: Want, part: Part, buffers: Buffers) -> None:
     """Computes all that is wanted of one block: a tile of whole rows, or one long row in several tiles."""
-    known = _rows.labels(rows) if rows.has_labels and (rows.is_slice or not rows.all_labels_count) else None
+    known = _rows.known_labels(rows)
     factor = _rows.row_factor(rows, known)
     spans = _spans(rows.classes)
     tile = None

@@ -36,7 +36,8 @@ def build(name: str, *dtypes: str) -> bytes:
     if name in _LOOPS:
         number, x, out = given
         elements = [BYTE, x, INT64, number, number, number, out, BYTE, INT64, DOUBLE]
-        return machine_code(NAME, elements, partial(_LOOPS[name], _CODE[name].rows))
+        entry, code = _LOOPS[name]
+        return machine_code(NAME, elements, partial(entry, code.rows))
     elements, body = _OTHERS[name]
     return machine_code(NAME, [*elements, *given], body)
 
@@ -89,8 +90,7 @@ def _count_kept(label: Array, record: Array) -> Value:
     return kept_labels(label, told.classes, told.ignore_index, (told.job & IGNORE) != 0).to(DOUBLE)
 
 
-_CODE = {"contiguous": contiguous, "transposed": transposed, "strided": strided}
-_LOOPS = {"contiguous": _in_turns, "transposed": _in_turns, "strided": _all_rows}
+_LOOPS = {"contiguous": (_in_turns, contiguous), "transposed": (_in_turns, transposed), "strided": (_all_rows, strided)}
 _OTHERS: dict[str, tuple[list[Any], Callable[..., Value]]] = {
     "total": ([], total_of),
     "combined": ([DOUBLE], combined),

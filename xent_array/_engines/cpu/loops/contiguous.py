@@ -89,13 +89,13 @@ class _Target(NamedTuple):
 def _target(call: Call, i: Value) -> tuple[_Target, Value, Value]:
     """The target of row i, the factor of its loss, and that of its gradient."""
     told, q, per_row, has_labels = call.told, call.q, call.per_row, call.label.length != 0
-    n, y = per_row.length // 3, Variable(constant(-1))
+    n, y = per_row.length // 3, Variable(constant(NO_LABEL))
     of_row = where(n > 1, i, 0)
     numbers = [Variable(per_row.load(kind * n + of_row)) for kind in (ON_LABEL, FACTOR, SCALE)]
     with when(has_labels):
         y.set(call.label.load(i))
         with when(call.asks(IGNORE) & (y.get() == told.ignore_index)):
-            y.set(constant(-1))
+            y.set(constant(NO_LABEL))
             for number in numbers[1:]:
                 number.set(number.get().like(0))
     on_label, factor, s = (number.get() for number in numbers)

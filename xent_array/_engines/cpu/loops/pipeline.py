@@ -113,8 +113,8 @@ def pass_on(
 ) -> None:
     """All three stages for a range of classes, 16 elements of each in turn; the tiles have equally many rows.
 
-    The gradient of the tile `written` is stored, as by `write_lines`, which makes room for the
-    logits of the tile `read`; the logits of the tile `worked_on` become exponentials.
+    The gradient of the tile `written` is stored, as by `write_lines`, which makes room for the logits of the tile
+    `read`; the logits of the tile `worked_on` become exponentials.
     """
     x, out = read.lines.numbers, written.lines.numbers
     here, before, state = read.tile, worked_on.tile, worked_on.state
@@ -202,7 +202,7 @@ class Tiles:
         return outer, start - missing, smaller(self.told.inner - start, self.width) + missing
 
     def first(self, t: Value) -> Value:
-        """The first row of a tile, and how many it has: `rows`."""
+        """Which row of all is the first of a tile."""
         outer, start, _ = self._rows_of(t)
         first: Value = outer * self.told.inner + start
         return first

@@ -57,7 +57,7 @@ HALF = 8  # rows per vector in float64
 
 
 class Room(NamedTuple):
-    """A tile, what is known of its rows, and the options that only some loops have."""
+    """A tile, what is known of its rows, and what two options need."""
 
     tile: Tile
     state: State
@@ -121,7 +121,7 @@ def drop_ignored(state: State, label: Array, ignore_index: Value) -> None:
         for kind in (FACTOR, SCALE):
             (number,) = state.load(row, lanes, kind)
             state.store(where(is_ignored, 0, number), row, kind)
-        state.label.store(where(is_ignored, -1, state.label.load(row, lanes)), row)
+        state.label.store(where(is_ignored, NO_LABEL, state.label.load(row, lanes)), row)
 
 
 def prepare(call: Call, state: State, first: Value, count: Value, is_new: Value) -> None:
@@ -141,7 +141,7 @@ def prepare(call: Call, state: State, first: Value, count: Value, is_new: Value)
         with labels:
             copy(state.label.part(0, count), label.part(first, count))
         with none:
-            fill(state.label.part(0, count), -1)
+            fill(state.label.part(0, count), NO_LABEL)
     with when(ignores):
         drop_ignored(state, label.part(first, count), call.told.ignore_index)
 
@@ -395,11 +395,11 @@ def find_exceptions(tile: Tile, state: State, count: Value) -> None:
 
 
 def take_labels(state: State, label: Array, ignore_index: Value, ignores: Value) -> None:
-    """All that is to be known of plain rows beforehand: their labels, and -1 for those to ignore."""
+    """All that is to be known of plain rows beforehand: their labels, and NO_LABEL for those to ignore."""
     for row, lanes in vectors(label.length, LANES):
         here = label.load(row, lanes)
         is_ignored = (here == ignore_index.repeated(lanes)) & ignores.repeated(lanes)
-        state.label.store(where(is_ignored, -1, here).to(state.label.element), row)
+        state.label.store(where(is_ignored, NO_LABEL, here).to(state.label.element), row)
 
 
 def finish_plain(state: State, count: Value, factor: Value, has_grad: Value) -> None:

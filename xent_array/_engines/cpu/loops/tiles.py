@@ -45,7 +45,7 @@ class State(NamedTuple):
 
     numbers: Array  # of shape (KINDS, width)
     width: Value
-    label: Array  # -1 if the row has none
+    label: Array  # or NO_LABEL, or ELSEWHERE
     argmax: Array  # -1 if it is not to be treated specially
     partial: Array  # 32 partial sums per row
     sums: Array  # of float64
