@@ -15,6 +15,7 @@ JOBS = {  # modules with a `main` of their own
     "report": "draws what bench/results holds",
     "tensors": "times tensors of PyTorch and arrays of JAX on the CPU",
     "threads": "times 1, 2, 4, … threads of a CPU and traces what each does",
+    "scale": "measures what is larger than memory: Dask, a cluster, files; and what processes exchange",
     "compare": "times two revisions of this library against each other, and compares their results bit by bit",
     "host": "times what a call on CuPy arrays costs the host",
     "model": "predicts what a GPU would say, without one",

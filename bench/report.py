@@ -29,6 +29,7 @@ from .suite import (
     OURS,
     OUT,
     READ,
+    SCALE,
     TENSORS,
     THREADS,
     WARM,
@@ -108,6 +109,7 @@ def text(rows: Rows, plots: dict[str, Any], given: argparse.Namespace) -> str:
         ("numpy", "CPU", _tables),
         (TENSORS, "PyTorch tensors and JAX arrays on the CPU", tensors),
         (THREADS, "Threads of a CPU", threads),
+        (SCALE, "Larger than one array", scale),
         ("cupy", "GPU", _tables),
     ):
         here = {key: row for key, row in rows.items() if key[0] == backend and row["group"] != suite.ENGINES[0].group}
@@ -238,6 +240,35 @@ def idle(rows: Rows) -> list[str]:
         " one thread alone, which is 1 as long as none slows another down"
     )
     return [f"{what}:\n\n{_table(head, lines)}"] if lines else []
+
+
+def scale(rows: Rows, backend: str = SCALE) -> list[str]:
+    """Dask, files and processes."""
+    lines, of_traffic = [], []
+    for row in rows.values():
+        if "bytes per row" in row:
+            of_traffic.append([row["case"], f"{row['bytes per row']:.1f}", str(row["exchanges"])])
+            continue
+        direct = rows.get((SCALE, row["case"], OURS, row["operation"]))
+        ratio = f"{row['seconds'] / direct['seconds']:.2f}×" if direct not in (None, row) else ""
+        peaks = " and ".join(_gib(peak) for peak in row.get("peaks", ()))
+        limit = f"{_gib(row['limit'])}{' by ' + row['limited by'] if 'limited by' in row else ''}" if peaks else ""
+        lines.append([
+            row["case"], row["operation"], row["library"], f"{row['gib']:.2f}", f"{row['seconds'] * 1e3:,.1f}", ratio,
+            limit, peaks, _gib(row["own"]) if "own" in row else "",
+        ])  # fmt: skip
+    head = ["", "", "by", "logits, GiB", "ms", "of the same on NumPy arrays", "memory allowed, GiB", "peak, GiB",
+            "of it not of a file"]  # fmt: skip
+    what = "Time and memory of what is larger than one array; the peak is that of each process, in a cgroup with files"
+    tables = [f"{what}:\n\n{_table(head, lines)}"] if lines else []
+    if of_traffic:
+        head = ["", "bytes per row that a process sends", "exchanges per call"]
+        tables.append(f"What processes exchange that share the classes:\n\n{_table(head, of_traffic)}")
+    return tables
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f}"
 
 
 def _thread_cases(rows: Rows) -> Iterable[Case]:

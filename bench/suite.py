@@ -13,6 +13,7 @@ ACROSS = "to the GPU and back"  # the logits there, a gradient of the same size 
 COLD, WARM = "first call, nothing compiled", "first call, compiled before"
 EVERY = (LOSS, GRAD, OUT, IN_PLACE, EACH, EACH_OUT, ACROSS)
 OURS = "xent_array"
+SCALE = "scale"  # the backend of what is larger than one array
 THREADS = "threads"  # the backend whose cases each name a number of threads
 TENSORS = "tensors"  # the backend whose libraries use the memory of NumPy arrays as PyTorch tensors and JAX arrays
 AUTOGRAD, DETACHED, MODULE, EAGER = (

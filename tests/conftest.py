@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from support import tally
 
-BACKENDS = ("numpy", "numpy-readonly", "array-api-strict", "torch", "jax", "cupy", "emulated")
+BACKENDS = ("numpy", "numpy-readonly", "array-api-strict", "torch", "jax", "cupy", "emulated", "dask")
 
 LEFT_OUT = pytest.StashKey[int]()
 
@@ -28,6 +28,7 @@ USUAL_DTYPES = {
     "emulated": ("float32",),
     "array-api-strict": ("float32",),
     "numpy-readonly": ("float32",),
+    "dask": ("float32",),
 }
 
 # Likewise of what JAX would compile operation by operation; in what it traces test_jax.py has the plain composition.
@@ -63,7 +64,9 @@ class Backend:
             if available() is not None:
                 raise ImportError(f"the emulation {available()}")
             self.engines = (emulated.engine(jobs=("LOSS_AND_GRAD", "LOSS", "STATS", "GRAD")),)
-        self.has_out = name != "jax"  # whose arrays cannot be written
+        if name == "dask":
+            self.engines = ("dask",)
+        self.has_out = name not in ("jax", "dask")  # whose arrays cannot be written
         self.looks_at_labels = name not in ("cupy", "emulated")  # unasked: on a GPU that would wait for it
         self._types = (type(self.xp.asarray(0.0)), np.generic if self.is_numpy else ())
 
@@ -80,6 +83,8 @@ class Backend:
             return self.xp.asarray(values.astype(np.float32), dtype=self.xp.bfloat16)
         if self.name == "numpy-readonly":
             values.flags.writeable = False
+        if self.name == "dask":  # in two chunks along each axis
+            return self.xp.asarray(values, chunks=tuple(max(1, -(-length // 2)) for length in values.shape))
         return self.xp.asarray(values)
 
     def numpy(self, x):
@@ -88,6 +93,8 @@ class Backend:
         if self.name == "torch":
             x = x.detach().cpu()
             return x.float().numpy().astype(ml_dtypes.bfloat16) if x.dtype == self.xp.bfloat16 else x.numpy()
+        if self.name == "dask":
+            return x.compute(scheduler="synchronous")
         return x.get() if self.name == "cupy" else np.asarray(x)
 
 
@@ -104,6 +111,8 @@ def _namespace(name):
         import jax.numpy as xp
 
         jax.config.update("jax_enable_x64", True)
+    elif name == "dask":
+        import array_api_compat.dask.array as xp
     elif name == "cupy":
         import cupy
 

@@ -36,6 +36,7 @@ PACKAGES = (
     "cupy",
     "torch",
     "jax",
+    "dask",
 )
 BORROWED = {"PyTorch": "torch", "JAX": "jax"}  # module names of libraries whose arrays' memory the engines can use
 LOGITS = [[2.0, 1.0, 0.1], [0.1, 2.0, 1.9]]
@@ -71,11 +72,11 @@ def gather() -> dict[str, Any]:
     """The contents of the report, as plain data."""
     results = []
     for library, xp, missing in _libraries():
-        for name in ENGINES:
+        for name in ("dask",) if library == "Dask" else (name for name in ENGINES if name != "dask"):
             reason = missing or ENGINES[name].declines(_rows(xp))
             entry = {"engine": name, "library": library, "available": reason is None, "reason": reason}
             if reason is None:
-                entry |= _worked_example(name, xp) | _timing(name, xp)
+                entry |= _worked_example(name, xp) | ({} if name == "dask" else _timing(name, xp))
             results.append(entry)
     compiled = cpu.found_loops()  # after the calls above, of which the first compiles
     without = compiled if isinstance(compiled, str) else None
@@ -120,12 +121,18 @@ def _engines_of_memory() -> dict[str, dict[str, str | None]]:
 
 def _libraries() -> list[tuple[str, Any, str | None]]:
     """(name, namespace, reason why it cannot be used here) of the libraries whose arrays are tried."""
-    if not _is_there("cupy"):
-        return [("NumPy", np, None), ("CuPy", None, "CuPy is not installed")]
-    import cupy
+    found: list[tuple[str, Any, str | None]] = [("NumPy", np, None), ("CuPy", None, "CuPy is not installed")]
+    if _is_there("cupy"):
+        import cupy
 
-    missing = None if cupy.is_available() else "CuPy finds no CUDA device, or no driver"
-    return [("NumPy", np, None), ("CuPy", cupy, missing)]
+        found[1] = "CuPy", cupy, None if cupy.is_available() else "CuPy finds no CUDA device, or no driver"
+    if not _is_there("dask"):
+        return [*found, ("Dask", None, "Dask is not installed")]
+    try:
+        import array_api_compat.dask.array as dask_array
+    except Exception as error:  # from whatever else Dask imports
+        return [*found, ("Dask", None, f"Dask cannot be imported: {error}")]
+    return [*found, ("Dask", dask_array, None)]
 
 
 def _rows(xp: Any) -> Rows:
@@ -134,13 +141,14 @@ def _rows(xp: Any) -> Rows:
 
 
 def _on_host(array: Any) -> Any:
+    array = array.compute() if hasattr(array, "compute") else array
     return np.asarray(array.get() if hasattr(array, "get") else array, dtype=np.float64)
 
 
 def _worked_example(engine: str, xp: Any) -> dict[str, Any]:
     """The example from the README in float32, and its distance from the float64 result."""
     logits, target = xp.asarray(LOGITS, dtype=xp.float32), xp.asarray(TARGET)
-    p = _engines.softmax(ENGINES[engine], _rows(xp), log=False)[:, :, 0]
+    p = xp.reshape(_engines.softmax(ENGINES[engine], _rows(xp), log=False), logits.shape)
     rows = cross_entropy(logits, target, reduction="none", engine=engine)
     mean, grad = cross_entropy_value_and_grad(logits, target, engine=engine)
     got = {"softmax": p, "rows": rows, "mean": mean, "gradient": grad}
@@ -199,15 +207,16 @@ def text(report: dict[str, Any]) -> str:
     for entry in report["engines"]:
         lines += ["", f"engine {entry['engine']!r} on {entry['library']} arrays: " + _verdict(entry)]
         if entry["available"]:
-            size = f"{report['timed']['rows']} x {report['timed']['classes']} {report['timed']['dtype']}"
-            speed = f"{entry['ms']:.1f} ms, {entry['GB/s']:.1f} GB/s (a copy: {entry['copy GB/s']:.1f} GB/s)"
             lines += [
                 f"  softmax   {_numbers(entry['softmax'])}",
                 f"  H         {_numbers(entry['rows'])}    mean {entry['mean']:.3f}",
                 f"  gradient  {_numbers(entry['gradient'])}",
                 f"  largest error against float64: {entry['error']:.1e}",
-                f"  loss and gradient of {size}: {speed}",
             ]
+        if "ms" in entry:
+            size = f"{report['timed']['rows']} x {report['timed']['classes']} {report['timed']['dtype']}"
+            speed = f"{entry['ms']:.1f} ms, {entry['GB/s']:.1f} GB/s (a copy: {entry['copy GB/s']:.1f} GB/s)"
+            lines.append(f"  loss and gradient of {size}: {speed}")
     return "\n".join(lines)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -218,7 +218,7 @@ class Problem(NamedTuple):
             _check_all_held(self.rows.xp, _lent(given, role, self.home), taken, role)
 
 
-def _check_all_held(xp: Any, given: Array, taken: Array, role: str) -> None:
+def _check_all_held(xp: Any, given: Array, taken: Array, role: str, first: Sequence[int] | None = None) -> None:
     """Raises ValueError for the first number that is finite in `given` but infinite in `taken`."""
     with quiet(xp):
         lost = ~xp.isfinite(taken)
@@ -227,13 +227,21 @@ def _check_all_held(xp: Any, given: Array, taken: Array, role: str) -> None:
         lost = lost & xp.isfinite(xp.astype(given, xp.float64))
         if not bool(xp.any(lost)):
             return
-        first = int(xp.argmax(xp.astype(xp.reshape(lost, (-1,)), xp.int8)))
-        where = ", ".join(str(int(k)) for k in np.unravel_index(first, taken.shape))
-        value = float(xp.reshape(given, (-1,))[first])
-    raise ValueError(
-        f"{role}{f'[{where}]' if where else ''} is {value!r}, which the arithmetic, here {_dtype_name(taken.dtype)},"
-        " cannot hold"
-    )
+        at = int(xp.argmax(xp.astype(xp.reshape(lost, (-1,)), xp.int8)))
+        where = _place(at, taken.shape, first)
+        value = float(xp.reshape(given, (-1,))[at])
+    raise ValueError(f"{role}{where} is {value!r}, which the arithmetic, here {_dtype_name(taken.dtype)}, cannot hold")
+
+
+def _place(at: int, shape: tuple[int, ...], first: Sequence[int] | None) -> str:
+    """The index, in brackets, of element number `at` of an array that begins at the index `first` of a larger one.
+
+    Nothing for an array without dimensions, or if it is not known where it begins.
+    """
+    index = [int(k) for k in np.unravel_index(at, shape)]
+    if first is not None:
+        index = [k + n for k, n in zip(index, first, strict=True)]
+    return f"[{', '.join(map(str, index))}]" if index and all(k == k for k in index) else ""
 
 
 def _host_number(value: Any) -> Any:
@@ -277,7 +285,7 @@ def problem_without_target(x: Array, axis: int) -> Problem:
     x = home.lend(x)
     xp = namespace(x)
     acc = _arithmetic(xp, x, "x", given)
-    view = _view(x, axis, "x")
+    view = home.view(_view(x, axis, "x"), x)
     rows = Rows(xp, view.logits(xp, x), acc)
     return Problem(rows, view, home.engine(_engines.pick(rows, None, is_lent=home.bridge is not None)), {}, home)
 
@@ -329,7 +337,7 @@ def _checked(logits: Any, target: Any, asked: Asked, differentiates: str) -> Pro
         if options[2] is not None:
             _check_held(xp, options[2], "softcap", acc, divides=True)
         start, vocabulary = getattr(engine, "slice", (0, 0))
-        view = _view(logits, axis, "logits", may_be_empty=vocabulary != 0)
+        view = home.view(_view(logits, axis, "logits", may_be_empty=vocabulary != 0), logits)
         if vocabulary and start + view.flat[1] > vocabulary:
             raise ValueError(
                 f"the logits are those of {view.flat[1]} classes, from class {start} on, of only {vocabulary} in all"
@@ -355,6 +363,12 @@ def _checked(logits: Any, target: Any, asked: Asked, differentiates: str) -> Pro
             class_weight = _real(weight, "weight", home, acc, of_all, "one number per class,")
         if sample_weight is not None:
             row_weight = _real_rows(sample_weight, "sample_weight", home, acc, view, may_be_mask=True)
+        inputs = {"logits": logits, "target": target}
+        inputs |= {"weight": home.lend(weight), "sample_weight": home.lend(sample_weight)}
+        check = None
+        if is_labels and validate is not False and home.is_lazy:
+            of = {"classes": view.flat[1], "ignore_index": ignore_index, "is_asked": bool(validate)}
+            check = partial(_all_computed_labels_count, **of)
         label_smoothing, z_loss, softcap = options
         rows = Rows(
             xp=xp,
@@ -369,6 +383,7 @@ def _checked(logits: Any, target: Any, asked: Asked, differentiates: str) -> Pro
             softcap=softcap,
             reduction=reduction,
             row_order=view.row_order,
+            check=check,
             start=start,
             vocabulary=vocabulary,
         )
@@ -377,10 +392,8 @@ def _checked(logits: Any, target: Any, asked: Asked, differentiates: str) -> Pro
         chosen = home.engine(_engines.pick(rows, engine, home.about, is_lent=home.bridge is not None))
         if is_labels and validate is not False and (validate or chosen.reads_labels_free(rows)):
             with quiet(xp):
-                counts = _all_labels_count(target, rows.all_classes, ignore_index, row_weight)
+                counts = _all_labels_count(target, row_weight, rows.all_classes, ignore_index)
                 rows = rows._replace(all_labels_count=counts)
-        inputs = {"logits": logits, "target": target}
-        inputs |= {"weight": home.lend(weight), "sample_weight": home.lend(sample_weight)}
         problem = Problem(rows, view, chosen, inputs, home)
         if weight is not None:
             problem.check_held(weight, class_weight, "weight")
@@ -614,7 +627,7 @@ def _check_target(target: Array, name: str, view: View, given: Any, library: Any
     The user passed it as `given`: an array of `library`, or something that was converted to one.
     """
     shape = tuple(target.shape)
-    if shape == view.row_shape:
+    if _same(shape, view.row_shape):
         if name not in _INTEGERS:
             advice = f" (write {_conversion(given, 'target', 'int64', library)})" if name in _ARITHMETIC else ""
             raise TypeError(
@@ -622,7 +635,7 @@ def _check_target(target: Array, name: str, view: View, given: Any, library: Any
                 f"{advice}; a distribution per row would have the shape of the logits, {view.shape}"
             )
         return True
-    if shape == view.shape:
+    if _same(shape, view.shape):
         if name not in _INTEGERS and name not in _ARITHMETIC and name not in _BOOLEANS:
             raise TypeError(f"a target distribution must be float, integer or boolean, got dtype {name}")
         return False
@@ -635,6 +648,13 @@ def _check_target(target: Array, name: str, view: View, given: Any, library: Any
         f"target of shape {shape} does not fit logits of shape {view.shape} with the classes along axis {view.axis}:"
         f" class indices have shape {view.row_shape}, distributions {view.shape}{hint}"
     )
+
+
+def _same(shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Whether two shapes are the same, as far as their lengths are known; unknown ones, of Dask, are NaN."""
+    if shape == other:
+        return True
+    return len(shape) == len(other) and all(m == n or m != m or n != n for m, n in zip(shape, other, strict=True))
 
 
 def _real(
@@ -651,12 +671,24 @@ def _real(
     name = _dtype_name(value.dtype)
     if name not in _INTEGERS and name not in _ARITHMETIC and not (may_be_mask and name in _BOOLEANS):
         raise TypeError(f"{role} must be real numbers, of an integer dtype or {', '.join(_ARITHMETIC)}; got {name}")
-    if tuple(value.shape) != shape:
+    if not _same(tuple(value.shape), shape):
         raise ValueError(f"{role} must have {words} {shape}; got shape {tuple(value.shape)}")
     value = home.lend(value, _dtype_name(acc))
     xp = namespace(value)
+    if home.is_lazy and name != _dtype_name(acc):
+        return home.later(partial(_held, role=role, acc=np.dtype(acc).name), value)
     with quiet(xp):
         return xp.astype(value, acc, copy=False)
+
+
+def _held(part: Array, *, first: Sequence[int] | None, role: str, acc: str) -> Array:
+    """Part of an array that was lazy, in the dtype `acc`, checked as in `Problem.check_held`."""
+    xp = namespace(part)
+    with quiet(xp):
+        taken = xp.astype(part, getattr(xp, acc))
+    if xp is np and part.dtype != bool:
+        _check_all_held(xp, part, taken, role, first)
+    return taken
 
 
 def _real_rows(value: Any, role: str, home: Home, acc: DType, view: View, may_be_mask: bool = False) -> Array:
@@ -664,10 +696,13 @@ def _real_rows(value: Any, role: str, home: Home, acc: DType, view: View, may_be
     return _real(value, role, home, acc, view.row_shape, "the shape of the rows,", may_be_mask)
 
 
-def _all_labels_count(target: Array, classes: int, ignore_index: int | None, row_weight: Array | None) -> bool:
+def _all_labels_count(
+    target: Array, row_weight: Array | None, classes: int, ignore_index: int | None, first: Sequence[int] | None = None
+) -> bool:
     """Whether it is certain that every label is a class and none is ignored.
 
-    Raises IndexError for the first label, among the rows that count, that is not a class.
+    Raises IndexError for the first label, among the rows that count, that is not a class. The labels may be a part of
+    those of the user, which begins at the index `first`.
     """
     if is_traced(target) or 0 in target.shape:
         return False  # there are no values to read
@@ -689,18 +724,26 @@ def _all_labels_count(target: Array, classes: int, ignore_index: int | None, row
             return False
         bad = bad & (_on_host(_detached(row_weight)) != 0)
     if bool(xp.any(bad)):
-        first = int(xp.argmax(xp.astype(xp.reshape(bad, (-1,)), xp.int8)))
-        where = ", ".join(str(int(k)) for k in np.unravel_index(first, target.shape))
-        label = int(xp.reshape(target, (-1,))[first])
+        at = int(xp.argmax(xp.astype(xp.reshape(bad, (-1,)), xp.int8)))
+        label = int(xp.reshape(target, (-1,))[at])
         smallest, largest = _integer_range(name)
         label += 0 if label >= smallest else largest + 1  # undo the wrapping by `signed`
         allowed = "" if ignore_index is None else f", or ignore_index={ignore_index}"
         only = " (the logits have one class)" if classes == 1 else ""
         raise IndexError(
-            f"target{f'[{where}]' if where else ''} is {label}, which is not a class:"
+            f"target{_place(at, target.shape, first)} is {label}, which is not a class:"
             f" labels must be from 0 to {classes - 1}{only}{allowed}"
         )
     return False
+
+
+def _all_computed_labels_count(
+    target: Array, row_weight: Array | None, first: Sequence[int], classes: int, ignore_index: int | None,
+    is_asked: bool,
+) -> bool:  # fmt: skip
+    """The same of labels that were lazy: they are looked at in host memory, or if the caller `is_asked` to wait."""
+    looks = is_asked or isinstance(target, np.ndarray)
+    return looks and _all_labels_count(target, row_weight, classes, ignore_index, first)
 
 
 def _on_host(array: Array) -> Array:
@@ -811,12 +854,12 @@ class Output:
             raise TypeError(f"out must be an array of the library of logits, {library.__name__}; got {described(out)}")
         if not getattr(getattr(out, "flags", None), "writeable", True):
             raise ValueError("out is read-only: the gradient cannot be written to it")
-        if not is_writeable_array(out):
+        if not is_writeable_array(out) or home.is_lazy:
+            why = "are computed later" if home.is_lazy else "cannot be changed"
             raise TypeError(
-                f"out cannot be used with {library.__name__}, whose arrays cannot be changed;"
-                " take the returned gradient"
+                f"out cannot be used with {library.__name__}, whose arrays {why}; take the returned gradient"
             )
-        if tuple(out.shape) != view.shape:
+        if not _same(tuple(out.shape), view.shape):
             raise ValueError(f"out must have the shape of logits, {view.shape}; got {tuple(out.shape)}")
         if _dtype_name(out.dtype) != _dtype_name(rows.logits.dtype):
             raise TypeError(

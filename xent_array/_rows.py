@@ -8,7 +8,7 @@ what multiplies a row, what divides the sum, and how two parts of a row are merg
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any, NamedTuple
@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from array_api_compat import array_namespace, is_jax_array
 from array_api_compat import device as _device
+
+DASK = "array_api_compat.dask.array"  # the name of the functions of Dask
 
 Array = Any  # an array of any Array-API library; the standard has no common base class
 DType = Any
@@ -112,8 +114,8 @@ def nan_unless(xp: Any, good: Array, values: Array) -> Array:
 
     If all are good, no NaN is created, because a debugger might stop at one.
     """
-    if xp is np:
-        return np.where(good, values, values.dtype.type(np.nan))  # with the same sign on every processor
+    if xp is np or xp.__name__ == DASK:
+        return xp.where(good, values, values.dtype.type(np.nan))  # with the same sign on every processor
     with quiet(xp):
         return xp.where(good, values, xp.zeros_like(values)) / xp.astype(good, values.dtype)
 
@@ -146,7 +148,10 @@ class Rows(NamedTuple):
     arithmetic and of the loss. `denominator` is what the mean divides by if the caller chose it: a number, or a 0-d
     array in the widest dtype. `row_order` holds the user's shape of the rows and the order in which its axes form
     (outer, inner); None if they are in that order already. `all_labels_count` is True if it is already known that every
-    label is a class and none is ignored; False means nothing is known.
+    label is a class and none is ignored; False means nothing is known. `check` is called as ``check(target,
+    sample_weight, first=index)`` with parts of labels that have no values yet, when they have: it raises IndexError for
+    one that is no class, and returns whether all count; `index` says where the parts begin. For Dask arrays `Blocks`
+    are in the place of arrays (see the engine "dask").
 
     The logits may be those of a slice of the classes, which begins at class `start` of `vocabulary`; that is 0 if all
     classes are here. Labels and class weights are then those of the whole vocabulary, distributions those of the slice.
@@ -167,6 +172,7 @@ class Rows(NamedTuple):
     denominator: Array | float | None = None
     row_order: tuple[tuple[int, ...], tuple[int, ...]] | None = None
     all_labels_count: bool = False
+    check: Callable[..., bool] | None = None
     start: int = 0
     vocabulary: int = 0
 
@@ -299,12 +305,15 @@ def merge(one: RowStats, two: RowStats) -> RowStats:
     xp = namespace(one.max)
     first = one.max >= two.max
     zero = xp.zeros_like(one.max)
-    half = xp.where(one.max == two.max, zero, xp.abs(one.max / 2 - two.max / 2))  # the difference itself may overflow
+    differ = one.max != two.max
+    ours, theirs = xp.where(differ, one.max, zero), xp.where(differ, two.max, zero)
+    half = xp.abs(ours / 2 - theirs / 2)  # the difference itself may overflow
     low_rest, low_mass = xp.where(first, two.rest, one.rest), xp.where(first, two.mass, one.mass)
+    has_none = (low_mass == 0) | (half == 0)
     merged = RowStats(
         max=xp.maximum(one.max, two.max),
         rest=xp.where(first, one.rest, two.rest) + (1 + low_rest) * xp.exp(-2 * half),
-        gap=one.gap + two.gap + xp.where((low_mass == 0) | (half == 0), zero, 2 * (low_mass * half)),
+        gap=one.gap + two.gap + 2 * (xp.where(has_none, zero, low_mass) * xp.where(has_none, zero, half)),
         mass=one.mass + two.mass,
     )
     if one.correct is None or two.correct is None:
@@ -320,6 +329,14 @@ def merged(stats: Sequence[RowStats]) -> RowStats:
         pairs = zip(parts[::2], parts[1::2], strict=False)
         parts = [merge(*pair) for pair in pairs] + parts[len(parts) & ~1 :]
     return parts[0]
+
+
+def nothing(rows: Rows, is_marked: bool) -> RowStats:
+    """The stats of rows of which no class is here."""
+    xp = rows.xp
+    zero = xp.sum(xp.astype(rows.logits, rows.acc), axis=1)
+    correct = xp.astype(zero, xp.bool) if is_marked and rows.has_labels else None
+    return RowStats(zero - xp.inf, zero, zero, zero, correct)
 
 
 class Labels(NamedTuple):

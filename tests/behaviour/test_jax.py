@@ -319,7 +319,7 @@ def test_nothing_is_copied(dtype, axis):
 
 
 def test_memory_of_a_gradient_is_used_again_only_when_jax_is_done_with_it(monkeypatch):
-    resize(monkeypatch, LARGE=1 << 16, ALIGNED=1 << 14)
+    resize(monkeypatch, MAPPED=1 << 16, ALIGNED=1 << 14)
     monkeypatch.setattr(memory, "_kept", type(memory._kept)(maxlen=1))
     x, labels = jnp.asarray(np.random.default_rng(0).standard_normal((300, 200))), jnp.arange(300) % 200
 
@@ -356,7 +356,7 @@ def test_memory_of_a_gradient_is_used_again_only_when_jax_is_done_with_it(monkey
 @pytest.mark.skipif(not memory._CAN_KEEP, reason="this system has no memory that is marked as free")
 def test_memory_that_jax_has_not_let_go_of_yet_is_used_again(monkeypatch):
     """It lets go when it is called next, which must be before the next gradient is made room for."""
-    x, labels = jnp.zeros((memory.LARGE // 4000 + 1, 1000), "float32"), jnp.zeros(memory.LARGE // 4000 + 1, "int32")
+    x, labels = jnp.zeros((memory.MAPPED // 4000 + 1, 1000), "float32"), jnp.zeros(memory.MAPPED // 4000 + 1, "int32")
     mapped = []
     real = memory._mapped
     monkeypatch.setattr(memory, "_mapped", lambda size: mapped.append(size) or real(size))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import event, given
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from support.close import assert_grad, assert_loss
 from support.oracle import EPS, NORMAL, SUBNORMAL, exact, oracle
@@ -325,6 +325,48 @@ def test_row_stats(engine, problem):
         grad = cross_entropy_grad(x, target, grad_output=g, stats=stats, out=out, **options)
         assert out is None or grad is out
         assert_grad(grad.astype(truth.grad_dtype) if grad is x else grad, truth)
+
+
+# -- Dask --------------------------------------------------------------------------------------------------------
+
+
+def in_chunks(draw, values):
+    """A Dask array of these values, in chunks of any sizes along every axis, some of them empty."""
+    import dask.array as da
+
+    chunks = []
+    for length in values.shape:
+        cuts = sorted(draw(st.lists(st.integers(0, length), max_size=3)))
+        chunks.append(tuple(np.diff([0, *cuts, length]).tolist()))
+    return da.from_array(values, chunks=tuple(chunks))
+
+
+@settings(max_examples=200)
+@given(data=st.data(), problem=problems())
+def test_any_chunks(data, problem):
+    """Of rows and classes, and others of the target and the weights, which may also be no Dask arrays."""
+    dask = pytest.importorskip("dask", reason="Dask is not installed")
+
+    def made(values):
+        is_array = isinstance(values, np.ndarray)
+        return in_chunks(data.draw, values) if is_array and (values.ndim != 1 or data.draw(st.booleans())) else values
+
+    x, target, g = problem.logits, problem.target, problem.grad_output
+    truth = oracle(x, target, grad_output=g, **problem.known())
+    options = {name: made(value) for name, value in problem.options.items()}
+    y, target, g = in_chunks(data.draw, x), made(target), made(g)
+    of_rows = {name: value for name, value in options.items() if name != "reduction"}
+    loss = cross_entropy(y, target, **options)
+    value, grad = cross_entropy_value_and_grad(y, target, grad_output=g, **options)
+    stats = row_stats(y, target, **of_rows)
+    saved = cross_entropy_grad(y, target, grad_output=g, stats=stats, **options)
+    assert grad.chunks == saved.chunks == y.chunks
+    loss, value, grad, saved, lse = dask.compute(loss, value, grad, saved, stats.lse, scheduler="synchronous")
+    for each in (loss, value):
+        assert_loss(each, truth)
+    for each in (grad, saved):
+        assert_grad(each, truth)
+    assert_lse(lse, truth)
 
 
 @given(x=logits())

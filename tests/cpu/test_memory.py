@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(not hasattr(mmap, "MADV_FREE"), reason="this sys
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Nothing kept yet, and 'large' is what a test can afford."""
-    resize(monkeypatch, LARGE=1 << 16, ALIGNED=1 << 14)
+    resize(monkeypatch, MAPPED=1 << 16, ALIGNED=1 << 14)
     memory._kept.clear()
     yield
     memory._kept.clear()
@@ -75,7 +75,7 @@ def test_small_arrays_are_numpys():
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float64])
 def test_what_a_copy_would_be_felt_of_starts_with_a_line(monkeypatch, dtype):
-    resize(monkeypatch, LARGE=1 << 25)
+    resize(monkeypatch, MAPPED=1 << 25)
     held = [memory.empty((memory.ALIGNED // 64 + k, 64), np.dtype(dtype)) for k in range(5)]
     assert {address(each) % 64 for each in held} == {0}
     assert all(each.flags.carray for each in held)
@@ -99,11 +99,13 @@ def test_dtypes(dtype):
     assert made.flags.carray
 
 
-def test_two_are_kept():
-    three = [memory.empty((200, 100), SINGLE) for _ in range(3)]
-    assert len({address(each) for each in three}) == 3
-    three.clear()
-    assert len(memory._kept) == 2
+@pytest.mark.parametrize(("room", "count"), [(0, 2), (79_999 * 5, 4), (80_000 * 5, 5), (1 << 30, 7)])
+def test_two_are_kept_or_as_many_as_there_is_room_for(monkeypatch, room, count):
+    monkeypatch.setattr(memory, "ROOM", room)
+    seven = [memory.empty((200, 100), SINGLE) for _ in range(7)]
+    assert len({address(each) for each in seven}) == 7
+    seven.clear()
+    assert len(memory._kept) == count
 
 
 def test_of_two_the_one_that_fits():

@@ -19,7 +19,7 @@ for _file in sorted(ROOT.rglob("*.py")):
     _parts = (ROOT.name, *_file.relative_to(ROOT).with_suffix("").parts)
     MODULES[".".join(_parts[:-1] if _parts[-1] == "__init__" else _parts)] = _file
 TREES = {name: ast.parse(file.read_text()) for name, file in MODULES.items()}
-OPTIONAL = {"array_api_compat.torch", "cupy", "jax", "llvmlite", "ml_dtypes", "torch"}
+OPTIONAL = {"array_api_compat.torch", "cupy", "dask", "jax", "llvmlite", "ml_dtypes", "torch"}
 each_module = pytest.mark.parametrize("module", MODULES)
 
 
@@ -52,6 +52,7 @@ def needs_an_optional_library(name):
 
 def test_what_counts_as_optional():
     wanted = {"_engines.cpu.loops.simd", "_engines.cpu.loops.processor", "_bridges._torch", "_bridges._jax", "torch"}
+    wanted |= {"_bridges._dask", "_engines.dask"}
     assert {f"{ROOT.name}.{name}" for name in wanted} <= {name for name in MODULES if needs_an_optional_library(name)}
     without = ("_api", "_engines", "_engines.cpu.compiled", "_engines.cpu.machine_code")
     assert not any(needs_an_optional_library(f"{ROOT.name}.{name}") for name in without)

@@ -21,6 +21,9 @@ also define these:
     composed(answer, problem)             `answer(rows)`, an engine's, for arrays that were not lent. If it is recorded
                                           step by step, the record must keep no array of the size of the logits except
                                           those that the user passed
+    view(plain, logits) -> View           the view of the axes, in place of `plain`, which reshapes whole arrays
+    later(function, array, *others)       what `function(part, *parts of others, first=index)` returns for each part of
+                                          an array that has no values yet, when it has; `index` says where it begins
 
 The arrays of a call are lent one by one, after the checks that name them, and the results are given back; in between,
 the problem is one of NumPy or CuPy arrays like any other. `role` says what the library must be able to differentiate:
@@ -33,16 +36,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-from .._rows import Array, quiet
+from .._rows import DASK, Array, quiet
 
-_MODULES = {"array_api_compat.torch": "._torch", "jax.numpy": "._jax"}  # by the namespace of the library
+_MODULES = {  # by the namespace of the library
+    "array_api_compat.torch": "._torch",
+    "jax.numpy": "._jax",
+    DASK: "._dask",
+}
 
 KINDS: dict[type, ModuleType] = {}  # the bridge for each array type that `at_once` has met
 
@@ -102,6 +109,21 @@ class Home:
         if isinstance(array, np.ndarray) and (beside := getattr(self.of_library, "beside", None)) is not None:
             array = beside(array, self.logits, self.bridge is not None)
         return array if self.bridge is None else self.bridge.lend(array, dtype)
+
+    def view(self, plain: Any, logits: Array) -> Any:
+        """The view of the axes of `logits`, of which `plain` is the usual one."""
+        own = getattr(self.of_library, "view", None)
+        return plain if own is None else own(plain, logits)
+
+    @property
+    def is_lazy(self) -> bool:
+        """Whether arrays have no values before they are computed, so that these are checked then, by `later`."""
+        return hasattr(self.of_library, "later")
+
+    def later(self, function: partial[Array], array: Array, *others: Array) -> Array:
+        """What `function` makes of an array, part by part, once that is computed."""
+        assert self.of_library is not None
+        return self.of_library.later(function, array, *others)
 
     def refuses_out(self, out: Array) -> str | None:
         """Why the engine cannot write to the memory of a user's array; None if it can."""

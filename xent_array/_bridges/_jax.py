@@ -17,7 +17,7 @@ import numpy as np
 from jax import numpy as jnp
 
 from .._engines import Engine
-from .._engines.cpu.memory import LARGE
+from .._engines.cpu.memory import MAPPED
 from .._rows import Array, device, is_traced, place
 from . import KINDS, optional
 
@@ -61,7 +61,7 @@ def lend(array: Any, dtype: str | None = None) -> Array:
         return array
     if _is_on_cuda(array):
         return _cupy().from_dlpack(array.block_until_ready())
-    if array.nbytes >= LARGE:
+    if array.nbytes >= MAPPED:
         _make_room(array)
     return np.asarray(array)
 

@@ -33,12 +33,13 @@ scale is 0 has a gradient of exactly 0.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from importlib import import_module
 from typing import Any, Protocol
 
 import numpy as np
 
 from .. import _bridges, _rows
-from .._rows import Array, Asked, Rows, RowStats
+from .._rows import DASK, Array, Asked, Rows, RowStats
 from . import cpu, cuda, generic
 
 
@@ -53,10 +54,42 @@ class Engine(Protocol):
     def grad(self, rows: Rows, stats: RowStats, out: Array | None = None) -> Array: ...
 
 
+class _Dask:
+    """The engine in `dask.py`, which is not imported before the first Dask array comes, because Dask is with it."""
+
+    name = "dask"
+
+    def declines(self, rows: Rows) -> str | None:
+        if rows.xp.__name__ != DASK:
+            return f"takes Dask arrays, and these are of {rows.xp.__name__}"
+        reason: str | None = self._engine.declines(rows)
+        return reason
+
+    def reads_labels_free(self, rows: Rows) -> bool:
+        return False  # `Rows.check` looks at them later
+
+    def stats(self, rows: Rows) -> RowStats:
+        found: RowStats = self._engine.stats(rows)
+        return found
+
+    def grad(self, rows: Rows, stats: RowStats, out: Array | None = None) -> Array:
+        return self._engine.grad(rows, stats)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("kinds", "at_once", "noting", "borrows", "slice", "failed") or name.startswith("_"):
+            raise AttributeError(name)  # it has none of these
+        return getattr(self._engine, name)
+
+    @property
+    def _engine(self) -> Any:
+        return import_module(".dask", __name__)
+
+
 ENGINES: dict[str, Engine] = {  # in the order in which they are tried
     "cpu": cpu.engine,
     "numpy": cpu.numpy_engine,
     "cuda": cuda.engine,
+    "dask": _Dask(),
     "generic": generic,
 }
 
@@ -186,7 +219,11 @@ def softmax(engine: Engine, rows: Rows, log: bool) -> Array:
     own = getattr(engine, "softmax", None)
     if own is not None:
         return own(rows, log)
-    stats = engine.stats(rows)
+    return softmax_from(engine, rows, engine.stats(rows), log)
+
+
+def softmax_from(engine: Engine, rows: Rows, stats: RowStats, log: bool) -> Array:
+    """The same from stats, which may be those of whole rows where these are slices of them."""
     if not log:
         return engine.grad(rows, stats, None)
     x = rows.xp.astype(rows.logits, rows.acc, copy=False)

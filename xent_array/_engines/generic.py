@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from .. import _rows
-from .._rows import Array, Rows, RowStats
+from .._rows import DASK, Array, Rows, RowStats
 
 name = "generic"
 
 
 def declines(rows: Rows) -> str | None:
-    return None
+    return "leaves Dask arrays to the engine 'dask'" if rows.xp.__name__ == DASK else None
 
 
 def reads_labels_free(rows: Rows) -> bool:

@@ -214,7 +214,7 @@ class VocabParallel(_Shared):
     def _merged(self, rows: Rows, name: str, compute: Callable[[], RowStats]) -> RowStats:
         """The stats of whole rows. `compute` returns those of this slice."""
         try:
-            own = _nothing(rows, name == "row_stats") if rows.classes == 0 else compute()
+            own = _rows.nothing(rows, name == "row_stats") if rows.classes == 0 else compute()
             count = rows.shape[0] * rows.shape[1]
             numbers = [np.asarray(_rows.in_order(rows, part), rows.acc) for part in own if part is not None]
             asked = _question(
@@ -243,13 +243,6 @@ class VocabParallel(_Shared):
             parts.append(part if part.correct is None else part._replace(correct=part.correct != 0))
         with np.errstate(all="ignore"):
             return _rows.merged(parts)
-
-
-def _nothing(rows: Rows, is_marked: bool) -> RowStats:
-    """The stats of no classes."""
-    zero = np.zeros(rows.shape, rows.acc)
-    correct = np.zeros(rows.shape, bool) if is_marked and rows.has_labels else None
-    return RowStats(np.full(rows.shape, -np.inf, rows.acc), zero, zero, zero, correct)
 
 
 class BatchParallel(_Shared):

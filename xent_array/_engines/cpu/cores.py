@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cache, lru_cache
 from pathlib import Path, PurePosixPath
 
@@ -19,13 +20,33 @@ def threads() -> int:
       PYTHON_CPU_COUNT, which Python itself honors from version 3.13 on;
     - on Linux, the CPU quota of its cgroups, in cores, rounded up (read only once);
     - OMP_NUM_THREADS, which joblib, loky, Dask and torchrun set in their workers, so that all of them together have as
-      many threads as there are cores (``inner_max_num_threads`` of joblib sets it, too).
+      many threads as there are cores (``inner_max_num_threads`` of joblib sets it, too);
+    - what `at_most` says, in the threads of Dask.
     """
-    return _least(_cores(), _quota(), sys._xoptions.get("cpu_count"), *_environment())
+    return _least(_cores(), _quota(), _own.limit, sys._xoptions.get("cpu_count"), *_environment())
+
+
+class _Own(threading.local):
+    limit: int | None = None
+
+
+_own = _Own()
+
+
+@contextmanager
+def at_most(count: int | None) -> Iterator[None]:
+    """Limits the number of threads in calls that this thread makes meanwhile; None sets no limit."""
+    before, _own.limit = _own.limit, count
+    try:
+        yield
+    finally:
+        _own.limit = before
 
 
 @lru_cache(maxsize=8)
-def _least(cores: int, quota: int | None, option: str | bool | None, asked: str, count: str, omp: str) -> int:
+def _least(
+    cores: int, quota: int | None, own: int | None, option: str | bool | None, asked: str, count: str, omp: str
+) -> int:
     if asked.strip():
         found = _number(asked)
         if found is None:
@@ -34,7 +55,7 @@ def _least(cores: int, quota: int | None, option: str | bool | None, asked: str,
             )
         return found
     # A list such as "4,2" has one number for each level of nesting; the first one applies here.
-    limits = _number(count if option is None else option) or cores, quota, _number(omp.partition(",")[0])
+    limits = _number(count if option is None else option) or cores, quota, own, _number(omp.partition(",")[0])
     return min(limit for limit in limits if limit is not None)
 
 

@@ -1,9 +1,10 @@
 """Memory for large arrays: that of an array which is gone is kept for the next one.
 
-malloc returns what is larger than 32 MiB to the system when it is freed, and the next such array is made of pages that
-the system has to clear first, which takes as long as a gradient itself. So when the last reference to such an array is
-gone, its memory stays mapped for one more of about that size, marked as free: the system takes it back as soon as it
-needs it. Two pieces are kept, one for a gradient and one for the losses of its rows.
+malloc returns large arrays to the system when they are freed: those above 32 MiB always, and in threads other than the
+main one most of those above a few. The next such array is made of pages that the system has to clear first, which takes
+as long as a gradient itself. So when the last reference to a large array is gone, its memory stays mapped for one more
+of about that size, marked as free: the system takes it back as soon as it needs it. Two pieces are always kept, one for
+a gradient and one for the losses of its rows; more, for threads that each make a gradient, as long as all are small.
 
 Above a certain size arrays start at a cache line: only those does JAX take without a copy.
 """
@@ -24,12 +25,13 @@ from ..._rows import Array
 
 M = TypeVar("M", bound=Sized)
 
-LARGE = 1 << 25  # bytes
+MAPPED = 1 << 22  # bytes from which arrays are mapped, and their memory kept
+ROOM = 1 << 27  # bytes that may be kept in more than two pieces
 ALIGNED = 1 << 18  # bytes from which arrays start at a cache line; JAX copies smaller ones faster than it takes them
 LINE = 64  # bytes of a cache line
 
 _CAN_KEEP = hasattr(mmap, "MADV_FREE")
-_kept: deque[mmap.mmap] = deque(maxlen=2)
+_kept: deque[mmap.mmap] = deque()
 
 
 def empty(shape: tuple[int, ...], dtype: Any) -> Array:
@@ -37,7 +39,7 @@ def empty(shape: tuple[int, ...], dtype: Any) -> Array:
     size = math.prod(shape) * dtype.itemsize
     if size < ALIGNED:
         return np.empty(shape, dtype)
-    if size < LARGE or not _CAN_KEEP:
+    if size < MAPPED or not _CAN_KEEP:
         return in_lines(math.prod(shape), dtype).reshape(shape)
     memory = taken(_kept, size, 2 * size)
     if memory is None:
@@ -80,3 +82,6 @@ def _keep(memory: mmap.mmap) -> None:
     with suppress(OSError):
         memory.madvise(mmap.MADV_FREE)
         _kept.append(memory)
+    with suppress(IndexError):  # another thread has dropped it
+        while len(held := list(_kept)) > 2 and sum(map(len, held)) > ROOM:
+            _kept.popleft()

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..._rows import Array, Rows, RowStats
 from .loops import FEW, GRAD, KNOWN, LANES, LOG, LOSS, PLAIN, STATS, STREAM
-from .memory import LARGE, LINE
+from .memory import LINE
 
 BLOCK = 1 << 18  # the most work, in logits, in a block that is copied to a workspace
 TILE = 1 << 20  # rows of more classes are read in pieces of this many, which bounds the workspace
@@ -32,6 +32,7 @@ STREAMED, STREAMED_MOST = 1 << 11, 1 << 14
 SIDE_BY_SIDE = 8  # the strided loop takes rows if at least this many are adjacent
 STRIDED_CLASSES = 1 << 16  # and there are at most this many classes
 STRIDED_SIZE = 1 << 16  # logits per strided tile, which has at least 32 rows
+LARGE = 1 << 25  # bytes of a gradient that is larger than the caches
 STRIDED_ROWS, STRIDED_ROWS_OF_FEW = 256, 128  # and at most so many
 
 _REDUCTIONS = ("mean", "sum", "none")

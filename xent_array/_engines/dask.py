@@ -1,0 +1,482 @@
+"""Dask arrays: a call only describes the work; each chunk is solved by the engine for its own type of array.
+
+The graph has a few tasks per chunk. Where a chunk holds all classes of its rows, one task computes what is asked for
+from one read of it. Where the classes are split, a task per chunk computes the stats of its slice, a tree of tasks
+merges them, and the gradient reads each chunk again.
+
+`Rows` hold `Blocks` here: arrays in the user's shape and chunks, which a task views as (outer, C, inner) when it has
+the values. So no axis is moved, no chunk is copied, and lengths may be unknown until then.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from threading import current_thread, main_thread
+from typing import Any, NamedTuple
+
+import dask.array as da
+import numpy as np
+from dask.array.utils import meta_from_array
+from dask.layers import ArrayBlockIdDep
+
+from .. import _engines, _rows
+from .._rows import Array, Rows, RowStats
+from . import Engine
+from .cpu.cores import at_most
+
+FEW = 32  # numbers that one task adds up; of more, Dask makes a tree
+CLASSES, STATS = "C", "S"  # letters of axes; the rows have small ones
+KEPT = 4  # of the stats: a gradient does not need `correct`
+
+Solve = Callable[..., "tuple[Any, ...]"]  # (engine, rows, stats or None): what is computed of a chunk
+
+
+class Blocks(NamedTuple):
+    """A Dask array in the shape of the logits, or of anything with one number per row."""
+
+    array: Any
+    shape: tuple[int, ...]  # as an engine sees it: (outer, C, inner) or (outer, inner)
+    axis: int  # how many axes of the rows are before that of the classes
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def dtype(self) -> Any:
+        return self.array.dtype
+
+    @property
+    def axes(self) -> str:
+        """A letter for each axis of the array."""
+        rows = self.array.ndim - (self.ndim == 3)
+        letters = "abdefghijklmnopqrstuvwxyz"[:rows]
+        return letters[: self.axis] + CLASSES + letters[self.axis :] if self.ndim == 3 else letters
+
+
+def declines(rows: Rows) -> str | None:
+    parts = [rows.logits, rows.target, rows.weight, rows.sample_weight, rows.upstream, rows.denominator]
+    arrays: list[Any] = [part.array if isinstance(part, Blocks) else part for part in parts]
+    kinds = {_kind(array._meta) for array in arrays if hasattr(array, "_meta")}
+    return None if len(kinds) == 1 else f"takes chunks of one kind, and these are of {' and '.join(sorted(kinds))}"
+
+
+def _kind(meta: Array) -> str:
+    return f"{type(meta).__module__.partition('.')[0]}.{type(meta).__name__}"
+
+
+def stats(rows: Rows) -> RowStats:
+    return _unpacked(rows, _packed(rows, is_marked=False))
+
+
+def row_stats(rows: Rows) -> RowStats:
+    return _unpacked(rows, _packed(rows, is_marked=True))
+
+
+def loss(rows: Rows) -> Array:
+    if not _is_whole(rows):
+        return _loss_of(rows, _packed(rows, is_marked=False), _divisor(rows))
+    return _reduced(rows, _map(_loss, rows, [_kind_of_loss(rows)], "cross_entropy"), _divisor(rows))
+
+
+def stats_and_loss(rows: Rows) -> tuple[RowStats, Array]:
+    packed = _packed(rows, is_marked=False)
+    return _unpacked(rows, packed), _loss_of(rows, packed, _divisor(rows))
+
+
+def loss_and_grad(rows: Rows, out: Array | None = None) -> tuple[Array, Array]:
+    divisor = _divisor(rows)
+    if not _is_whole(rows):
+        packed = _packed(rows, is_marked=False)
+        return _loss_of(rows, packed, divisor), _grad_of(rows, [packed], divisor)
+    of_loss = _kind_of_loss(rows)
+    both = _map(_loss_and_grad, rows, [of_loss, "logits"], "cross_entropy_value_and_grad", divisor)
+    return _reduced(rows, _item(rows, both, 0, of_loss), divisor), _item(rows, both, 1, "logits")
+
+
+def loss_grad_and_stats(rows: Rows, out: Array | None = None) -> tuple[Array, Array, RowStats]:
+    divisor = _divisor(rows)
+    if not _is_whole(rows):
+        packed = _packed(rows, is_marked=True)
+        return _loss_of(rows, packed, divisor), _grad_of(rows, [packed], divisor), _unpacked(rows, packed)
+    of_loss = _kind_of_loss(rows)
+    three = _map(_loss_grad_and_stats, rows, [of_loss, "logits", "stats"], "cross_entropy_value_and_grad", divisor)
+    found = _unpacked(rows, _item(rows, three, 2, "stats"))
+    return _reduced(rows, _item(rows, three, 0, of_loss), divisor), _item(rows, three, 1, "logits"), found
+
+
+def grad(rows: Rows, stats: RowStats) -> Array:
+    return _grad_of(rows, [part.array if isinstance(part, Blocks) else part for part in stats[:KEPT]], _divisor(rows))
+
+
+def grad_alone(rows: Rows, out: Array | None = None) -> Array:
+    if not _is_whole(rows):
+        return _grad_of(rows, [_packed(rows, is_marked=False)], _divisor(rows))
+    return _map(_grad_alone, rows, ["logits"], "cross_entropy_grad", _divisor(rows))
+
+
+def softmax(rows: Rows, log: bool) -> Array:
+    name = "log_softmax" if log else "softmax"
+    if _is_whole(rows):
+        return _map(partial(_softmax, log=log), rows, ["logits"], name)
+    return _map(partial(_softmax_of, log=log), rows, ["logits"], name, stats=[_packed(rows, is_marked=False)])
+
+
+# What is computed of a chunk
+
+
+def _loss(engine: Engine, rows: Rows, stats: None) -> tuple[Any, ...]:
+    return (_engines.loss(engine, rows),)
+
+
+def _loss_and_grad(engine: Engine, rows: Rows, stats: None) -> tuple[Any, ...]:
+    return _engines.loss_and_grad(engine, rows, None)
+
+
+def _loss_grad_and_stats(engine: Engine, rows: Rows, stats: None) -> tuple[Any, ...]:
+    return _engines.loss_grad_and_stats(engine, rows, None)
+
+
+def _grad_alone(engine: Engine, rows: Rows, stats: None) -> tuple[Any, ...]:
+    return (_engines.grad_alone(engine, rows, None),)
+
+
+def _grad_from(engine: Engine, rows: Rows, stats: RowStats) -> tuple[Any, ...]:
+    return (_nothing(rows) if rows.classes == 0 else engine.grad(rows, stats),)
+
+
+def _softmax(engine: Engine, rows: Rows, stats: None, log: bool) -> tuple[Any, ...]:
+    return (_engines.softmax(engine, rows, log),)
+
+
+def _softmax_of(engine: Engine, rows: Rows, stats: RowStats, log: bool) -> tuple[Any, ...]:
+    stats = stats._replace(mass=rows.xp.ones_like(stats.mass))
+    return (_nothing(rows) if rows.classes == 0 else _engines.softmax_from(engine, rows, stats, log),)
+
+
+def _stats(engine: Engine, rows: Rows, stats: None, is_marked: bool) -> tuple[Any, ...]:
+    if rows.classes == 0:
+        return (_rows.nothing(rows, is_marked),)
+    return (_engines.row_stats(engine, rows) if is_marked else engine.stats(rows),)
+
+
+def _loss_from(engine: Engine, rows: Rows, stats: RowStats) -> tuple[Any, ...]:
+    factor, _ = _rows.terms(rows)
+    return (_rows.row_loss(rows, stats, factor),)
+
+
+def _count(engine: Engine, rows: Rows, stats: None) -> tuple[Any, ...]:
+    """What the rows of a chunk add to the divisor of the mean."""
+    divisor = _rows.terms(rows._replace(reduction="mean"))[1]
+    return (rows.xp.asarray(divisor, dtype=_rows.widest(rows)),)
+
+
+def _nothing(rows: Rows) -> Array:
+    return rows.xp.zeros_like(rows.logits, dtype=rows.grad_dtype)
+
+
+# From the chunks of a task to rows, and back
+
+
+class _Told(NamedTuple):
+    """What every task of a call is told."""
+
+    results: list[str]
+    axis: int
+    classes: int  # in all
+    starts: list[list[int]]  # where the blocks begin, along each axis of the result
+    acc: str
+    options: tuple[Any, ...]  # `Rows` from `ignore_index` to `softcap`
+    check: Callable[..., bool] | None
+
+
+class _Lengths(NamedTuple):
+    """Those of a chunk along the axes before that of the classes, and behind it."""
+
+    before: tuple[int, ...]
+    behind: tuple[int, ...]
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        return math.prod(self.before), math.prod(self.behind)
+
+
+def _solved(solve: Solve, told: _Told, block: tuple[int, ...], *chunks: Any) -> Any:
+    """What is asked for of a chunk. Of an axis that the result lacks, Dask passes a list of chunks, here of one."""
+    logits, target, weight, sample_weight, upstream, divisor, *stats = map(only, chunks)
+    stats = [*stats[0]] if len(stats) == 1 else stats  # packed
+    one = next(each for each in (logits, target, sample_weight, *stats) if each is not None)
+    lengths = _Lengths(one.shape[: told.axis], one.shape[told.axis + (one is logits) :])
+    first = [start[k] for start, k in zip(told.starts, block, strict=True)]
+    start = first.pop(told.axis) if len(first) > len(lengths.before + lengths.behind) else 0
+    xp = _rows.namespace(one)
+    with _rows.quiet(xp), at_most(None if current_thread() is main_thread() else 1):
+        all_count = False
+        if told.check is not None and target is not None:
+            all_count = told.check(target, sample_weight, first=first)
+        rows = _viewed(told, lengths, xp, _rows.device(one), logits, target, sample_weight, start)
+        rows = rows._replace(weight=weight, upstream=_scale(xp, lengths, upstream, divisor), all_labels_count=all_count)
+        found = RowStats(*(part.reshape(lengths.rows) for part in stats[:KEPT])) if stats else None
+        made = solve(_engines.pick(rows, None), rows, found)
+        results = [_shaped(rows, lengths, *each) for each in zip(told.results, made, strict=True)]
+    return results if len(results) > 1 else results[0]
+
+
+def only(given: Any) -> Any:
+    """A chunk, which may be alone in lists."""
+    while isinstance(given, list):
+        (given,) = given
+    return given
+
+
+def _viewed(
+    told: _Told, lengths: _Lengths, xp: Any, device: Any, logits: Any, target: Any, sample_weight: Any, start: int
+) -> Rows:
+    """Chunks as rows. Without logits, these are rows of a slice without classes."""
+    outer, inner = lengths.rows
+    classes = 0 if logits is None else logits.shape[told.axis]
+    if logits is None:
+        logits = xp.zeros((outer, 0, inner), dtype=getattr(xp, told.acc), device=device)
+    is_distribution = target is not None and target.ndim > len(lengths.before + lengths.behind)
+    if target is not None:
+        target = target.reshape((outer, classes, inner) if is_distribution else (outer, inner))
+    ignore_index, label_smoothing, z_loss, softcap = told.options
+    return Rows(
+        xp,
+        logits.reshape((outer, classes, inner)),
+        np.dtype(told.acc) if xp is np else getattr(xp, told.acc),
+        target,
+        sample_weight=None if sample_weight is None else sample_weight.reshape((outer, inner)),
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+        start=start,
+        vocabulary=0 if classes == told.classes else told.classes,
+    )
+
+
+def _scale(xp: Any, lengths: _Lengths, upstream: Any, divisor: Any) -> Any:
+    """What multiplies the gradient of the sum of the rows."""
+    scale: Any = 1.0 if upstream is None else upstream
+    if getattr(scale, "ndim", 0):
+        scale = scale.reshape(lengths.rows)
+    elif xp is np:
+        scale = float(scale)
+    if divisor is not None:
+        scale = _rows.divide(xp, scale, float(divisor) if xp is np else divisor)
+    return None if isinstance(scale, float) and scale == 1 else scale
+
+
+def _shaped(rows: Rows, lengths: _Lengths, kind: str, made: Any) -> Array:
+    """A result in the shape that the user's array has in this place."""
+    xp = rows.xp
+    if kind == "number":
+        return xp.sum(made, dtype=_rows.widest(rows)).reshape((1,) * len(lengths.before + lengths.behind))
+    if kind == "logits":
+        return made.reshape((*lengths.before, rows.classes, *lengths.behind))
+    if kind == "rows":
+        return made.reshape(lengths.before + lengths.behind)
+    parts = xp.stack([xp.astype(part, rows.acc, copy=False) for part in made if part is not None])
+    of_slice = (1,) if kind == "stats of a slice" else ()
+    return parts.reshape((parts.shape[0], *lengths.before, *of_slice, *lengths.behind))
+
+
+# From rows to tasks
+
+
+def _is_whole(rows: Rows) -> bool:
+    """Whether every chunk holds all classes of its rows."""
+    return int(rows.logits.array.numblocks[rows.logits.axis]) == 1
+
+
+def _row_axes(rows: Rows) -> str:
+    return str(rows.logits.axes.replace(CLASSES, ""))
+
+
+def _axes(rows: Rows, kind: str) -> str:
+    """Letters for the axes of a result of that kind."""
+    axes = rows.logits.axes if kind in ("logits", "stats of a slice") else _row_axes(rows)
+    return f"{STATS if kind.startswith('stats') else ''}{axes}"
+
+
+def _dtype(rows: Rows, kind: str) -> Any:
+    return {"logits": rows.grad_dtype, "number": np.float64}.get(kind, rows.acc)
+
+
+def _map(
+    solve: Solve, rows: Rows, results: list[str], name: str, divisor: Any = None, stats: Sequence[Array] = (),
+    reads: bool = True, is_marked: bool = False,
+) -> Array:  # fmt: skip
+    """`solve` for every chunk: an array of its result, or of tuples if there are several."""
+    logits = rows.logits
+    index = _axes(rows, results[0] if len(results) == 1 else "logits")
+    sizes = dict(zip(logits.axes, logits.array.chunks, strict=True))
+    chunks = tuple(sizes[axis] for axis in index if axis != STATS)
+    told = _Told(
+        results, logits.axis, rows.classes, [np.cumsum([0, *each[:-1]]).tolist() for each in chunks],
+        np.dtype(rows.acc).name, (rows.ignore_index, rows.label_smoothing, rows.z_loss, rows.softcap), rows.check,
+    )  # fmt: skip
+    pairs = [
+        (ArrayBlockIdDep(chunks), index.replace(STATS, "")),
+        *map(_with_axes, [logits if reads else None, rows.target]),
+        (None if rows.weight is None else rows.weight.rechunk(-1), "W"),
+        *map(_with_axes, [rows.sample_weight, rows.upstream, divisor]),
+        *((part, (STATS if part.ndim > len(_row_axes(rows)) else "") + _row_axes(rows)) for part in stats),
+    ]
+    arguments = [each for part, axes in pairs for each in (part, None if part is None else axes)]
+    layout: dict[str, Any] = {}
+    if STATS in index:
+        layout["new_axes"] = {STATS: KEPT + (is_marked and rows.has_labels)}
+    if results == ["number"] or results == ["stats of a slice"]:
+        layout["adjust_chunks"] = dict.fromkeys(index if results == ["number"] else CLASSES, 1)
+    return _blockwise(
+        rows, partial(_solved, solve, told), index, _dtype(rows, results[0]) if len(results) == 1 else object,
+        *arguments, token=name, **layout,
+    )  # fmt: skip
+
+
+def _with_axes(part: Any) -> tuple[Any, str | None]:
+    if isinstance(part, Blocks):
+        return part.array, part.axes
+    return part, "" if hasattr(part, "ndim") else None
+
+
+def _blockwise(rows: Rows, function: Callable[..., Any], index: str, dtype: Any, *arguments: Any, **how: Any) -> Array:
+    meta = _meta(rows, len(index), dtype)
+    return da.blockwise(
+        function, index, *arguments, dtype=dtype, meta=meta, concatenate=False, align_arrays=False, **how
+    )
+
+
+def _meta(rows: Rows, ndim: int, dtype: Any) -> Array:
+    return meta_from_array(rows.logits.array._meta, ndim, dtype)
+
+
+def _item(rows: Rows, given: Array, number: int, kind: str) -> Array:
+    """One of several results of each chunk."""
+    index, layout = _axes(rows, kind), {}
+    if kind == "stats":
+        layout["new_axes"] = {STATS: KEPT + rows.has_labels}
+    if kind == "number":
+        layout["adjust_chunks"] = dict.fromkeys(index, 1)
+    token = given.name.rpartition("-")[0]
+    return _blockwise(
+        rows, _taken, index, _dtype(rows, kind), given, rows.logits.axes, number, None, token=token, **layout
+    )
+
+
+def _taken(given: Any, number: int) -> Any:
+    if isinstance(given, list) and len(given) == 1:
+        return _taken(given[0], number)
+    return given[number]
+
+
+# Stats
+
+
+def _packed(rows: Rows, is_marked: bool) -> Array:
+    """The stats of whole rows as one array, whose first axis has length 4, or 5 with `correct`."""
+    kind = "stats" if _is_whole(rows) else "stats of a slice"
+    parts = _map(partial(_stats, is_marked=is_marked), rows, [kind], "row_stats", is_marked=is_marked)
+    if _is_whole(rows):
+        return parts
+    meta = _meta(rows, len(_row_axes(rows)) + 1, rows.acc)
+    axis = rows.logits.axis + 1
+    return da.reduction(parts, _unchanged, _merged, axis=axis, dtype=rows.acc, name="merge_stats", meta=meta)
+
+
+def _unchanged(parts: Array, axis: Any, keepdims: bool) -> Array:
+    return parts
+
+
+def _merged(parts: Array, axis: tuple[int], keepdims: bool) -> Array:
+    """The stats of several slices, which are side by side along an axis, merged."""
+    xp = _rows.namespace(parts)
+    slices = [xp.take(parts, xp.asarray([k]), axis=axis[0]) for k in range(parts.shape[axis[0]])]
+    each = [RowStats(*part[:KEPT], *(one != 0 for one in part[KEPT:])) for part in slices]
+    with _rows.quiet(xp):
+        found = [part for part in _rows.merged(each) if part is not None]
+        made = xp.stack([xp.astype(part, parts.dtype, copy=False) for part in found])
+    return made if keepdims else xp.squeeze(made, axis=axis[0])
+
+
+def _unpacked(rows: Rows, packed: Array) -> RowStats:
+    dtypes = [rows.acc] * KEPT + [bool] * (packed.shape[0] - KEPT)
+    axes = _row_axes(rows)
+    return RowStats(
+        *(
+            _blockwise(rows, _part, axes, dtype, packed, STATS + axes, number, None, token="row_stats")
+            for number, dtype in enumerate(dtypes)
+        )
+    )
+
+
+def _part(packed: Any, number: int) -> Array:
+    part = only(packed)[number]
+    return part if number < KEPT else part != 0
+
+
+def _grad_of(rows: Rows, stats: list[Array], divisor: Any) -> Array:
+    return _map(_grad_from, rows, ["logits"], "cross_entropy_grad", divisor, stats)
+
+
+# The loss
+
+
+def _kind_of_loss(rows: Rows) -> str:
+    """Of the loss of a chunk: one for each row, or their sum."""
+    return "rows" if rows.reduction == "none" else "number"
+
+
+def _loss_of(rows: Rows, packed: Array, divisor: Any) -> Array:
+    if not rows.has_labels:
+        rows = rows._replace(target=None)  # whose mass is in the stats
+    losses = _map(_loss_from, rows, [_kind_of_loss(rows)], "cross_entropy", stats=[packed], reads=False)
+    return _reduced(rows, losses, divisor)
+
+
+def _divisor(rows: Rows) -> Any:
+    """What the mean divides by, a number or an array of no dimension; None for other reductions."""
+    if rows.reduction != "mean" or rows.denominator is not None:
+        return rows.denominator
+    count = math.prod(rows.shape)
+    if not rows.has_labels and rows.sample_weight is None and count == count:
+        return float(count)
+    if not rows.has_labels:
+        weights = _ones(rows) if rows.sample_weight is None else rows.sample_weight
+        rows = rows._replace(target=None, sample_weight=weights)
+    return _reduced(rows, _map(_count, rows, ["number"], "count", reads=False), None, np.float64)
+
+
+def _ones(rows: Rows) -> Blocks:
+    """A 1 for each row, however many there are."""
+    one_class = (slice(None),) * rows.logits.axis + (0,)
+    return Blocks(da.ones_like(rows.logits.array[one_class], dtype=rows.acc), rows.shape, rows.logits.axis)
+
+
+def _reduced(rows: Rows, parts: Array, divisor: Any, dtype: Any = None) -> Array:
+    """The sum of numbers of all chunks, divided if there is a divisor; or the losses, if they are not to be reduced."""
+    if rows.reduction == "none":
+        return parts
+    if parts.npartitions > FEW:
+        parts = parts.sum()
+    dtype = np.dtype(rows.acc if dtype is None else dtype)
+    index = _row_axes(rows)[: parts.ndim]
+    return _blockwise(rows, _divided, "", dtype, parts, index, *_with_axes(divisor), dtype.name, None, token="reduce")
+
+
+def _divided(parts: Any, divisor: Any, dtype: str) -> Array:
+    total = _added(parts)
+    xp = _rows.namespace(total)
+    with _rows.quiet(xp):
+        total = xp.sum(total)
+        if divisor is not None:
+            total = _rows.divide(xp, total, float(divisor) if xp is np else divisor)
+        return xp.astype(xp.asarray(total), getattr(xp, dtype))[()]
+
+
+def _added(parts: Any) -> Any:
+    return sum(map(_added, parts[1:]), _added(parts[0])) if isinstance(parts, list) else parts
