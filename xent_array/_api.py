@@ -270,10 +270,10 @@ def cross_entropy(
     validate : bool or None, default None
         True checks every label, even if that has to wait for a GPU; False checks none. By default labels are checked
         where this involves no waiting, that is in host memory. Labels that are traced (``jax.jit``) have no values to
-        check. If a bad label is not checked, its row is NaN.
+        check; those of Dask are checked when they are computed. If a bad label is not checked, its row is NaN.
     engine : str, Engine or None, default None
-        The engine to use, by name ("cpu", "numpy", "cuda", "generic"; ``python -m xent_array`` lists them) or as an
-        object. By default the first engine that accepts the arrays.
+        The engine to use, by name ("cpu", "numpy", "cuda", "dask", "generic"; ``python -m xent_array`` lists them) or
+        as an object. By default the first engine that accepts the arrays.
 
     Returns
     -------
@@ -311,6 +311,9 @@ def cross_entropy(
     computes it, from the same read of the logits; for float16 logits, and on a GPU, the backward pass computes it.
     Derivatives with respect to other arguments, and second derivatives, use a plain composition of array operations.
     JAX always differentiates that composition; the only array of the size of the logits that it keeps is the logits.
+
+    With Dask arrays a call computes nothing, and the result is a Dask array. What depends on the values, such as an
+    `IndexError` for a bad label, is then found when it is computed.
 
     References
     ----------
@@ -470,8 +473,8 @@ def cross_entropy_value_and_grad(
     ------
     TypeError, ValueError, IndexError
         As in `cross_entropy`. Also a TypeError if `out` is from another library, has another dtype, or cannot be
-        written to at all (JAX); and a ValueError if `out` is read-only, has another shape, or shares part of its memory
-        with an input.
+        written to at all (JAX, Dask); and a ValueError if `out` is read-only, has another shape, or shares part of its
+        memory with an input.
 
     See Also
     --------

@@ -213,7 +213,10 @@ class Rows(NamedTuple):
 
 
 class RowStats(NamedTuple):
-    """Per-row statistics, as returned by `row_stats`: above all the logsumexp ``lse`` and the ``loss`` of each row.
+    """Per-row statistics, as returned by `row_stats`: ``lse``, ``loss``, ``max`` and ``p_max``, and what is stored.
+
+    ``lse`` is the logsumexp of a row, ``loss`` its loss, ``max`` its largest logit, and ``p_max`` the probability of
+    the class that has it.
 
     With ``x`` the logits of a row after softcap, ``m`` the largest of them, and ``a`` the weighted and smoothed target,
     ``lse = log(sum(exp(x_k)))`` and ``loss = sum(a_k * (lse - x_k))``. Both are computed from four stored parts, which

@@ -4,9 +4,11 @@
 """
 
 import os
+import re
 import signal
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -320,6 +322,40 @@ def test_results_do_not_depend_on_the_number_of_threads():
     for loss, grad in found[1:]:
         assert loss.tobytes() == found[0][0].tobytes()
         assert grad.tobytes() == found[0][1].tobytes()
+
+
+# -- README ------------------------------------------------------------------------------------------------------
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+
+
+def test_the_example_of_the_readme():
+    (example,) = re.findall(r"^```python\n(import dask\n.*?)^```", README, re.MULTILINE | re.DOTALL)
+    names = {}
+    exec(example, names)
+    assert names["loss"] == pytest.approx(np.log(1000) + 0.5, abs=0.01)
+    assert names["norm"] == pytest.approx(65536**-0.5, rel=0.01)
+
+
+def test_the_recipes_for_files(tmp_path, monkeypatch):
+    pytest.importorskip("zarr", reason="Zarr is not installed")
+    monkeypatch.chdir(tmp_path)
+    x, labels = RNG.standard_normal((1300, 40)).astype(np.float16), RNG.integers(0, 40, 1300)
+    np.save("logits.npy", x)
+    by_memmap, by_dask = re.findall(
+        r"^```python\n((?:logits = np\.load|def read).*?)^```", README, re.MULTILINE | re.DOTALL
+    )
+    names = {"np": np, "da": da, "dask": dask, "labels": labels}
+    names["cross_entropy_value_and_grad"] = cross_entropy_value_and_grad
+    exec(by_memmap, names)
+    wanted, gradient = cross_entropy_value_and_grad(x, labels)
+    assert names["loss"] == wanted
+    assert_array_equal(np.load("grad.npy"), gradient)
+    names["grad_file"] = np.lib.format.open_memmap("other.npy", "w+", x.dtype, x.shape)
+    exec(by_dask, names)
+    assert names["loss"] == pytest.approx(wanted, rel=1e-6)
+    assert_array_equal(np.load("other.npy"), gradient)
+    assert_array_equal(da.from_zarr("grad.zarr").compute(), gradient)
 
 
 # -- a cluster ---------------------------------------------------------------------------------------------------

@@ -767,7 +767,7 @@ def test_tensors_are_reported_apart(tmp_path):
     assert text.index("**CPU**: no results yet.") < text.index("**PyTorch tensors") < text.index("**GPU**: no results")
     assert "Largest error" not in text
     assert plots == set()
-    assert _reported(tmp_path, [])[0].count(": no results yet.") == 4
+    assert _reported(tmp_path, [])[0].count(": no results yet.") == 5
 
 
 def test_gpu_and_cpu_are_compared_on_one_machine_only(tmp_path):
