@@ -1,6 +1,7 @@
 """`VocabParallel` and `BatchParallel` over MPI, in processes of their own: equal to a single process."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -53,6 +54,27 @@ if rank == 0:
     print("equal")
 """
 
+BOTH = """
+import sys
+import numpy as np
+from mpi4py import MPI
+from xent_array import cross_entropy_value_and_grad
+from xent_array.parallel import VocabParallel
+
+comm = MPI.COMM_WORLD
+data, model = comm.Split(comm.rank % 2), comm.Split(comm.rank // 2)
+rng = np.random.default_rng(0)
+every, targets, classes = rng.standard_normal((50, 101)), rng.integers(0, 101, 50), 101
+targets[:20:3] = -100  # most of them in the first half of the rows
+rows, columns = slice(25 * data.rank, 25 * data.rank + 25), slice(51 * model.rank, 51 * model.rank + 51)
+logits, labels, start = every[rows, columns], targets[rows], columns.start
+exec(sys.argv[1])
+wanted, gradient = cross_entropy_value_and_grad(every, targets)
+assert np.isclose(data.allreduce(loss), wanted, rtol=1e-12, atol=0)
+assert np.allclose(grad, gradient[rows, columns], rtol=1e-12, atol=1e-16)
+print("equal")
+"""
+
 FAILING = """
 import sys
 import numpy as np
@@ -86,6 +108,13 @@ def run(count, script, *arguments):
 @pytest.mark.parametrize("count", [2, 3, 4])
 def test_equal_to_one_process(count):
     assert run(count, EQUAL) == ["equal"]
+
+
+def test_classes_and_rows_in_a_grid():
+    """As in README.md."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (recipe,) = re.findall(r"^```python\n(tokens = data.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    assert run(4, BOTH, recipe) == ["equal"] * 4
 
 
 def test_an_option_of_one_rank_that_is_wrong():
