@@ -23,7 +23,6 @@ from .head import Head, acc_of
 from .products import PICKED, products_of
 
 Wanted = tuple[bool, bool, bool]  # the gradients of hidden, linear_weight and linear_bias
-TEMPORARIES = 10  # arrays of the size of its logits that the engine "generic" makes
 
 
 class Setup(NamedTuple):
@@ -48,6 +47,8 @@ def set_up(head: Head, wanted: Wanted, outs: list[Array | None]) -> Setup:
     upstream = 1.0 if problem.rows.upstream is None else problem.rows.upstream
     if divisor is not None:
         upstream = _rows.divide(problem.rows.xp, upstream, divisor)
+    if not isinstance(upstream, float):
+        upstream = problem.rows.xp.astype(upstream, problem.rows.acc, copy=False)
     rows = problem.rows._replace(reduction="none", upstream=upstream, denominator=None, row_order=None)
     picked = kept = dead = None
     if factor is not None:
@@ -126,7 +127,7 @@ def _sizes(setup: Setup, outs: list[Array | None]) -> planning.Sizes:
 
 
 def _temporaries(engine: Engine) -> int:
-    return TEMPORARIES if engine is _engines.ENGINES["generic"] else 0
+    return planning.GENERIC if engine is _engines.ENGINES["generic"] else 0
 
 
 class Tiles:
