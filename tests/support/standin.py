@@ -225,6 +225,8 @@ def _function(name, real, of_numpy):
         args = [taken(value, from_host) for value in args]
         return given(of_numpy(*args, **{key: taken(value, from_host) for key, value in kwargs.items()}))
 
+    if hasattr(real, "at"):
+        function.at = lambda *args: of_numpy.at(*map(taken, args))
     return function
 
 

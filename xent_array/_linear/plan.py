@@ -78,7 +78,10 @@ def plan(sizes: Sizes, budget: int) -> Plan:
 
     Raises ValueError if not even the smallest do.
     """
-    found = min(_fitting(sizes, budget), key=lambda each: _cost(sizes, each), default=None)
+    whole = _made(sizes, sizes.rows, sizes.classes, _part(sizes, budget), True)
+    if whole.needs <= budget:
+        return whole
+    found = min(_fitting(sizes, budget), key=_cost, default=None)
     if found is None:
         least = needed(sizes)
         raise ValueError(
@@ -104,8 +107,7 @@ def _smallest(sizes: Sizes) -> list[Plan]:
 def _fitting(sizes: Sizes, budget: int) -> Iterator[Plan]:
     """For ever fewer classes in a tile, the most rows that fit."""
     yield from (each for each in _smallest(sizes) if each.needs <= budget)
-    part = max(LEAST_ROWS, min(SCRATCH, budget // 8) // max(1, sizes.features * sizes.acc))
-    blocks = 1
+    part, blocks = _part(sizes, budget), 1
     while True:
         classes = -(-sizes.classes // blocks)
         if blocks > 1:
@@ -116,6 +118,11 @@ def _fitting(sizes: Sizes, budget: int) -> Iterator[Plan]:
         if classes <= LEAST_CLASSES:
             return
         blocks = max(blocks + 1, blocks * 5 // 4)
+
+
+def _part(sizes: Sizes, budget: int) -> int:
+    """The rows of a part of a product."""
+    return max(LEAST_ROWS, min(SCRATCH, budget // 8) // max(1, sizes.features * sizes.acc))
 
 
 def _most_rows(sizes: Sizes, classes: int, part: int, together: bool, budget: int) -> Plan | None:
@@ -166,7 +173,7 @@ def _made(sizes: Sizes, rows: int, classes: int, part: int, together: bool) -> P
     return Plan(rows, classes, part, together, products, chunks, blocks, buffers)
 
 
-def _cost(sizes: Sizes, plan: Plan) -> tuple[float, int]:
+def _cost(plan: Plan) -> tuple[float, int]:
     """About how long a plan takes, in products of large matrices; of equal ones the smaller is better."""
     beside = OVERHEAD / max(plan.rows, 1) + OVERHEAD / max(plan.classes, 1)
     return plan.products * (1 + beside), plan.needs
