@@ -3,7 +3,8 @@
     python -m bench linear --out bench/results/linear.json
 
 Every way is checked against the two steps first. Then each is timed once per round, in shuffled order, and its memory
-is measured in a process of its own: the growth of the resident set, less the gradients. PyTorch's function is run
+is measured in a process of its own: the growth of the resident set, less the gradients. On a busy machine, compare the
+time that threads spend on cores, with --threads 1, as threads that wait for others spin. PyTorch's function is run
 without chunks, with the chunks that it chooses, and with others; the fastest of the latter is its best. Without PyTorch
 the other ways are measured.
 """
@@ -33,7 +34,7 @@ from xent_array._linear.plan import shown
 ROOT = Path(__file__).parents[1]
 TWO_STEPS, OURS, TENSORS = "two steps, in place", "linear_cross_entropy", "linear_cross_entropy, tensors"
 UNCHUNKED, AUTOMATIC, CHUNKED = "PyTorch, unchunked", "PyTorch, its own chunks", "PyTorch, chunks of {} rows"
-CHUNKS = (256, 512, 1024, 2048)
+CHUNKS = (512, 1024, 2048)
 Grads = tuple[Any, Any]
 
 
@@ -120,20 +121,23 @@ def check(found: dict[str, Callable[[], tuple[float, Grads]]]) -> None:
         del others
 
 
-def times_of(found: dict[str, Callable[[], tuple[float, Grads]]], rounds: int, say: Any) -> dict[str, list[float]]:
+def times_of(
+    found: dict[str, Callable[[], tuple[float, Grads]]], rounds: int, say: Any
+) -> dict[str, list[tuple[float, float]]]:
+    """For each run, its seconds, and those that its threads spent on a core."""
     from .timing import wait_until_quiet
 
-    times: dict[str, list[float]] = {name: [] for name in found}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in found}
     chance = random.Random(0)
     for number in range(rounds):
         order = list(found)
         chance.shuffle(order)
         for name in order:
             wait_until_quiet()
-            start = time.perf_counter()
+            start, of_cores = time.perf_counter(), time.process_time()
             found[name]()
-            times[name].append(time.perf_counter() - start)
-            say(f"round {number + 1} of {rounds}: {name} {times[name][-1]:.2f} s")
+            times[name].append((time.perf_counter() - start, time.process_time() - of_cores))
+            say("round {} of {}: {} {:.2f} s, {:.2f} s of cores".format(number + 1, rounds, name, *times[name][-1]))
     return times
 
 
@@ -184,7 +188,8 @@ def measure(problem: Problem, rounds: int, say: Any) -> dict[str, Any]:
     times = times_of(found, rounds, say)
     rows = {}
     for name, taken in times.items():
-        rows[name] = {"seconds": statistics.median(taken), "times": taken, "memory": memory_of(problem, name)}
+        seconds, of_cores = (statistics.median(column) for column in zip(*taken, strict=True))
+        rows[name] = {"seconds": seconds, "of_cores": of_cores, "times": taken, "memory": memory_of(problem, name)}
         say(f"{name}: {shown(rows[name]['memory'])}")
     return {"problem": problem._asdict(), "rounds": rounds, "buffers": buffers_of(problem), "rows": rows}
 
@@ -193,19 +198,24 @@ def table(found: dict[str, Any]) -> str:
     """Memory and time of every way, as Markdown; of PyTorch's chunks the fastest."""
     problem, rows = Problem(**found["problem"]), dict(found["rows"])
     sizes = [CHUNKED.format(count) for count in CHUNKS]
-    best = min((name for name in sizes if name in rows), key=lambda name: rows[name]["seconds"], default=None)
-    ours = rows[OURS]["seconds"]
-    lines = ["| loss and both gradients | memory beside inputs and gradients | time |", "| --- | --: | --: |"]
+    best = min((name for name in sizes if name in rows), key=lambda name: rows[name]["of_cores"], default=None)
+    ours = rows[OURS]
+    lines = [
+        "| loss and both gradients | memory beside inputs and gradients | time | time of cores |",
+        "| --- | --: | --: | --: |",
+    ]
     for name, row in rows.items():
         if name in sizes and name != best:
             continue
         said = f"{name} (its fastest)" if name == best else name
-        lines.append(f"| {said} | {row['memory'] / 2**20:.0f} MiB | {row['seconds'] / ours:.2f} |")
+        times = " | ".join(f"{row[clock] / ours[clock]:.2f}" for clock in ("seconds", "of_cores"))
+        lines.append(f"| {said} | {row['memory'] / 2**20:.0f} MiB | {times} |")
     sizes_said = f"{problem.rows} rows, {problem.features} features, {problem.classes} classes, float32"
     head = (
         f"{sizes_said}, {problem.threads} threads; `memory_budget={problem.budget!r}`, of which the buffers take"
         f" {shown(found['buffers'])}; the rest of the memory is that of the products. Times are medians of"
-        f" {found['rounds']}, relative to `{OURS}`, which took {ours:.1f} s:"
+        f" {found['rounds']}, relative to `{OURS}`, which took {ours['seconds']:.1f} s, and its threads"
+        f" {ours['of_cores']:.1f} s of cores:"
     )
     return f"{head}\n\n" + "\n".join(lines)
 

@@ -9,6 +9,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
 from xent_array import cross_entropy, linear_cross_entropy, linear_cross_entropy_value_and_grad  # noqa: E402
+from xent_array._linear import products  # noqa: E402
 from xent_array._linear import run as loops  # noqa: E402
 from xent_array.torch import LinearCrossEntropyLoss  # noqa: E402
 
@@ -201,6 +202,28 @@ def test_results_of_value_and_grad_are_detached():
     assert grads[2] is out[2]
     assert out[0]._version > version
     assert not any(each.requires_grad for each in (loss, *grads))
+
+
+@pytest.mark.parametrize("budget", [None, "60kB", "40kB"])
+def test_products_of_bfloat16_with_results_in_float32(monkeypatch, budget):
+    """What a GPU does, with its product replaced by one that converts."""
+
+    def wide_product(self, a, b, out, add):
+        assert a.dtype is b.dtype is torch.bfloat16
+        out.copy_(a.float() @ b.float() + (out if add else 0))
+
+    monkeypatch.setattr(products.OfTorch, "wide_product", wide_product)
+    monkeypatch.setattr(products.OfTorch, "__init__", lambda self, torch, like: setattr(self, "torch", torch))
+    monkeypatch.setattr(products.OfTorch, "keeps_narrow", True, raising=False)
+    hidden, weight, bias = tensors(torch.bfloat16, requires_grad=False)
+    wide = [each.double().requires_grad_() for each in (hidden, weight, bias)]
+    wanted = two_steps(*wide, labels())
+    grads = torch.autograd.grad(wanted, wide)
+    loss, made = linear_cross_entropy_value_and_grad(hidden, weight, labels(), linear_bias=bias, memory_budget=budget)
+    close(loss.double(), wanted, 1e-6)
+    for got, right in zip(made, grads, strict=True):  # each entry of the gradient of the logits is rounded too
+        assert got.dtype is torch.bfloat16
+        torch.testing.assert_close(got.double(), right, rtol=2**-7, atol=2**-8 * right.abs().max().item())
 
 
 def test_strides():

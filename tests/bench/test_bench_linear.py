@@ -38,7 +38,7 @@ def test_a_quick_run(tmp_path):
     rows = found["rows"]
     assert {linear.TWO_STEPS, linear.OURS} <= set(rows)
     assert (linear.UNCHUNKED in rows) is (importlib.util.find_spec("torch") is not None)
-    assert all(row["seconds"] > 0 for row in rows.values())
+    assert all(row["seconds"] > 0 and row["of_cores"] > 0 for row in rows.values())
     assert found["buffers"] < 4 << 20
     assert rows[linear.OURS]["memory"] < rows[linear.TWO_STEPS]["memory"]
 

@@ -128,8 +128,11 @@ def linear_cross_entropy(
     that are ignored or have sample weight 0 are left out of the products, or, on a GPU, replaced by zeros.
 
     16-bit inputs are converted, part by part, to float32, in which everything is computed; logits are not rounded to 16
-    bits. If some rows with all classes do not fit in the budget, the classes are processed in slices too, which are
-    merged as by `merge_stats`.
+    bits. The one exception are bfloat16 tensors of PyTorch on a GPU: they are multiplied as they are, by tensor cores,
+    with sums in float32, and so is the gradient of the logits, rounded to bfloat16.
+
+    If some rows with all classes do not fit in the budget, the classes are processed in slices too, which are merged as
+    by `merge_stats`.
 
     The budget is for buffers in addition to inputs and results. It does not include a few numbers per row and per
     class, nor the workspaces of fixed size that the products and the engines have: those of the engines take less than

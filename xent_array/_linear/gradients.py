@@ -76,17 +76,16 @@ class Gradients:
 
     def add(self, rows: slice, classes: slice, grad: Array, *, hidden: bool, weight: bool) -> None:
         """What a tile adds; `grad` is the gradient of its logits."""
+        if weight and self.of_bias is not None:
+            self.tiles.products.sums(grad, self.of_bias[classes], rows != self.chunks[0])
+        grad = self.tiles.rounded(grad)
         if hidden and self.made[0] is not None:
             at = rows.start if self.tiles.setup.plan.together else 0
             first, last = classes == self.blocks[0], classes == self.blocks[-1]
             self.of_hidden.add(rows, at, grad, self.tiles.weight_of(classes), first=first, last=last)
-        if not weight:
-            return
-        first, last = rows == self.chunks[0], rows == self.chunks[-1]
-        if self.made[1] is not None:
+        if weight and self.made[1] is not None:
+            first, last = rows == self.chunks[0], rows == self.chunks[-1]
             self.of_weight.add(classes, 0, grad.T, self.tiles.hidden_of(rows), first=first, last=last)
-        if self.of_bias is not None:
-            self.tiles.products.sums(grad, self.of_bias[classes], not first)
 
     def finished(self) -> list[Array | None]:
         """The gradients, when all tiles have been added."""

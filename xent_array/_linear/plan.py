@@ -41,6 +41,7 @@ class Sizes(NamedTuple):
     copies_hidden: bool = False  # rows are picked, converted, or have strides that no product takes
     copies_weight: bool = False
     scatters: bool = False  # the rows of the gradient of the hidden states do not lie side by side
+    rounds_grad: bool = False  # the gradient of the logits is converted to the dtype of the inputs
     target: int = 0  # bytes of a number of a distribution whose rows are picked
     temporaries: int = 0  # arrays of the size of a tile that the engine makes
     of_slices: int = 0  # the same, of the engine for tiles that do not have all classes
@@ -156,6 +157,8 @@ def _made(sizes: Sizes, rows: int, classes: int, part: int, together: bool) -> P
     buffers = {"logits": rows * classes * acc}
     if temporaries := sizes.temporaries if blocks == 1 else sizes.of_slices:
         buffers["the engine's own"] = temporaries * rows * classes * acc
+    if sizes.rounds_grad and sizes.wants_grad:
+        buffers["gradient of the logits"] = rows * classes * sizes.item
     if sizes.copies_hidden:
         buffers["hidden"] = rows * features * acc
     if sizes.copies_weight:

@@ -3,6 +3,7 @@
 Each class has these, for one library:
 
     adds                          whether `product` can add to what is there without a temporary
+    keeps_narrow                  whether 16-bit factors go into a product as they are, with results in float32
     empty(shape, dtype, like)     a new array on the device of `like`
     takes(array)                  whether a matrix goes into a product as it is, without a copy
     copy(array, out)              the same numbers, converted to the dtype of `out`
@@ -30,7 +31,7 @@ PICKED = 64  # rows that are picked and converted at a time
 class OfNumPy:
     """NumPy has no product that adds, so `product` is not asked to."""
 
-    adds = False
+    adds = keeps_narrow = False
 
     def empty(self, shape: tuple[int, ...], dtype: DType, like: Array) -> Array:
         return memory.empty(shape, np.dtype(dtype))
@@ -80,12 +81,17 @@ class OfNumPy:
 
 
 class OfTorch:
-    """PyTorch, on any of its devices."""
+    """PyTorch, on any of its devices.
+
+    On a GPU, bfloat16 is multiplied by tensor cores. float16 is not, as it cannot hold the gradients of a mean over
+    many rows.
+    """
 
     adds = True
 
-    def __init__(self, torch: ModuleType) -> None:
+    def __init__(self, torch: ModuleType, like: Array) -> None:
         self.torch: Any = torch
+        self.keeps_narrow = bool(like.is_cuda and like.dtype is self.torch.bfloat16)
 
     def empty(self, shape: tuple[int, ...], dtype: DType, like: Array) -> Array:
         return self.torch.empty(shape, dtype=dtype, device=like.device)
@@ -112,14 +118,24 @@ class OfTorch:
             out[where] = part.to(out.dtype)
 
     def product(self, a: Array, b: Array, out: Array, add: bool = False) -> None:
-        if add:
+        if a.dtype is not out.dtype:
+            self.wide_product(a, b, out, add)
+        elif add:
             self.torch.addmm(out, a, b, out=out)
         else:
             self.torch.mm(a, b, out=out)
 
+    def wide_product(self, a: Array, b: Array, out: Array, add: bool) -> None:
+        if add:
+            self.torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+        else:
+            self.torch.mm(a, b, out_dtype=out.dtype, out=out)
+
     def logits(self, a: Array, b: Array, bias: Array | None, out: Array) -> None:
         if bias is None:
-            self.torch.mm(a, b.T, out=out)
+            self.product(a, b.T, out)
+        elif a.dtype is not out.dtype:
+            self.wide_product(a, b.T, out.copy_(bias), True)
         else:
             self.torch.addmm(bias, a, b.T, out=out)
 
@@ -134,7 +150,7 @@ class OfTorch:
 class OfCuPy:
     """CuPy, through cuBLAS. Nothing waits for the GPU, and nothing but the ones of `sums` is allocated, once."""
 
-    adds = True
+    adds, keeps_narrow = True, False
 
     def __init__(self, cupy: ModuleType) -> None:
         self.cupy: Any = cupy
@@ -185,7 +201,7 @@ class OfCuPy:
 class OfAny:
     """Any other library of the Array API whose arrays can be written to; every product makes a temporary array."""
 
-    adds = False
+    adds = keeps_narrow = False
 
     def __init__(self, xp: Any) -> None:
         self.xp = xp
@@ -225,7 +241,7 @@ def products_of(array: Array) -> Any:
     if hasattr(array, "data_ptr"):
         import torch
 
-        return OfTorch(torch)
+        return OfTorch(torch, array)
     if xp.__name__ == "array_api_compat.cupy" or xp.__name__ == "cupy":
         import cupy
 

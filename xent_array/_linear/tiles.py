@@ -10,6 +10,7 @@ and their hidden states are replaced by zeros, so that a NaN in them reaches no 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -108,6 +109,7 @@ def _sizes(setup: Setup, outs: list[Array | None]) -> planning.Sizes:
     head, rows, takes = setup.head, setup.rows, setup.products.takes
     item, acc = (planning.ITEMSIZE[_dtype_name(array.dtype)] for array in (head.hidden, rows.logits))
     narrow, picks = item < acc, setup.picked is not None
+    converts = narrow and not setup.products.keeps_narrow
     return planning.Sizes(
         rows=rows.shape[0],
         features=head.hidden.shape[1],
@@ -117,9 +119,10 @@ def _sizes(setup: Setup, outs: list[Array | None]) -> planning.Sizes:
         wants_hidden=setup.wanted[0],
         wants_weight=setup.wanted[1] or setup.wanted[2],
         adds=setup.products.adds,
-        copies_hidden=narrow or picks or setup.dead is not None or not takes(head.hidden),
-        copies_weight=narrow or not takes(head.weight),
+        copies_hidden=converts or picks or setup.dead is not None or not takes(head.hidden),
+        copies_weight=converts or not takes(head.weight),
         scatters=picks or not all(out is None or takes(out) for out in outs[:2]),
+        rounds_grad=narrow and not converts,
         target=rows.target.dtype.itemsize if picks and not rows.has_labels else 0,  # type: ignore[union-attr]
         temporaries=_temporaries(head.problem.engine),
         of_slices=_temporaries(setup.slices or head.problem.engine),
@@ -137,18 +140,20 @@ class Tiles:
         self.setup, head, plan = setup, setup.head, setup.plan
         self.home, self.products = head.problem.home, setup.products
         self.dtype = acc_of(head.problem, namespace(head.hidden))
-        features = head.hidden.shape[1]
+        self.of_factors = head.hidden.dtype if self.products.keeps_narrow else self.dtype
+        features, buffers, make = head.hidden.shape[1], plan.buffers, partial(self.empty, dtype=self.of_factors)
         self.logits = self.empty(plan.rows * plan.classes)
-        self.hidden = self.empty(plan.rows, features) if "hidden" in plan.buffers else None
-        self.weight = self.empty(plan.classes, features) if "linear_weight" in plan.buffers else None
+        self.hidden = make(plan.rows, features) if "hidden" in buffers else None
+        self.weight = make(plan.classes, features) if "linear_weight" in buffers else None
+        self.grad = make(plan.rows * plan.classes) if "gradient of the logits" in buffers else None
         self.target = None
-        if "target" in plan.buffers:  # of NumPy, as only there rows are picked
+        if "target" in buffers:  # of NumPy, as only there rows are picked
             self.target = np.empty(plan.rows * plan.classes, setup.rows.target.dtype)  # type: ignore[union-attr]
         self._in_hidden: slice | None = None  # what the two hold
         self._in_weight: slice | None = None
 
-    def empty(self, *shape: int) -> Array:
-        return self.products.empty(shape, self.dtype, self.setup.head.hidden)
+    def empty(self, *shape: int, dtype: Any = None) -> Array:
+        return self.products.empty(shape, self.dtype if dtype is None else dtype, self.setup.head.hidden)
 
     @property
     def chunks(self) -> list[slice]:
@@ -194,6 +199,14 @@ class Tiles:
             self.hidden_of(rows), self.weight_of(classes), None if bias is None else bias[classes], logits
         )
         return logits, self._rows_of(rows, classes, self.home.lend(logits))
+
+    def rounded(self, grad: Array) -> Array:
+        """The gradient of a tile as it goes into products."""
+        if self.grad is None:
+            return grad
+        out = namespace(self.grad).reshape(self.grad[: grad.shape[0] * grad.shape[1]], tuple(grad.shape))
+        self.products.copy(grad, out)
+        return out
 
     def _rows_of(self, rows: slice, classes: slice, logits: Array) -> Rows:
         every = self.setup.rows
