@@ -13,6 +13,7 @@ from pathlib import Path
 
 JOBS = {  # modules with a `main` of their own
     "report": "draws what bench/results holds",
+    "linear": "measures memory and time of linear cross-entropy on the CPU",
     "tensors": "times tensors of PyTorch and arrays of JAX on the CPU",
     "threads": "times 1, 2, 4, … threads of a CPU and traces what each does",
     "scale": "measures what is larger than memory: Dask, a cluster, files; and what processes exchange",

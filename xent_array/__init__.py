@@ -16,6 +16,7 @@ from ._api import (
     row_stats,
     softmax,
 )
+from ._linear.functions import linear_cross_entropy, linear_cross_entropy_value_and_grad
 from ._rows import RowStats
 
 __version__ = "0.1.0"
@@ -26,6 +27,8 @@ __all__ = [
     "cross_entropy",
     "cross_entropy_grad",
     "cross_entropy_value_and_grad",
+    "linear_cross_entropy",
+    "linear_cross_entropy_value_and_grad",
     "log_softmax",
     "logsumexp",
     "merge_stats",

@@ -1,6 +1,7 @@
 """What is installed here and which engine handles what, with the worked example and a short timing on each engine.
 
-Usage: python -m xent_array [--json | --explain SHAPE:DTYPE[@axisN][@smNN][+OPTION] | --version]
+Usage: python -m xent_array [--json | --explain SHAPE:DTYPE[@axisN][@smNN][+OPTION] | --version
+                            | --explain-linear ROWSxFEATURESxCLASSES:DTYPE[@BUDGET]]
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import numpy as np
 from . import __version__, _engines, cross_entropy, cross_entropy_value_and_grad
 from ._engines import ENGINES, _model, cpu
 from ._engines.cpu import cores
+from ._linear import plan as planning
 from ._problem import problem_without_target
 from ._rows import Rows
 
@@ -55,10 +57,17 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="PROBLEM",
         help=f"what the CUDA engine would launch, and how long that takes: {_model.LIKE}",
     )
+    parser.add_argument(
+        "--explain-linear",
+        metavar="PROBLEM",
+        help=f"the buffers of linear_cross_entropy_value_and_grad: {planning.LIKE}",
+    )
     given = parser.parse_args(arguments)
-    if given.explain is not None:
+    for problem, explain in ((given.explain, _model.explain), (given.explain_linear, planning.explain)):
+        if problem is None:
+            continue
         try:
-            print(_model.explain(given.explain))
+            print(explain(problem))
         except ValueError as error:
             parser.error(str(error))
         return 0

@@ -290,20 +290,39 @@ def problem_without_target(x: Array, axis: int) -> Problem:
     return Problem(rows, view, home.engine(_engines.pick(rows, None, is_lent=home.bridge is not None)), {}, home)
 
 
-def _home(logits: Array, others: list[Any], engine: str | Engine | None, differentiates: str) -> Home:
+def _home(
+    logits: Array, others: list[Any], engine: str | Engine | None, differentiates: str, name: str = "logits"
+) -> Home:
     """Where the engine is to work: on the arrays themselves, or on their memory as arrays of another library."""
     xp = namespace(logits)
     bridge = None if xp is np else _bridges.named(xp.__name__)
     if bridge is None or not _engines.may_borrow(engine):
-        return Home(logits, xp, None, differentiates)
+        return Home(logits, xp, None, differentiates, name=name)
     why_not = bridge.refuses([logits, *others], differentiates)
-    return Home(logits, xp, bridge if why_not is None else None, differentiates, why_not or "")
+    return Home(logits, xp, bridge if why_not is None else None, differentiates, why_not or "", name)
+
+
+def _unmade(xp: Any, hidden: Array, acc: DType, classes: int) -> Array:
+    """Logits without memory: one number, repeated with steps of 0 where the library has views."""
+    shape = (*hidden.shape[:-1], classes)
+    return xp.broadcast_to(xp.zeros((1,) * len(shape), dtype=acc, device=device(hidden)), shape)
+
+
+class Factors(NamedTuple):
+    """The two factors of logits that are never made as a whole: ``hidden @ weight.T + bias``."""
+
+    hidden: Array  # (…, features), which stands for the logits where the arrays of a call must be alike
+    classes: int
+    others: tuple[Any, ...]  # the weight and the bias, which are lent if the hidden states are
 
 
 def problem_of(
-    logits: Any, target: Any, asked: Asked, differentiates: str = "nothing", has_stats: bool = False
+    logits: Any | Factors, target: Any, asked: Asked, differentiates: str = "nothing", has_stats: bool = False
 ) -> Problem:
-    """Makes every check, once. What the library must be able to differentiate is explained in `_bridges`."""
+    """Makes every check, once. What the library must be able to differentiate is explained in `_bridges`.
+
+    Given `Factors`, the problem is that of logits in the dtype of the arithmetic, whose memory must not be read.
+    """
     try:
         return _checked(logits, target, asked, differentiates)
     except BaseException as error:
@@ -323,16 +342,21 @@ def _checked(logits: Any, target: Any, asked: Asked, differentiates: str) -> Pro
         asked
     )
     options = check_options(reduction, ignore_index, *numbers_asked, validate)
-    given, logits = logits, _array(logits, "logits")
+    factors, name = (logits, "hidden") if isinstance(logits, Factors) else (None, "logits")
+    logits = logits if factors is None else factors.hidden
+    given, logits = logits, _array(logits, name)
     detach = differentiates == "nothing"
     if detach and not isinstance(logits, np.ndarray):
         logits, target, denominator = _detached(logits), _detached(target), _detached(denominator)
         weight, sample_weight = _detached(weight), _detached(sample_weight)
-    home = _home(logits, [target, weight, sample_weight, denominator, grad_output], engine, differentiates)
+    others = [target, weight, sample_weight, denominator, grad_output, *(() if factors is None else factors.others)]
+    home = _home(logits, others, engine, differentiates, name)
     with home.at_work() if home.bridge is not None else nullcontext():
         logits = home.lend(logits)
         xp = namespace(logits)
-        acc = _arithmetic(xp, logits, "logits", given)
+        acc = _arithmetic(xp, logits, name, given)
+        if factors is not None:
+            logits = _unmade(xp, logits, acc, factors.classes)
         _check_held(xp, options[1], "z_loss", acc)
         if options[2] is not None:
             _check_held(xp, options[2], "softcap", acc, divides=True)
@@ -489,8 +513,8 @@ def _number(value: Any, role: str) -> float:
     raise TypeError(f"{role} must be a real number, got {described(value)}{shape}")
 
 
-def _array(value: Any, role: str, like: Array | None = None) -> Array:
-    """`value` as an array; if `like` is given, an array of its library and on its device."""
+def _array(value: Any, role: str, like: Array | None = None, name: str = "logits") -> Array:
+    """`value` as an array; if `like` is given, an array of its library and on its device. `name` is its own role."""
     given = value
     if isinstance(value, np.ndarray):
         if type(value) is not np.ndarray:
@@ -517,18 +541,18 @@ def _array(value: Any, role: str, like: Array | None = None) -> Array:
         library = namespace(like)
         if namespace(value) is not library and not (isinstance(value, np.ndarray) and _bridges.takes_numpy(library)):
             words = f"{described(given)} with {described(like)}"
-            raise TypeError(f"{role} must be a list, or an array of the library of logits; got {words}")
+            raise TypeError(f"{role} must be a list, or an array of the library of {name}; got {words}")
         if not isinstance(value, np.ndarray):
             here, there = place(value), place(like)
             if None not in (here, there) and here != there:
                 here, there = (sorted(p, key=str) if isinstance(p, frozenset) else p for p in (here, there))
-                raise TypeError(f"{role} must be on the device of logits, {there}, but is on {here}")
+                raise TypeError(f"{role} must be on the device of {name}, {there}, but is on {here}")
     return value
 
 
 def _lent(value: Any, role: str, home: Home) -> Array:
     """`value` as an array that the engine can take, checked against the user's logits."""
-    return home.lend(_array(value, role, home.logits))
+    return home.lend(_array(value, role, home.logits, home.name))
 
 
 def _from_list(value: Any, role: str, like: Array | None) -> Array:
@@ -663,7 +687,7 @@ def _real(
     """An array of real numbers, checked, in the dtype of the arithmetic; a mask becomes 0 and 1."""
     is_list = isinstance(value, (list, tuple))
     listed = _from_list(value, role, None) if is_list else value
-    value = _array(value, role, home.logits)
+    value = _array(value, role, home.logits, home.name)
     is_numpy = is_list or (isinstance(value, np.ndarray) and home.library is not np)
     if is_numpy and listed.dtype == np.float64 and "32" in _dtype_name(acc):
         with np.errstate(all="ignore"):  # other libraries would convert it before it could be checked

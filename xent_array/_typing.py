@@ -56,3 +56,26 @@ class GradOptions(Options, total=False):
 
     grad_output: Values | float | None
     out: Any
+
+
+class LinearOptions(TypedDict, total=False):
+    """The keyword arguments of `linear_cross_entropy` other than `reduction`."""
+
+    linear_bias: Values | None
+    weight: Values | None
+    sample_weight: Values | None
+    ignore_index: int | SupportsShape | None
+    label_smoothing: Scalar
+    z_loss: Scalar
+    softcap: Scalar | None
+    denominator: Scalar | None
+    validate: bool | None
+    engine: str | Engine | None
+    memory_budget: int | str | None
+
+
+class LinearGradOptions(LinearOptions, total=False):
+    """The keyword arguments of `linear_cross_entropy_value_and_grad` other than `reduction`."""
+
+    grad_output: Values | float | None
+    out: Any

@@ -107,6 +107,8 @@ def test_explain(capsys):
         ("-m bench report", "tqdm"),
         ("-m bench tensors", "tqdm"),
         ("-m bench host", "numpy"),
+        ("-m bench linear", "numpy"),
+        ("bench/train_char_lm.py", "numpy"),
         ("bench/train_digits.py", "sklearn"),
     ],
 )

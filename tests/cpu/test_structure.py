@@ -79,7 +79,7 @@ def test_no_circle_of_imports():
 # -- parameters and names ------------------------------------------------------------------------------------------
 
 WITH_OPTIONS = {"torch", "_bridges._torch_operations"}  # there each option of the user is a parameter
-PUBLIC = {("_api", name) for name in (*xent_array.__all__, "__init__")}  # and of these
+PUBLIC = {(module, name) for module in ("_api", "_linear.functions") for name in (*xent_array.__all__, "__init__")}
 OF_KERNELS = {("_engines.cuda", "_sum")}  # the arguments of a kernel, by name
 
 

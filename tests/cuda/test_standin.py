@@ -130,3 +130,67 @@ assert type(x.get()) is numpy.ndarray and float(x.sum()) == 15 and x.device == c
 """,
     )
     assert done.returncode == 0, done.stderr
+
+
+LINEAR = """
+import cupy, numpy as np
+from xent_array import cross_entropy_value_and_grad, linear_cross_entropy, linear_cross_entropy_value_and_grad
+from xent_array._linear import products, run
+
+rng = np.random.default_rng(0)
+hidden, head, bias = (rng.standard_normal(shape) for shape in ((40, 6), (CLASSES, 6), (CLASSES,)))
+labels = rng.integers(0, CLASSES, 40)
+labels[7] = -100
+hidden[7] = np.nan
+made, sizes = [], []
+empty = products.OfCuPy.empty
+products.OfCuPy.empty = lambda self, shape, dtype, like: made.append(shape) or empty(self, shape, dtype, like)
+logits = products.OfCuPy.logits
+products.OfCuPy.logits = lambda self, *args: made.append("logits") or logits(self, *args)
+
+def wait(*args):
+    raise AssertionError("the host waits for the GPU")
+
+for dtype, reduction, budget in DTYPES:
+    given = [cupy.asarray(each.astype(dtype)) for each in (hidden, head, bias)]
+    options = {"reduction": reduction, "memory_budget": budget}
+    waiting = {name: getattr(cupy.ndarray, name) for name in ("__bool__", "__int__", "__float__", "get", "item")}
+    for name in waiting:
+        setattr(cupy.ndarray, name, wait)
+    made.clear()
+    target = cupy.asarray(labels)
+    loss, grads = linear_cross_entropy_value_and_grad(*given[:2], target, linear_bias=given[2], **options)
+    sizes.append(made.count("logits"))
+    assert "logits" not in made[: made.index("logits")] and set(made[made.index("logits") :]) == {"logits"}, made
+    alone = linear_cross_entropy(*given[:2], target, linear_bias=given[2], **options)
+    for name, function in waiting.items():
+        setattr(cupy.ndarray, name, function)
+    wide = [each.get().astype(np.float64) for each in given]
+    right, grad = cross_entropy_value_and_grad(wide[0] @ wide[1].T + wide[2], labels, reduction=reduction)
+    counts = labels != -100
+    wanted = grad @ wide[1], grad[counts].T @ wide[0][counts], grad.sum(axis=0)
+    close = {"float16": 1e-3, "float32": 1e-5, "float64": 1e-11}[dtype]
+    for got, true in zip((loss, alone, *grads), (right, right, *wanted)):
+        assert type(got) is cupy.ndarray
+        assert got.dtype == (dtype if got.shape else loss.dtype) or reduction == "none"
+        np.testing.assert_allclose(got.get().astype(np.float64), true, rtol=close, atol=close * abs(true).max())
+print(sizes)
+"""
+
+
+def test_linear_cross_entropy_waits_for_nothing_and_allocates_nothing_between_chunks():
+    """The default budget takes all rows at once; the others, chunks of rows, and slices of the classes in `generic`."""
+    cases = [("float32", "mean", None), ("float32", "none", "14kB"), ("float16", "mean", None)]
+    done = run("-c", f"CLASSES, DTYPES = 203, {cases!r}\n{LINEAR}")
+    assert done.returncode == 0, done.stderr
+    sizes = eval(done.stdout)
+    assert sizes[0] == 1
+    assert sizes[1] == 3
+    assert sizes[2] == 1
+
+
+def test_linear_cross_entropy_of_slices():
+    cases = [("float64", "sum", "200kB"), ("float16", "mean", "100kB")]
+    done = run("-c", f"CLASSES, DTYPES = 3003, {cases!r}\n{LINEAR}")
+    assert done.returncode == 0, done.stderr
+    assert min(eval(done.stdout)) > 3

@@ -225,6 +225,8 @@ def _function(name, real, of_numpy):
         args = [taken(value, from_host) for value in args]
         return given(of_numpy(*args, **{key: taken(value, from_host) for key, value in kwargs.items()}))
 
+    if hasattr(real, "at"):
+        function.at = lambda *args: of_numpy.at(*map(taken, args))
     return function
 
 
@@ -239,6 +241,19 @@ def _module(real, of_numpy):
         is_function = callable(found) and not isinstance(found, type)
         setattr(made, name, _function(name, found, numpys) if is_function else found)
     return made
+
+
+def gemm(transa, transb, a, b, out=None, alpha=1.0, beta=0.0):
+    """The product of cuBLAS: ``alpha * op(a) @ op(b) + beta * out``."""
+    assert out is not None
+    assert a.dtype == b.dtype == out.dtype
+    assert a.dtype in (np.float32, np.float64)
+    assert out.flags.c_contiguous  # or else CuPy makes a copy
+    for array in (a, b):
+        assert array.flags.c_contiguous or array.flags.f_contiguous
+    product = alpha * (a if transa == "N" else a.T) @ (b if transb == "N" else b.T)
+    out[...] = product if beta == 0 else product + beta * out
+    return out
 
 
 def install():
@@ -256,6 +271,12 @@ def install():
     made.cuda.device.Device = made.cuda.Device = Device
     made.cuda.runtime, made.cuda.get_current_stream = runtime, lambda: stream
     made.cuda.Stream = type("Stream", (), {"null": stream})
+    made.cublas = types.ModuleType("cupy.cublas")
+    source = Path(real.__file__).with_name("cublas.py").read_text()  # which cannot be imported without cuBLAS
+    assert f"\ndef gemm{inspect.signature(gemm)}:\n" in source
+    made.cublas.gemm = lambda *args, **kwargs: given(
+        gemm(*map(taken, args), **{name: taken(value) for name, value in kwargs.items()})
+    )
     for name in ("linalg", "fft", "random"):
         setattr(made, name, _module(getattr(real, name), getattr(np, name)))
 
@@ -265,7 +286,7 @@ def install():
     made.random.standard_normal, made.random.default_rng = standard_normal, Generator
     for name in [name for name in sys.modules if re.match(r"(cupy|array_api_compat\.cupy)(\.|$)", name)]:
         del sys.modules[name]
-    sys.modules |= {f"cupy.{name}": getattr(made, name) for name in ("cuda", "linalg", "fft", "random")}
+    sys.modules |= {f"cupy.{name}": getattr(made, name) for name in ("cuda", "cublas", "linalg", "fft", "random")}
     sys.modules |= {"cupy": made, "cupy.cuda.device": made.cuda.device}
     return made
 

@@ -90,10 +90,15 @@ def takes_numpy(library: Any) -> bool:
 
 
 class Home:
-    """Where the logits of a call are, and what an engine receives: the arrays themselves, or their memory."""
+    """Where the logits of a call are, and what an engine receives: the arrays themselves, or their memory.
 
-    def __init__(self, logits: Array, library: Any, bridge: ModuleType | None, role: str, why_not: str = "") -> None:
-        self.logits, self.library, self.bridge = logits, library, bridge
+    `name` is what users call `logits`: those themselves, or hidden states from which they are made.
+    """
+
+    def __init__(
+        self, logits: Array, library: Any, bridge: ModuleType | None, role: str, why_not: str = "", name: str = "logits"
+    ) -> None:
+        self.logits, self.library, self.bridge, self.name = logits, library, bridge, name
         self.of_library = named(library.__name__)
         self.is_recorded = role == "loss" and bridge is not None and bridge.records(logits)
         self.about = f" (their memory cannot be borrowed: {why_not})" if why_not else ""  # said if an engine declines

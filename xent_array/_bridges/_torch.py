@@ -19,6 +19,7 @@ from torch._C import _are_functorch_transforms_active, _get_tracing_state, _len_
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
+from torch.utils.dlpack import from_dlpack
 
 from .. import _api, _engines
 from .._engines import Engine
@@ -110,7 +111,9 @@ def give(array: Array, logits: Any) -> Any:
         if array.dtype.name == "bfloat16":
             return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(array)
-    room = array.data.mem.tensor
+    room = getattr(array.data.mem, "tensor", None)
+    if room is None:  # memory of CuPy's own
+        return from_dlpack(array)
     start = (array.data.ptr - room.data_ptr()) // array.itemsize
     steps = [step // array.itemsize for step in array.strides]
     return room.as_strided(array.shape, steps, room.storage_offset() + start)

@@ -119,6 +119,24 @@ def cross_entropy_value_and_grad(logits: Any, target: Any, asked: Any, out: Any)
     return loss, grad if out is None else _filled(out, grad)
 
 
+def linear_cross_entropy(call: Any) -> Any:
+    """The loss from all logits at once, which the compiler sees being made."""
+    return cross_entropy(_logits(call), call.target, call.asked)
+
+
+def linear_cross_entropy_value_and_grad(call: Any) -> tuple[Any, tuple[Any, ...]]:
+    hidden, weight, bias = _detached((call.hidden, call.linear_weight, call.linear_bias))
+    call = call._replace(hidden=hidden, linear_weight=weight, linear_bias=bias)
+    loss, grad = cross_entropy_value_and_grad(_logits(call), call.target, call.asked, None)
+    rows = grad.flatten(0, -2) if grad.dim() > 1 else grad[None]
+    of_weight = rows.T @ hidden.reshape(-1, hidden.shape[-1])
+    return loss, (grad @ weight, of_weight, None if bias is None else rows.sum(0))
+
+
+def _logits(call: Any) -> Any:
+    return torch.nn.functional.linear(call.hidden, call.linear_weight, call.linear_bias)
+
+
 def _filled(out: Any, grad: Any) -> Any:
     out.detach().copy_(grad)
     return out
