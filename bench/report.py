@@ -259,7 +259,10 @@ def scale(rows: Rows, backend: str = SCALE) -> list[str]:
         ])  # fmt: skip
     head = ["", "", "by", "logits, GiB", "ms", "of the same on NumPy arrays", "memory allowed, GiB", "peak, GiB",
             "of it not of a file"]  # fmt: skip
-    what = "Time and memory of what is larger than one array; the peak is that of each process, in a cgroup with files"
+    what = (
+        "Time and memory of what is larger than one array. The peak is that of each process; where a cgroup is the"
+        " limit, it includes the files that are in memory"
+    )
     tables = [f"{what}:\n\n{_table(head, lines)}"] if lines else []
     if of_traffic:
         head = ["", "bytes per row that a process sends", "exchanges per call"]

@@ -15,6 +15,7 @@ import json
 import os
 import resource
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -54,6 +55,8 @@ def main(arguments: list[str]) -> int:
     given = parser.parse_args(arguments)
     if unknown := set(given.jobs) - set(JOBS):
         parser.error(f"JOB must be of {', '.join(JOBS)}; got {', '.join(sorted(unknown))}")
+    if given.out is not None:
+        given.out.touch()
     threads = len(os.sched_getaffinity(0))
     settings = run.Settings(
         SCALE, threads, 7, 3.0, timing.TURN, True, given.out, 0, None,
@@ -162,17 +165,22 @@ def by_dask_and_memmap(given: argparse.Namespace, settings: run.Settings) -> Ite
 
 
 def _of_file(given: argparse.Namespace, how: str, library: str) -> Iterator[Row]:
+    size = int(given.file_gib * 2**30)
+    if shutil.disk_usage(given.folder).free < 2.1 * size:
+        raise SystemExit(f"{given.folder} has no room for twice {given.file_gib:g} GiB; --folder names another")
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         path = Path(folder)
-        count = _write(path / "logits.npy", int(given.file_gib * 2**30))
+        count = _write(path / "logits.npy", size)
         limit = int(given.limit_gib * 2**30)
         program = "import sys; from bench.scale import print_file; print_file(*sys.argv[1:])"
         with _group(limit) as group:
             done = subprocess.run(
-                [sys.executable, "-c", program, how, folder], cwd=run.ROOT, text=True, check=True,
-                stdout=subprocess.PIPE, preexec_fn=lambda: group.enter(),
+                [sys.executable, "-c", program, how, folder], cwd=run.ROOT, text=True,
+                stdout=subprocess.PIPE, preexec_fn=group.enter,
             )  # fmt: skip
             peak = group.peak()
+        if done.returncode:
+            raise SystemExit(f"{how}: failed, exit code {done.returncode}; perhaps {given.limit_gib:g} GiB are too few")
         told = json.loads(done.stdout.splitlines()[-1])
         _check(path, told["loss"])
     yield {

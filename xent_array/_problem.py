@@ -17,6 +17,7 @@ from . import _bridges, _engines
 from ._bridges import Home
 from ._engines import Engine
 from ._rows import (
+    DASK,
     IGNORE_INDEX,
     Array,
     Asked,
@@ -238,10 +239,10 @@ def _place(at: int, shape: tuple[int, ...], first: Sequence[int] | None) -> str:
 
     Nothing for an array without dimensions, or if it is not known where it begins.
     """
-    index = [int(k) for k in np.unravel_index(at, shape)]
-    if first is not None:
-        index = [k + n for k, n in zip(index, first, strict=True)]
-    return f"[{', '.join(map(str, index))}]" if index and all(k == k for k in index) else ""
+    begins = [0] * len(shape) if first is None else first
+    if not shape or any(map(math.isnan, begins)):
+        return ""
+    return f"[{', '.join(str(int(k + n)) for k, n in zip(np.unravel_index(at, shape), begins, strict=True))}]"
 
 
 def _host_number(value: Any) -> Any:
@@ -389,8 +390,8 @@ def _checked(logits: Any, target: Any, asked: Asked, differentiates: str) -> Pro
             row_weight = _real_rows(sample_weight, "sample_weight", home, acc, view, may_be_mask=True)
         inputs = {"logits": logits, "target": target}
         inputs |= {"weight": home.lend(weight), "sample_weight": home.lend(sample_weight)}
-        check = None
-        if is_labels and validate is not False and home.is_lazy:
+        check, is_lazy = None, home.is_lazy and not isinstance(target, np.ndarray)
+        if is_labels and validate is not False and is_lazy:
             of = {"classes": view.flat[1], "ignore_index": ignore_index, "is_asked": bool(validate)}
             check = partial(_all_computed_labels_count, **of)
         label_smoothing, z_loss, softcap = options
@@ -414,9 +415,10 @@ def _checked(logits: Any, target: Any, asked: Asked, differentiates: str) -> Pro
         if denominator is not None:
             rows = rows._replace(denominator=_denominator(denominator, rows, home))
         chosen = home.engine(_engines.pick(rows, engine, home.about, is_lent=home.bridge is not None))
-        if is_labels and validate is not False and (validate or chosen.reads_labels_free(rows)):
+        looks = validate or (home.is_lazy and not is_lazy) or chosen.reads_labels_free(rows)
+        if is_labels and validate is not False and looks:
             with quiet(xp):
-                counts = _all_labels_count(target, row_weight, rows.all_classes, ignore_index)
+                counts = _all_labels_count(target, row_weight, rows.all_classes, ignore_index) and not home.is_lazy
                 rows = rows._replace(all_labels_count=counts)
         problem = Problem(rows, view, chosen, inputs, home)
         if weight is not None:
@@ -433,13 +435,26 @@ def _denominator(value: Any, rows: Rows, home: Home) -> Array | float:
     if not isinstance(value, numbers.Real):
         _check_number(value, "denominator")
         value = _real(value, "denominator", home, widest(rows), (), "no dimension, shape")
+        if home.is_lazy:
+            return home.later(partial(_divisor, acc=np.dtype(rows.acc).name), value, value.dtype)
         if rows.xp is not np:
             return value
-    value = _float(value, "denominator")
+    return _checked_denominator(rows.xp, value, rows.acc)
+
+
+def _checked_denominator(xp: Any, given: Any, acc: DType) -> float:
+    value = _float(given, "denominator")
     if not math.isfinite(value):
         raise ValueError(f"denominator must be finite, got {value!r}")
-    _check_held(rows.xp, value, "denominator", rows.acc, divides=True)
+    _check_held(xp, value, "denominator", acc, divides=True)
     return value
+
+
+def _divisor(part: Array, *, first: Sequence[int] | None, acc: str) -> Array:
+    """A denominator that was lazy, checked if it is in host memory."""
+    if isinstance(part, (np.ndarray, np.generic)):
+        _checked_denominator(np, part, np.dtype(acc))
+    return part
 
 
 def check_denominator(value: Any, reduction: str) -> None:
@@ -466,6 +481,8 @@ def _without_dimension(value: Any, role: str) -> Any:
         return value
     if getattr(value, "requires_grad", False):
         raise TypeError(f"{role} is a number by which nothing is differentiated: pass {role}.item()")
+    if hasattr(value, "compute"):
+        raise TypeError(f"{role} is a number that must be known at once: pass .compute() of it")
     if is_traced(value):
         raise TypeError(f"{role} must be known while tracing: make it static, as with static_argnames of jax.jit")
     return value.item() if hasattr(value, "item") else value.__index__() if "int" in str(value.dtype) else float(value)
@@ -530,6 +547,8 @@ def _array(value: Any, role: str, like: Array | None = None, name: str = "logits
     elif hasattr(value, "data_ptr") and (str(value.layout) != "torch.strided" or value.is_nested):
         kind = "that is nested" if value.is_nested else f"of layout {value.layout}: pass .to_dense() of it"
         raise TypeError(f"{role} must be a dense array, got a {described(value)} {kind}")
+    elif namespace(value).__name__ == DASK:
+        _check_chunks(value, role)
     elif lacking := lacks(namespace(value)):
         ways = [f".{way}()" for way in ("todense", "compute") if hasattr(value, way)]
         raise TypeError(
@@ -548,6 +567,17 @@ def _array(value: Any, role: str, like: Array | None = None, name: str = "logits
                 here, there = (sorted(p, key=str) if isinstance(p, frozenset) else p for p in (here, there))
                 raise TypeError(f"{role} must be on the device of {name}, {there}, but is on {here}")
     return value
+
+
+def _check_chunks(array: Array, role: str) -> None:
+    """Raises TypeError if the chunks of a Dask array are no plain arrays of NumPy or CuPy, as far as it says so."""
+    kind = type(array._meta)
+    if issubclass(kind, (np.ma.MaskedArray, np.matrix)):
+        advice = _instead(array._meta, role)
+        raise TypeError(f"{role} must have plain chunks, got a Dask array of {kind.__name__}: {advice}")
+    if kind.__module__.partition(".")[0] not in ("numpy", "cupy"):
+        named = f"{kind.__module__.partition('.')[0]}.{kind.__name__}"
+        raise TypeError(f"{role} must have chunks of NumPy or CuPy, got a Dask array of {named}")
 
 
 def _lent(value: Any, role: str, home: Home) -> Array:
@@ -578,6 +608,8 @@ def _from_list(value: Any, role: str, like: Array | None) -> Array:
 def _from_protocol(value: Any, role: str) -> Array:
     """An array from an object that NumPy can convert, such as a table column, if the result is plain and numeric."""
     made, advice = None, ""
+    if type(value).__module__.startswith("dask."):  # which seems to have every attribute
+        raise TypeError(f"{role} must be an array; got {described(value)}: pass dask.array.from_delayed of it")
     is_categorical = str(getattr(value, "dtype", "")) == "category"
     if hasattr(value, "__array__") and not isinstance(value, type) and not is_categorical:
         with suppress(Exception):  # whatever its own code raises
@@ -699,8 +731,8 @@ def _real(
         raise ValueError(f"{role} must have {words} {shape}; got shape {tuple(value.shape)}")
     value = home.lend(value, _dtype_name(acc))
     xp = namespace(value)
-    if home.is_lazy and name != _dtype_name(acc):
-        return home.later(partial(_held, role=role, acc=np.dtype(acc).name), value)
+    if home.is_lazy and xp is not np and name != _dtype_name(acc):
+        return home.later(partial(_held, role=role, acc=np.dtype(acc).name), value, acc)
     with quiet(xp):
         return xp.astype(value, acc, copy=False)
 
@@ -765,7 +797,10 @@ def _all_computed_labels_count(
     target: Array, row_weight: Array | None, first: Sequence[int], classes: int, ignore_index: int | None,
     is_asked: bool,
 ) -> bool:  # fmt: skip
-    """The same of labels that were lazy: they are looked at in host memory, or if the caller `is_asked` to wait."""
+    """`_all_labels_count` for labels that have just been computed.
+
+    They are looked at in host memory; elsewhere only if the caller `is_asked` to wait for that.
+    """
     looks = is_asked or isinstance(target, np.ndarray)
     return looks and _all_labels_count(target, row_weight, classes, ignore_index, first)
 

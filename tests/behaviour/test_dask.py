@@ -3,7 +3,9 @@
 `test_properties.py` draws chunks of any sizes.
 """
 
+import multiprocessing
 import os
+import pickle
 import re
 import signal
 import threading
@@ -189,8 +191,10 @@ def test_where_unknown_sizes_cannot_do():
         cross_entropy(x.rechunk((20, -1))[kept.rechunk(20)], da.from_array(LABELS, 10)[kept])
     with pytest.raises(ValueError, match="the number of classes, along axis 1, must be known"):
         cross_entropy(x[kept].T, da.from_array(LABELS, 10))
-    with pytest.raises(ValueError, match="shape"):
+    with pytest.raises(ValueError, match="a chunk of target has shape"):
         computed(cross_entropy(x[kept], da.from_array(LABELS, 10)[~kept]))
+    with pytest.raises(ValueError, match=r"of shape \(20,\) that is no Dask array cannot be cut like the logits"):
+        cross_entropy(x[kept], LABELS[:20])
 
 
 # -- values that are looked at when they are there ---------------------------------------------------------------
@@ -200,13 +204,14 @@ def test_a_bad_label_is_found_when_it_is_computed():
     labels = LABELS.copy()
     labels[33] = 23
     x = da.from_array(LOGITS, (7, 5))
-    for target in (labels, da.from_array(labels, 9)):
-        for call in (cross_entropy, cross_entropy_value_and_grad, cross_entropy_grad):
-            lazy = of(call(x, target))
-            with pytest.raises(IndexError, match=r"target\[33\] is 23, which is not a class"):
-                computed(*lazy)
-        with pytest.raises(IndexError, match=r"target\[33\] is 23"):
-            computed(*row_stats(x, target))
+    lazy = da.from_array(labels, 9)
+    for call in (cross_entropy, cross_entropy_value_and_grad, cross_entropy_grad, row_stats):
+        found = [part for part in of(call(x, lazy)) if part is not None]
+        with pytest.raises(IndexError, match=r"target\[33\] is 23, which is not a class"):
+            computed(*found)
+        with pytest.raises(IndexError, match=r"target\[33\] is 23"):  # there already
+            call(x, labels)
+    for target in (labels, lazy):
         found = computed(cross_entropy(x, target, reduction="none", validate=False))[0]
         assert_array_equal(np.isnan(found), np.arange(40) == 33)
         weight = np.arange(40) != 33
@@ -218,11 +223,15 @@ def test_a_bad_label_is_found_when_it_is_computed():
 def test_where_a_bad_label_is_in_several_axes_and_unknown_lengths():
     x, labels = np.zeros((4, 6, 5, 3)), np.zeros((4, 6, 3), int)
     labels[3, 4, 2] = 9
+    y, lazy = da.from_array(x, 2), da.from_array(labels, 2)
     with pytest.raises(IndexError, match=r"target\[3, 4, 2\] is 9"):
-        computed(cross_entropy(da.from_array(x, 2), labels, axis=2))
+        computed(cross_entropy(y, lazy, axis=2))
     kept = da.from_array(np.ones(4, bool), 2)
     with pytest.raises(IndexError, match=r"target is 9, which"):
-        computed(cross_entropy(da.from_array(x, 2)[kept], da.from_array(labels, 2)[kept], axis=2))
+        computed(cross_entropy(y[kept], lazy[kept], axis=2))
+    labels[3, 4, 2], labels[0, 1, 1] = 0, 7
+    with pytest.raises(IndexError, match=r"target\[0, 1, 1\] is 7"):  # the first chunk begins at 0
+        computed(cross_entropy(y[kept], da.from_array(labels, 2)[kept], axis=2))
 
 
 def test_a_weight_that_is_lost_is_found_when_it_is_computed():
@@ -250,17 +259,132 @@ def test_what_does_not_go_together():
         cross_entropy(LOGITS, LABELS, engine="dask")
     with pytest.raises(TypeError, match="target must be a list, or an array of the library of logits"):
         cross_entropy(LOGITS, da.from_array(LABELS, 7))
-    with pytest.raises(TypeError, match="label_smoothing must be known"):
+    with pytest.raises(TypeError, match=r"label_smoothing is a number that must be known at once: pass \.compute\(\)"):
         cross_entropy(x, LABELS, label_smoothing=da.ones(()))
+    with pytest.raises(TypeError, match=r"got dask\.Delayed\w*: pass dask\.array\.from_delayed of it"):
+        cross_entropy(x, dask.delayed(LABELS))
+    weight = da.from_array(np.ones(23), 5)
+    with pytest.raises(ValueError, match="weight has chunks of unknown sizes"):
+        cross_entropy(x, LABELS, weight=weight[weight > 0])
 
 
 def test_chunks_of_another_kind():
     sparse = pytest.importorskip("sparse")
-    x = da.from_array(LOGITS, 7).map_blocks(sparse.COO.from_numpy)
-    with pytest.raises(TypeError, match=r"cannot be combined with a Dask array whose chunks are of sparse\..*COO"):
-        cross_entropy(x, LABELS)
-    with pytest.raises(TypeError, match=r"takes chunks of one kind, and these are of numpy\.ndarray and sparse\.COO"):
+    x, labels = da.from_array(LOGITS, 7), da.from_array(LABELS, 7)
+    for call in (lambda a: cross_entropy(a, labels), softmax):
+        with pytest.raises(TypeError, match=r"must have chunks of NumPy or CuPy, got a Dask array of sparse\.COO"):
+            call(x.map_blocks(sparse.COO.from_numpy))
+        with pytest.raises(TypeError, match=r"must have plain chunks, got a Dask array of MaskedArray: pass its data"):
+            call(da.ma.masked_greater(x, 1))
+    with pytest.raises(TypeError, match="target must have plain chunks, got a Dask array of MaskedArray"):
+        cross_entropy(x, da.ma.masked_greater(labels, 1))
+
+
+class OfCuPy(np.ndarray):
+    """What Dask sees of CuPy: a kind of array that cannot hold objects."""
+
+    def astype(self, dtype, **options):
+        if np.dtype(dtype) == object:
+            raise ValueError("Unsupported dtype object")
+        return super().astype(dtype, **options)
+
+
+OfCuPy.__module__ = "cupy"
+
+
+def test_chunks_of_cupy_are_taken_and_not_mixed_with_those_of_numpy():
+    """As far as Dask goes: there is no GPU to compute them on."""
+    x, labels = (da.from_array(values, 7, meta=np.empty(0, values.dtype).view(OfCuPy)) for values in (LOGITS, LABELS))
+    assert isinstance(x._meta, OfCuPy)
+    for found in (cross_entropy_value_and_grad(x, labels, return_stats=True), softmax(x), row_stats(x, labels)):
+        assert all(isinstance(part, da.Array) for part in of(found))
+        assert all(isinstance(part._meta, OfCuPy) for part in of(found))
+    with pytest.raises(TypeError, match=r"takes chunks of one kind, and these are of cupy\.OfCuPy and numpy\.ndarray"):
         cross_entropy(x, da.from_array(LABELS, 7))
+
+
+# -- chunks that are not what they are said to be ----------------------------------------------------------------
+
+
+def lying(x, chunk):
+    """The Dask array, whose second chunk of rows is what `chunk` makes of it."""
+    return x.map_blocks(lambda a, block_id: chunk(a) if block_id[0] == 1 else a, dtype=x.dtype, meta=x._meta)
+
+
+@pytest.mark.parametrize(
+    ("of_logits", "chunk", "error", "says"),
+    [
+        (True, lambda a: a[:, 1:], ValueError, r"a chunk of logits has shape \(7, 22\), where \(7, 23\) is wanted"),
+        (
+            True,
+            lambda a: a.astype("float32"),
+            TypeError,
+            "a chunk of logits has dtype float32, but its Dask array",
+        ),
+        (True, lambda a: a.astype("int64"), TypeError, "a chunk of logits has dtype int64, but its Dask array says"),
+        (True, np.ma.masked_array, TypeError, "a chunk of logits is a MaskedArray; it must be a plain array"),
+        (False, lambda a: a[1:], ValueError, r"a chunk of target has shape \(6,\), where \(7,\) is wanted"),
+        (False, lambda a: a[:, None], ValueError, r"a chunk of target has shape \(7, 1\), where"),
+        (
+            False,
+            lambda a: a + 0.5,
+            TypeError,
+            "a chunk of target has dtype float64, but its Dask array",
+        ),
+    ],
+)
+def test_chunks_that_are_not_as_declared(of_logits, chunk, error, says):
+    x, labels = da.from_array(LOGITS, (7, 23)), da.from_array(np.maximum(LABELS, 0), 7)
+    x, labels = (lying(x, chunk), labels) if of_logits else (x, lying(labels, chunk))
+    with pytest.raises(error, match=says):
+        computed(cross_entropy(x, labels))
+
+
+def test_rows_of_unknown_sizes_that_do_not_belong_together():
+    x, labels = RNG.standard_normal((4, 6, 5)), RNG.integers(0, 5, (4, 6))
+    one, two = (da.from_array(np.arange(length) % step > 0, length) for length, step in ((4, 2), (6, 3)))
+    y, t = da.from_array(x, -1)[one][:, two], da.from_array(labels.T.copy(), -1)[two][:, one]
+    with pytest.raises(ValueError, match=r"a chunk of target has shape \(4, 2\), where \(2, 4\) is wanted"):
+        computed(cross_entropy(y, t))
+
+
+def test_infinite_losses_of_several_chunks_do_not_warn():
+    for rows in (40, 4):
+        x = np.zeros((rows, 3))
+        x[[0, -1], 0] = -np.inf
+        sign = np.ones(rows)
+        sign[0] = -1
+        with np.errstate(all="raise"):
+            (loss,) = computed(
+                cross_entropy(da.from_array(x, (1, 3)), np.zeros(rows, int), sample_weight=sign, reduction="sum")
+            )
+        assert np.isnan(loss)
+
+
+def test_labels_are_computed_once():
+    """Also where the classes are split, so that many tasks need them."""
+    made = []
+
+    def make(block_id):
+        made.append(block_id)
+        return LABELS[10 * block_id[0] :][:10]
+
+    labels = da.map_blocks(make, chunks=((10,) * 4,), dtype=int, meta=np.empty(0, int))
+    x, stats = da.from_array(LOGITS, (10, 3)), row_stats(LOGITS, LABELS)
+    stats = type(stats)(*(da.from_array(part, 10) for part in stats))
+    for found in (row_stats(x, labels).loss, cross_entropy_grad(x, labels, stats=stats), cross_entropy(x, labels)):
+        made.clear()
+        computed(found)
+        assert sorted(made) == [(0,), (1,), (2,), (3,)]
+
+
+def test_a_task_does_not_grow_with_the_number_of_chunks():
+    def size(count):
+        x, labels = da.zeros((count, 3), chunks=(1, 3)), da.zeros(count, dtype=int, chunks=1)
+        graph = dict(cross_entropy_grad(x, labels, denominator=1.0).__dask_graph__())
+        return max(len(pickle.dumps(task)) for key, task in graph.items() if "grad" in key[0])
+
+    assert size(500) <= size(5) + 100
 
 
 # -- lazy numbers ------------------------------------------------------------------------------------------------
@@ -274,6 +398,16 @@ def test_denominator_and_grad_output(classes, number):
     wanted = cross_entropy_value_and_grad(LOGITS, LABELS, denominator=100.0, grad_output=3.0)
     for found, right in zip(computed(loss, grad), wanted, strict=True):
         np.testing.assert_allclose(found, right, rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize("number", [np.inf, np.nan, 1e300, 1e-300])
+def test_a_lazy_denominator_is_checked_when_it_is_computed(number):
+    x = da.from_array(LOGITS.astype(np.float32), (7, 23))
+    with pytest.raises(ValueError, match="denominator must be"):
+        cross_entropy(x, LABELS, denominator=number)
+    lazy = cross_entropy(x, LABELS, denominator=da.asarray(number))
+    with pytest.raises(ValueError, match="denominator must be"):
+        computed(lazy)
 
 
 def test_stats_are_merged_by_the_user():
@@ -304,6 +438,11 @@ def test_a_chunk_takes_one_thread_in_a_thread_of_dask_and_all_in_the_main_one(mo
     for name in ("XENT_ARRAY_NUM_THREADS", "PYTHON_CPU_COUNT", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
     lazy = cross_entropy(da.from_array(LOGITS, (7, 23)), LABELS)
+    with monkeypatch.context() as other:
+        other.setattr(multiprocessing, "parent_process", lambda: "another")  # one of a pool of processes
+        lazy.compute(scheduler="synchronous")
+    assert set(seen) == {(True, 1)}
+    seen.clear()
     lazy.compute(scheduler="threads", num_workers=2)
     assert set(seen) == {(False, 1)}
     seen.clear()
@@ -343,7 +482,7 @@ def test_the_recipes_for_files(tmp_path, monkeypatch):
     x, labels = RNG.standard_normal((1300, 40)).astype(np.float16), RNG.integers(0, 40, 1300)
     np.save("logits.npy", x)
     by_memmap, by_dask = re.findall(
-        r"^```python\n((?:logits = np\.load|def read).*?)^```", README, re.MULTILINE | re.DOTALL
+        r"^```python\n((?:logits = np\.load|grad_file).*?)^```", README, re.MULTILINE | re.DOTALL
     )
     names = {"np": np, "da": da, "dask": dask, "labels": labels}
     names["cross_entropy_value_and_grad"] = cross_entropy_value_and_grad
@@ -351,10 +490,10 @@ def test_the_recipes_for_files(tmp_path, monkeypatch):
     wanted, gradient = cross_entropy_value_and_grad(x, labels)
     assert names["loss"] == wanted
     assert_array_equal(np.load("grad.npy"), gradient)
-    names["grad_file"] = np.lib.format.open_memmap("other.npy", "w+", x.dtype, x.shape)
+    np.lib.format.open_memmap("grad.npy", "r+")[...] = 0
     exec(by_dask, names)
     assert names["loss"] == pytest.approx(wanted, rel=1e-6)
-    assert_array_equal(np.load("other.npy"), gradient)
+    assert_array_equal(np.load("grad.npy"), gradient)
     assert_array_equal(da.from_zarr("grad.zarr").compute(), gradient)
 
 

@@ -22,8 +22,8 @@ also define these:
                                           step by step, the record must keep no array of the size of the logits except
                                           those that the user passed
     view(plain, logits) -> View           the view of the axes, in place of `plain`, which reshapes whole arrays
-    later(function, array, *others)       what `function(part, *parts of others, first=index)` returns for each part of
-                                          an array that has no values yet, when it has; `index` says where it begins
+    later(function, array, dtype)         an array without values yet, whose parts are to be what `function(part,
+                                          first=index)` returns, of that dtype; a part begins at `index` of the array
 
 The arrays of a call are lent one by one, after the checks that name them, and the results are given back; in between,
 the problem is one of NumPy or CuPy arrays like any other. `role` says what the library must be able to differentiate:
@@ -43,7 +43,7 @@ from typing import Any
 
 import numpy as np
 
-from .._rows import DASK, Array, quiet
+from .._rows import DASK, Array, DType, quiet
 
 _MODULES = {  # by the namespace of the library
     "array_api_compat.torch": "._torch",
@@ -125,10 +125,10 @@ class Home:
         """Whether arrays have no values before they are computed, so that these are checked then, by `later`."""
         return hasattr(self.of_library, "later")
 
-    def later(self, function: partial[Array], array: Array, *others: Array) -> Array:
+    def later(self, function: partial[Array], array: Array, dtype: DType) -> Array:
         """What `function` makes of an array, part by part, once that is computed."""
         assert self.of_library is not None
-        return self.of_library.later(function, array, *others)
+        return self.of_library.later(function, array, dtype)
 
     def refuses_out(self, out: Array) -> str | None:
         """Why the engine cannot write to the memory of a user's array; None if it can."""

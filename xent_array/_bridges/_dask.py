@@ -1,19 +1,19 @@
 """Dask: lazy arrays of NumPy or CuPy chunks, whose memory is never lent. The engine "dask" takes them as they are.
 
-This bridge makes the chunks of whatever is passed along with the logits fit theirs, and has values checked when they
-are computed.
+Arrays that are passed along with the logits get chunks like theirs. What would be wrong with their values is found when
+these are computed.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import dask.array as da
 import numpy as np
+from dask.layers import ArraySliceDep
 
 from .._engines.dask import Blocks
 from .._problem import View
@@ -30,13 +30,10 @@ def beside(array: Array, logits: Any, is_lent: bool) -> Any:
     if not isinstance(logits._meta, np.ndarray):
         kind = type(logits._meta)
         raise TypeError(
-            f"NumPy arrays cannot be combined with a Dask array whose chunks are of {kind.__module__}.{kind.__name__}:"
-            " pass Dask arrays with chunks of that kind"
+            "NumPy arrays and lists cannot be combined with a Dask array whose chunks are of"
+            f" {kind.__module__}.{kind.__name__}: pass Dask arrays with chunks of that kind"
         )
-    if array.dtype.kind not in "biufV" or array.dtype.itemsize > 8:
-        return array  # to be refused later, with its name
-    name = None if array.nbytes <= HASHED else False
-    return da.from_array(array, chunks=-1, name=name)
+    return array
 
 
 def detached_loss(loss: Any, logits: Any) -> Any:
@@ -49,7 +46,7 @@ def detached_loss(loss: Any, logits: Any) -> Any:
 def view(plain: View, logits: Any) -> View:
     """The view of the axes of `logits`, which a task makes when it has their values."""
     classes = plain.shape[plain.axis]
-    if classes != classes:
+    if math.isnan(classes):
         raise ValueError(
             f"the number of classes, along axis {plain.axis}, must be known, and the chunks there are of unknown sizes:"
             " call compute_chunk_sizes() of the logits"
@@ -83,7 +80,15 @@ Chunks = tuple[tuple[int, ...], ...]
 
 
 def _fitted(array: Any, chunks: Chunks) -> Any:
-    """The array with these chunks. Where sizes are unknown, the chunks must be as many."""
+    """The array, or a NumPy array, with these chunks. Where sizes are unknown, the chunks must be as many."""
+    is_known = not any(math.isnan(n) for axis in chunks for n in axis)
+    if isinstance(array, np.ndarray) and is_known:
+        return da.from_array(array, chunks=chunks, name=None if array.nbytes <= HASHED else False)
+    if isinstance(array, np.ndarray):
+        raise ValueError(
+            f"an array of shape {array.shape} that is no Dask array cannot be cut like the logits, whose chunks are of"
+            " unknown sizes: call compute_chunk_sizes() of the logits"
+        )
     if array.chunks == chunks:
         return array
     wanted = {}
@@ -92,8 +97,8 @@ def _fitted(array: Any, chunks: Chunks) -> Any:
             wanted[axis] = others
         elif len(own) != len(others):
             raise ValueError(
-                f"along axis {axis}, an array has {len(own)} chunks where the logits have {len(others)}, and some are"
-                " of unknown size: call compute_chunk_sizes() of both"
+                f"along axis {axis}, an array of shape {array.shape} has {len(own)} chunks where the logits have"
+                f" {len(others)}, and some are of unknown size: call compute_chunk_sizes() of both"
             )
     if not any(array.shape):  # which Dask leaves as it is
         return da.zeros_like(array, chunks=chunks)
@@ -103,22 +108,17 @@ def _fitted(array: Any, chunks: Chunks) -> Any:
 # Values
 
 
-def later(function: partial[Array], array: Any, *others: Any) -> Any:
-    """`function` of every chunk. It learns at which index of the whole array the chunk begins, NaN where unknown."""
-    starts = [np.cumsum([0, *chunks[:-1]]).tolist() for chunks in array.chunks]
-    fitted = [_fitted(other, array.chunks) for other in others]
-    dtype = function.keywords.get("acc", array.dtype)
-    return da.map_blocks(
-        partial(_at_its_place, function, starts), array, *fitted, dtype=dtype, meta=array._meta.astype(dtype),
-        token=function.func.__name__,
+def later(function: partial[Array], array: Any, dtype: Any) -> Any:
+    """`function` of every chunk, of that dtype. It learns at which index of the whole array the chunk begins.
+
+    That is NaN where it is not known.
+    """
+    axes = tuple(range(array.ndim))
+    return da.blockwise(
+        partial(_at_its_place, function), axes, ArraySliceDep(array.chunks), axes, array, axes, dtype=dtype,
+        meta=array._meta.astype(dtype), token=function.func.__name__, align_arrays=False,
     )  # fmt: skip
 
 
-def _at_its_place(
-    function: Callable[..., Array], starts: list[list[int]], *parts: Array, block_id: tuple[int, ...]
-) -> Array:
-    return function(*parts, first=[start[k] for start, k in zip(starts, block_id, strict=True)])
-
-
-def at_work(logits: Any) -> AbstractContextManager[Any]:
-    return np.errstate(all="ignore")
+def _at_its_place(function: Callable[..., Array], slices: tuple[slice, ...], part: Array) -> Array:
+    return function(part, first=[each.start for each in slices])

@@ -10,7 +10,9 @@ the values. So no axis is moved, no chunk is copied, and lengths may be unknown 
 
 from __future__ import annotations
 
+import itertools
 import math
+import multiprocessing
 from collections.abc import Callable, Sequence
 from functools import partial
 from threading import current_thread, main_thread
@@ -19,7 +21,10 @@ from typing import Any, NamedTuple
 import dask.array as da
 import numpy as np
 from dask.array.utils import meta_from_array
-from dask.layers import ArrayBlockIdDep
+from dask.base import tokenize
+from dask.highlevelgraph import HighLevelGraph
+from dask.layers import ArraySliceDep
+from dask.utils import key_split
 
 from .. import _engines, _rows
 from .._rows import Array, Rows, RowStats
@@ -27,10 +32,13 @@ from . import Engine
 from .cpu.cores import at_most
 
 FEW = 32  # numbers that one task adds up; of more, Dask makes a tree
-CLASSES, STATS = "C", "S"  # letters of axes; the rows have small ones
+CLASSES, STATS, WEIGHT = -1, -2, -3  # axes by number; those of the rows are 0, 1, …
 KEPT = 4  # of the stats: a gradient does not need `correct`
 
 Solve = Callable[..., "tuple[Any, ...]"]  # (engine, rows, stats or None): what is computed of a chunk
+
+
+Axes = tuple[int, ...]
 
 
 class Blocks(NamedTuple):
@@ -49,11 +57,12 @@ class Blocks(NamedTuple):
         return self.array.dtype
 
     @property
-    def axes(self) -> str:
-        """A letter for each axis of the array."""
-        rows = self.array.ndim - (self.ndim == 3)
-        letters = "abdefghijklmnopqrstuvwxyz"[:rows]
-        return letters[: self.axis] + CLASSES + letters[self.axis :] if self.ndim == 3 else letters
+    def axes(self) -> Axes:
+        """The axes of the array, by number."""
+        if self.ndim == 2:
+            return tuple(range(self.array.ndim))
+        rows = tuple(range(self.array.ndim - 1))
+        return (*rows[: self.axis], CLASSES, *rows[self.axis :])
 
 
 def declines(rows: Rows) -> str | None:
@@ -186,41 +195,60 @@ class _Told(NamedTuple):
     results: list[str]
     axis: int
     classes: int  # in all
-    starts: list[list[int]]  # where the blocks begin, along each axis of the result
+    dtype: str  # of the logits
     acc: str
     options: tuple[Any, ...]  # `Rows` from `ignore_index` to `softcap`
     check: Callable[..., bool] | None
 
 
-class _Lengths(NamedTuple):
-    """Those of a chunk along the axes before that of the classes, and behind it."""
+class _Chunks(NamedTuple):
+    """What a task has of each argument; None if there is no such argument."""
+
+    logits: Any
+    target: Any
+    weight: Any
+    sample_weight: Any
+    upstream: Any
+    divisor: Any
+    stats: tuple[Any, ...]
+
+    @property
+    def by_row(self) -> dict[str, Any]:
+        """Those that have one number for each row, or one for each row and class."""
+        named = {"logits": self.logits, "target": self.target, "sample_weight": self.sample_weight}
+        if getattr(self.upstream, "ndim", 0):
+            named["grad_output"] = self.upstream
+        named |= {f"stats[{number}]": part for number, part in enumerate(self.stats)}
+        return {name: part for name, part in named.items() if part is not None}
+
+
+class _Place(NamedTuple):
+    """Where a chunk is: its lengths along the axes before that of the classes and behind it, and where it begins."""
 
     before: tuple[int, ...]
     behind: tuple[int, ...]
+    first: list[Any]  # along each axis of the rows; NaN where it is not known
+    start: int  # the first class
 
     @property
     def rows(self) -> tuple[int, int]:
         return math.prod(self.before), math.prod(self.behind)
 
 
-def _solved(solve: Solve, told: _Told, block: tuple[int, ...], *chunks: Any) -> Any:
+def _solved(solve: Solve, told: _Told, slices: tuple[slice, ...], *given: Any) -> Any:
     """What is asked for of a chunk. Of an axis that the result lacks, Dask passes a list of chunks, here of one."""
-    logits, target, weight, sample_weight, upstream, divisor, *stats = map(only, chunks)
-    stats = [*stats[0]] if len(stats) == 1 else stats  # packed
-    one = next(each for each in (logits, target, sample_weight, *stats) if each is not None)
-    lengths = _Lengths(one.shape[: told.axis], one.shape[told.axis + (one is logits) :])
-    first = [start[k] for start, k in zip(told.starts, block, strict=True)]
-    start = first.pop(told.axis) if len(first) > len(lengths.before + lengths.behind) else 0
-    xp = _rows.namespace(one)
-    with _rows.quiet(xp), at_most(None if current_thread() is main_thread() else 1):
-        all_count = False
-        if told.check is not None and target is not None:
-            all_count = told.check(target, sample_weight, first=first)
-        rows = _viewed(told, lengths, xp, _rows.device(one), logits, target, sample_weight, start)
-        rows = rows._replace(weight=weight, upstream=_scale(xp, lengths, upstream, divisor), all_labels_count=all_count)
-        found = RowStats(*(part.reshape(lengths.rows) for part in stats[:KEPT])) if stats else None
+    parts = list(map(only, given[6:]))
+    stats = tuple(parts[0]) if len(parts) == 1 else tuple(parts)
+    logits, target, weight, sample_weight, upstream, divisor = map(only, given[:6])
+    chunks = _Chunks(logits, target, weight, sample_weight, upstream, divisor, stats)
+    place = _placed(told, slices, chunks)
+    xp = _rows.namespace(next(iter(chunks.by_row.values())))
+    in_main_thread = current_thread() is main_thread() and multiprocessing.parent_process() is None
+    with _rows.quiet(xp), at_most(None if in_main_thread else 1):
+        rows = _viewed(told, place, xp, chunks)
+        found = RowStats(*(part.reshape(place.rows) for part in chunks.stats[:KEPT])) if chunks.stats else None
         made = solve(_engines.pick(rows, None), rows, found)
-        results = [_shaped(rows, lengths, *each) for each in zip(told.results, made, strict=True)]
+        results = tuple(_shaped(rows, place, *each) for each in zip(told.results, made, strict=True))
     return results if len(results) > 1 else results[0]
 
 
@@ -231,16 +259,43 @@ def only(given: Any) -> Any:
     return given
 
 
-def _viewed(
-    told: _Told, lengths: _Lengths, xp: Any, device: Any, logits: Any, target: Any, sample_weight: Any, start: int
-) -> Rows:
+def _placed(told: _Told, slices: tuple[slice, ...], chunks: _Chunks) -> _Place:
+    """Where the chunk is. Raises TypeError or ValueError if chunks are not what their Dask arrays say, or differ."""
+    first, start, classes = [each.start for each in slices], 0, told.classes
+    named = chunks.by_row
+    of_logits, target = chunks.logits, chunks.target
+    one = next(iter(named.values()))
+    has_classes = one is of_logits
+    if len(first) > one.ndim - has_classes:  # the result has the classes
+        start, classes = first.pop(told.axis), slices[told.axis].stop - slices[told.axis].start
+    place = _Place(one.shape[: told.axis], one.shape[told.axis + has_classes :], first, start)
+    for name, part in named.items():
+        if isinstance(part, (np.ma.MaskedArray, np.matrix)):
+            raise TypeError(f"a chunk of {name} is a {type(part).__name__}; it must be a plain array")
+        has_classes = part is of_logits or (part is target and part.ndim > len(first))
+        wanted = (*place.before, *((classes,) if has_classes else ()), *place.behind)
+        if tuple(part.shape) != wanted:
+            raise ValueError(f"a chunk of {name} has shape {tuple(part.shape)}, where {wanted} is wanted")
+    if of_logits is not None and of_logits.dtype.newbyteorder("=") != np.dtype(told.dtype):
+        raise TypeError(f"a chunk of logits has dtype {of_logits.dtype}, but its Dask array says {told.dtype}")
+    if told.check is not None and target is not None and target.dtype.kind not in "iu":
+        raise TypeError(f"a chunk of target has dtype {target.dtype}, but its Dask array says that it has integers")
+    return place
+
+
+def _viewed(told: _Told, place: _Place, xp: Any, chunks: _Chunks) -> Rows:
     """Chunks as rows. Without logits, these are rows of a slice without classes."""
-    outer, inner = lengths.rows
+    outer, inner = place.rows
+    logits, target, s = chunks.logits, chunks.target, chunks.sample_weight
     classes = 0 if logits is None else logits.shape[told.axis]
     if logits is None:
-        logits = xp.zeros((outer, 0, inner), dtype=getattr(xp, told.acc), device=device)
-    is_distribution = target is not None and target.ndim > len(lengths.before + lengths.behind)
+        one = next(iter(chunks.by_row.values()))
+        logits = xp.zeros((outer, 0, inner), dtype=getattr(xp, told.acc), device=_rows.device(one))
+    all_count = False
+    if told.check is not None and target is not None:
+        all_count = told.check(target, s, first=place.first)
     if target is not None:
+        is_distribution = target.ndim > len(place.first)
         target = target.reshape((outer, classes, inner) if is_distribution else (outer, inner))
     ignore_index, label_smoothing, z_loss, softcap = told.options
     return Rows(
@@ -248,21 +303,24 @@ def _viewed(
         logits.reshape((outer, classes, inner)),
         np.dtype(told.acc) if xp is np else getattr(xp, told.acc),
         target,
-        sample_weight=None if sample_weight is None else sample_weight.reshape((outer, inner)),
+        weight=chunks.weight,
+        sample_weight=None if s is None else s.reshape((outer, inner)),
         ignore_index=ignore_index,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
         softcap=softcap,
-        start=start,
+        upstream=_scale(xp, place, chunks.upstream, chunks.divisor),
+        all_labels_count=all_count,
+        start=place.start,
         vocabulary=0 if classes == told.classes else told.classes,
     )
 
 
-def _scale(xp: Any, lengths: _Lengths, upstream: Any, divisor: Any) -> Any:
+def _scale(xp: Any, place: _Place, upstream: Any, divisor: Any) -> Any:
     """What multiplies the gradient of the sum of the rows."""
     scale: Any = 1.0 if upstream is None else upstream
     if getattr(scale, "ndim", 0):
-        scale = scale.reshape(lengths.rows)
+        scale = scale.reshape(place.rows)
     elif xp is np:
         scale = float(scale)
     if divisor is not None:
@@ -270,18 +328,18 @@ def _scale(xp: Any, lengths: _Lengths, upstream: Any, divisor: Any) -> Any:
     return None if isinstance(scale, float) and scale == 1 else scale
 
 
-def _shaped(rows: Rows, lengths: _Lengths, kind: str, made: Any) -> Array:
+def _shaped(rows: Rows, place: _Place, kind: str, made: Any) -> Array:
     """A result in the shape that the user's array has in this place."""
     xp = rows.xp
     if kind == "number":
-        return xp.sum(made, dtype=_rows.widest(rows)).reshape((1,) * len(lengths.before + lengths.behind))
+        return xp.sum(made, dtype=_rows.widest(rows)).reshape((1,) * len(place.before + place.behind))
     if kind == "logits":
-        return made.reshape((*lengths.before, rows.classes, *lengths.behind))
+        return made.reshape((*place.before, rows.classes, *place.behind))
     if kind == "rows":
-        return made.reshape(lengths.before + lengths.behind)
+        return made.reshape(place.before + place.behind)
     parts = xp.stack([xp.astype(part, rows.acc, copy=False) for part in made if part is not None])
     of_slice = (1,) if kind == "stats of a slice" else ()
-    return parts.reshape((parts.shape[0], *lengths.before, *of_slice, *lengths.behind))
+    return parts.reshape((parts.shape[0], *place.before, *of_slice, *place.behind))
 
 
 # From rows to tasks
@@ -292,14 +350,14 @@ def _is_whole(rows: Rows) -> bool:
     return int(rows.logits.array.numblocks[rows.logits.axis]) == 1
 
 
-def _row_axes(rows: Rows) -> str:
-    return str(rows.logits.axes.replace(CLASSES, ""))
+def _row_axes(rows: Rows) -> Axes:
+    return tuple(range(rows.logits.array.ndim - 1))
 
 
-def _axes(rows: Rows, kind: str) -> str:
-    """Letters for the axes of a result of that kind."""
-    axes = rows.logits.axes if kind in ("logits", "stats of a slice") else _row_axes(rows)
-    return f"{STATS if kind.startswith('stats') else ''}{axes}"
+def _axes(rows: Rows, kind: str) -> Axes:
+    """The axes of a result of that kind."""
+    axes: Axes = rows.logits.axes if kind in ("logits", "stats of a slice") else _row_axes(rows)
+    return (STATS, *axes) if kind.startswith("stats") else axes
 
 
 def _dtype(rows: Rows, kind: str) -> Any:
@@ -314,37 +372,66 @@ def _map(
     logits = rows.logits
     index = _axes(rows, results[0] if len(results) == 1 else "logits")
     sizes = dict(zip(logits.axes, logits.array.chunks, strict=True))
-    chunks = tuple(sizes[axis] for axis in index if axis != STATS)
+    axes = tuple(axis for axis in index if axis != STATS)
     told = _Told(
-        results, logits.axis, rows.classes, [np.cumsum([0, *each[:-1]]).tolist() for each in chunks],
-        np.dtype(rows.acc).name, (rows.ignore_index, rows.label_smoothing, rows.z_loss, rows.softcap), rows.check,
+        results, logits.axis, rows.classes, np.dtype(rows.grad_dtype).name, np.dtype(rows.acc).name,
+        (rows.ignore_index, rows.label_smoothing, rows.z_loss, rows.softcap), rows.check,
     )  # fmt: skip
+    by_row = [rows.target, rows.sample_weight, rows.upstream]
+    if CLASSES in axes and not _is_whole(rows):
+        by_row = list(map(_computed_once, by_row))
+    target, sample_weight, upstream = by_row
     pairs = [
-        (ArrayBlockIdDep(chunks), index.replace(STATS, "")),
-        *map(_with_axes, [logits if reads else None, rows.target]),
-        (None if rows.weight is None else rows.weight.rechunk(-1), "W"),
-        *map(_with_axes, [rows.sample_weight, rows.upstream, divisor]),
-        *((part, (STATS if part.ndim > len(_row_axes(rows)) else "") + _row_axes(rows)) for part in stats),
+        (ArraySliceDep(tuple(sizes[axis] for axis in axes)), axes),
+        *map(_with_axes, [logits if reads else None, target]),
+        (None if rows.weight is None else _one_chunk(rows.weight), (WEIGHT,)),
+        *map(_with_axes, [sample_weight, upstream, divisor]),
+        *((part, ((STATS,) if part.ndim > len(_row_axes(rows)) else ()) + _row_axes(rows)) for part in stats),
     ]
     arguments = [each for part, axes in pairs for each in (part, None if part is None else axes)]
     layout: dict[str, Any] = {}
     if STATS in index:
-        layout["new_axes"] = {STATS: KEPT + (is_marked and rows.has_labels)}
-    if results == ["number"] or results == ["stats of a slice"]:
-        layout["adjust_chunks"] = dict.fromkeys(index if results == ["number"] else CLASSES, 1)
+        layout["new_axes"] = {STATS: _numbers(rows, is_marked)}
+    if results in (["number"], ["stats of a slice"]):
+        of_one = index if results == ["number"] else (CLASSES,)
+        layout["adjust_chunks"] = dict.fromkeys(of_one, 1)
     return _blockwise(
         rows, partial(_solved, solve, told), index, _dtype(rows, results[0]) if len(results) == 1 else object,
         *arguments, token=name, **layout,
     )  # fmt: skip
 
 
-def _with_axes(part: Any) -> tuple[Any, str | None]:
+def _with_axes(part: Any) -> tuple[Any, Axes | None]:
     if isinstance(part, Blocks):
         return part.array, part.axes
-    return part, "" if hasattr(part, "ndim") else None
+    return part, () if hasattr(part, "ndim") else None
 
 
-def _blockwise(rows: Rows, function: Callable[..., Any], index: str, dtype: Any, *arguments: Any, **how: Any) -> Array:
+def _computed_once(part: Any) -> Any:
+    """Blocks that several tasks read, in a layer that Dask does not make part of each of these tasks."""
+    if not isinstance(part, Blocks):
+        return part
+    array = part.array
+    name = f"{key_split(array.name)}-{tokenize(array.name, 'once')}"
+    blocks = itertools.product(*map(range, array.numblocks))
+    graph = HighLevelGraph.from_collections(name, {(name, *k): (array.name, *k) for k in blocks}, [array])
+    return part._replace(array=da.Array(graph, name, array.chunks, meta=array._meta))
+
+
+def _one_chunk(weight: Array) -> Array:
+    if isinstance(weight, np.ndarray):
+        return da.from_array(weight, chunks=-1)
+    if any(map(math.isnan, weight.shape)):
+        raise ValueError("weight has chunks of unknown sizes: call compute_chunk_sizes() of it")
+    return weight.rechunk(-1)
+
+
+def _numbers(rows: Rows, is_marked: bool) -> int:
+    """How many numbers the stats of a row are."""
+    return KEPT + 1 if is_marked and rows.has_labels else KEPT
+
+
+def _blockwise(rows: Rows, function: Callable[..., Any], index: Axes, dtype: Any, *arguments: Any, **how: Any) -> Array:
     meta = _meta(rows, len(index), dtype)
     return da.blockwise(
         function, index, *arguments, dtype=dtype, meta=meta, concatenate=False, align_arrays=False, **how
@@ -352,6 +439,8 @@ def _blockwise(rows: Rows, function: Callable[..., Any], index: str, dtype: Any,
 
 
 def _meta(rows: Rows, ndim: int, dtype: Any) -> Array:
+    if dtype is object:  # a tuple for each chunk
+        return np.empty((0,) * ndim, object)
     return meta_from_array(rows.logits.array._meta, ndim, dtype)
 
 
@@ -359,7 +448,7 @@ def _item(rows: Rows, given: Array, number: int, kind: str) -> Array:
     """One of several results of each chunk."""
     index, layout = _axes(rows, kind), {}
     if kind == "stats":
-        layout["new_axes"] = {STATS: KEPT + rows.has_labels}
+        layout["new_axes"] = {STATS: _numbers(rows, is_marked=True)}
     if kind == "number":
         layout["adjust_chunks"] = dict.fromkeys(index, 1)
     token = given.name.rpartition("-")[0]
@@ -369,9 +458,7 @@ def _item(rows: Rows, given: Array, number: int, kind: str) -> Array:
 
 
 def _taken(given: Any, number: int) -> Any:
-    if isinstance(given, list) and len(given) == 1:
-        return _taken(given[0], number)
-    return given[number]
+    return only(given)[number]
 
 
 # Stats
@@ -408,7 +495,7 @@ def _unpacked(rows: Rows, packed: Array) -> RowStats:
     axes = _row_axes(rows)
     return RowStats(
         *(
-            _blockwise(rows, _part, axes, dtype, packed, STATS + axes, number, None, token="row_stats")
+            _blockwise(rows, _part, axes, dtype, packed, (STATS, *axes), number, None, token="row_stats")
             for number, dtype in enumerate(dtypes)
         )
     )
@@ -443,9 +530,9 @@ def _divisor(rows: Rows) -> Any:
     if rows.reduction != "mean" or rows.denominator is not None:
         return rows.denominator
     count = math.prod(rows.shape)
-    if not rows.has_labels and rows.sample_weight is None and count == count:
-        return float(count)
     if not rows.has_labels:
+        if rows.sample_weight is None and not math.isnan(count):
+            return float(count)
         weights = _ones(rows) if rows.sample_weight is None else rows.sample_weight
         rows = rows._replace(target=None, sample_weight=weights)
     return _reduced(rows, _map(_count, rows, ["number"], "count", reads=False), None, np.float64)
@@ -462,20 +549,33 @@ def _reduced(rows: Rows, parts: Array, divisor: Any, dtype: Any = None) -> Array
     if rows.reduction == "none":
         return parts
     if parts.npartitions > FEW:
-        parts = parts.sum()
+        every = dict.fromkeys(range(parts.ndim), 16)
+        parts = da.reduction(
+            parts, _unchanged, _summed, dtype=np.float64, name="reduce", meta=_meta(rows, 0, np.float64),
+            split_every=every,
+        )  # fmt: skip
     dtype = np.dtype(rows.acc if dtype is None else dtype)
     index = _row_axes(rows)[: parts.ndim]
-    return _blockwise(rows, _divided, "", dtype, parts, index, *_with_axes(divisor), dtype.name, None, token="reduce")
+    return _blockwise(rows, _divided, (), dtype, parts, index, *_with_axes(divisor), dtype.name, None, token="reduce")
+
+
+def _summed(parts: Array, axis: Any, keepdims: bool) -> Array:
+    xp = _rows.namespace(parts)
+    with _rows.quiet(xp):
+        return xp.sum(parts, axis=axis, keepdims=keepdims)
 
 
 def _divided(parts: Any, divisor: Any, dtype: str) -> Array:
-    total = _added(parts)
-    xp = _rows.namespace(total)
+    xp = _rows.namespace(_first(parts))
     with _rows.quiet(xp):
-        total = xp.sum(total)
+        total = xp.sum(_added(parts))
         if divisor is not None:
             total = _rows.divide(xp, total, float(divisor) if xp is np else divisor)
         return xp.astype(xp.asarray(total), getattr(xp, dtype))[()]
+
+
+def _first(parts: Any) -> Array:
+    return _first(parts[0]) if isinstance(parts, list) else parts
 
 
 def _added(parts: Any) -> Any:

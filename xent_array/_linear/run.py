@@ -102,7 +102,9 @@ def composed_value_and_grad(call: Call) -> tuple[Any, tuple[Any, ...]]:
     xp = namespace(grad)
     shape = tuple(call.hidden.shape)
     rows = math.prod(shape[:-1])
-    grad, hidden = xp.reshape(grad, (rows, grad.shape[-1])), xp.reshape(call.hidden, (rows, shape[-1]))
+    hidden = call.hidden
+    if len(shape) != 2:  # the number of rows may be unknown
+        grad, hidden = xp.reshape(grad, (rows, grad.shape[-1])), xp.reshape(hidden, (rows, shape[-1]))
     of_hidden = xp.reshape(xp.matmul(grad, xp.asarray(call.linear_weight)), shape)
     of_bias = None if call.linear_bias is None else xp.sum(grad, axis=0)
     return loss, (of_hidden, xp.matmul(grad.T, hidden), of_bias)

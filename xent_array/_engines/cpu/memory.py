@@ -4,7 +4,7 @@ malloc returns large arrays to the system when they are freed: those above 32 Mi
 main one most of those above a few. The next such array is made of pages that the system has to clear first, which takes
 as long as a gradient itself. So when the last reference to a large array is gone, its memory stays mapped for one more
 of about that size, marked as free: the system takes it back as soon as it needs it. Two pieces are always kept, one for
-a gradient and one for the losses of its rows; more, for threads that each make a gradient, as long as all are small.
+a gradient and one for the losses of its rows; and more, for threads that each make a gradient, while they have `ROOM`.
 
 Above a certain size arrays start at a cache line: only those does JAX take without a copy.
 """
