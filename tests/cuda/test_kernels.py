@@ -914,6 +914,21 @@ def test_a_known_divisor_costs_no_launch(monkeypatch):
                 assert len(engine.launcher.launches) == (1 if function is cross_entropy_grad else 2)
 
 
+@pytest.mark.parametrize("off", [0, 1])
+@pytest.mark.parametrize("classes", [40, 256, 3000])
+def test_class_weights_wherever_they_start(classes, off):
+    """An access of 16 bytes that is not aligned would be an error, on a GPU as well."""
+    rng = np.random.default_rng(13)
+    x, y = rng.standard_normal((5, classes), dtype=np.float32), rng.integers(classes, size=5)
+    options = {"label_smoothing": 0.1, "validate": False}
+    for apart in (1, 2):  # a copy is made of those that lie apart
+        weight = rng.random(off + apart * classes, np.float32)[off::apart]
+        truth = truth_of(x, y, {**options, "weight": weight})
+        loss, grad = cross_entropy_value_and_grad(x, y, engine=emulated.engine(mode="check"), weight=weight, **options)
+        assert_loss(loss, truth)
+        assert_grad(grad, truth)
+
+
 SPACED = {  # strides of logits of 3 × 5 × 8 × 9, the axis of the classes, the resulting `inner`
     "classes last": (lambda x: x, -1, 1),
     "classes first in memory": (lambda x: np.ascontiguousarray(x.transpose(3, 0, 1, 2)).transpose(1, 2, 3, 0), -1, 1),

@@ -946,7 +946,9 @@ def _is_even(rows: Rows, variant: str, placed: list[tuple[Any, tuple[int, int, i
         if (_address(array) - place * wide) % 16 or (by_row * array.dtype.itemsize - step * wide) % 16:
             return False
     if rows.weight is not None and variant in ("GENERAL", "CAPPED_GENERAL"):  # the same weights for every row
-        return place % 16 == 0 and step % 16 == 0
+        weight: Any = rows.class_weight
+        aligned = not weight.flags.c_contiguous or _address(weight) % 16 == 0  # a copy is
+        return place % 16 == 0 and step % 16 == 0 and aligned
     return True
 
 
