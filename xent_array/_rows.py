@@ -138,6 +138,19 @@ class Asked(NamedTuple):
     grad_output: Any = None
 
 
+class Attempt(NamedTuple):
+    """A call that has failed in a check, as far as it got: its arguments are as the user passed them.
+
+    It wanted "stats", or "row_stats", with `correct`, or only a "grad" from stats that are known.
+    """
+
+    wants: str
+    logits: Any
+    target: Any
+    axis: Any
+    validate: bool
+
+
 class Rows(NamedTuple):
     """One problem: N = outer·inner rows of C logits each, with the target and all options.
 
@@ -146,7 +159,8 @@ class Rows(NamedTuple):
     arithmetic and of the loss. `denominator` is what the mean divides by if the caller chose it: a number, or a 0-d
     array in the widest dtype. `row_order` holds the user's shape of the rows and the order in which its axes form
     (outer, inner); None if they are in that order already. `all_labels_count` is True if it is already known that every
-    label is a class and none is ignored; False means nothing is known.
+    label is a class and none is ignored; False means nothing is known. `validate` is True if the caller wants to wait
+    for whatever can be checked.
 
     The logits may be those of a slice of the classes, which begins at class `start` of `vocabulary`; that is 0 if all
     classes are here. Labels and class weights are then those of the whole vocabulary, distributions those of the slice.
@@ -169,6 +183,7 @@ class Rows(NamedTuple):
     all_labels_count: bool = False
     start: int = 0
     vocabulary: int = 0
+    validate: bool = False
 
     @property
     def classes(self) -> int:
@@ -320,6 +335,14 @@ def merged(stats: Sequence[RowStats]) -> RowStats:
         pairs = zip(parts[::2], parts[1::2], strict=False)
         parts = [merge(*pair) for pair in pairs] + parts[len(parts) & ~1 :]
     return parts[0]
+
+
+def no_classes(rows: Rows, is_marked: bool) -> RowStats:
+    """The stats of a slice without classes; `is_marked`: as users see them."""
+    xp, where = rows.xp, device(rows.logits)
+    zero = xp.zeros_like(xp.ones(rows.shape, dtype=rows.acc, device=where))
+    correct = None if not (is_marked and rows.has_labels) else xp.astype(zero, xp.bool)
+    return RowStats(zero - xp.inf, zero, zero, zero, correct)
 
 
 class Labels(NamedTuple):
