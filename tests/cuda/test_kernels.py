@@ -33,6 +33,7 @@ from xent_array import (
     row_stats,
 )
 from xent_array._engines import ENGINES, cuda
+from xent_array._engines.parallel import device
 from xent_array._rows import Asked, Rows
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulation needs g++")
@@ -978,18 +979,26 @@ def test_rows_are_one_axis_only_where_they_are_evenly_spaced_in_every_array():
         assert_grad(got, truth)
 
 
-@pytest.mark.parametrize("argument", [("problem.cuh", "Problem"), ("sums.cu", "Sum")], ids=str)
-def test_an_argument_is_the_same_in_python_and_in_cuda(argument):
-    file, name = argument
+ARGUMENTS = [
+    ("problem.cuh", cuda.Problem), ("sums.cu", cuda.Sum),
+    ("slices.cu", device.Say), ("slices.cu", device.Slices), ("slices.cu", device.Total),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("file", "python"), ARGUMENTS, ids=lambda value: getattr(value, "__name__", value))
+def test_an_argument_is_the_same_in_python_and_in_cuda(file, python):
+    name = python.__name__
     text = re.search(rf"struct {name} {{\n(.*?)\n}};", (cuda._kernels.folder() / file).read_text("utf-8"), re.DOTALL)[1]
     found = {}
-    text = re.sub(r"//.*|.*typedef.*", "", text).replace("alignas(8) A", "i64")  # a word of which it uses some bits
+    text = re.sub(r"//.*|.*typedef.*|Problem<A> rows;", "", text).replace(
+        "alignas(8) A", "i64"
+    )  # a word of which it uses some bits
     for kind, fields in re.findall(r"((?:const )?\w+) ?([^;]+);", text):
         for field in fields.split(","):
             found[field.strip(" *")] = "pointer" if "*" in field or kind.endswith("*") else kind
     kinds = {int: "i64", float: "double"}
-    python = {field: kinds.get(kind, "pointer") for field, kind in get_type_hints(getattr(cuda, name)).items()}
-    assert list(found.items()) == list(python.items())
+    fields = {field: kinds.get(kind, "pointer") for field, kind in get_type_hints(python).items()}
+    assert list(found.items()) == list(fields.items())
 
 
 @pytest.mark.parametrize("order", [ORDERS[0], *(pytest.param(o, marks=pytest.mark.full) for o in ORDERS[1:])])
