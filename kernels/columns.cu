@@ -194,7 +194,7 @@ template <class A, int JOB, int VARIANT, bool FEW> struct Rule {
             lost = answer.coef * (answer.stats.rest * answer.p_max);
         } else {
             at_label = answer.grad(at.x, row.each + row.on_label, at.slope);
-            if (VARIANT == SMOOTH) each = row.each * answer.scale;
+            if (VARIANT % SLICE == SMOOTH) each = row.each * answer.scale;
         }
     }
 };
@@ -295,7 +295,7 @@ template <class T, int JOB, int VARIANT, int VEC, int K, int WARPS> struct Held 
             top[c] = has_softcap(VARIANT) && left() > 0 ? cap.of(raw[c]).x : raw[c];
             rest[c] = ties[c] = half_gap[c] = mass[c] = 0, at[c] = classes;
         }
-        each_class<VARIANT != PLAIN || writes_stats(JOB)>([&](int k, const Few<T, VEC>& few) {
+        each_class<VARIANT % SLICE != PLAIN || writes_stats(JOB)>([&](int k, const Few<T, VEC>& few) {
             A x[VEC], a[VEC];
             few.unpack(x);
             if (by_class(VARIANT)) shares.of(k, a);
@@ -306,7 +306,7 @@ template <class T, int JOB, int VARIANT, int VEC, int K, int WARPS> struct Held 
                 if (value == top[c]) ties[c] += 1;
                 else rest[c] += e;
                 const A half = static_cast<A>(0.5) * value;
-                if (VARIANT == SMOOTH) half_gap[c] -= shares.each * half;
+                if (VARIANT % SLICE == SMOOTH) half_gap[c] -= shares.each * half;
                 if (!by_class(VARIANT)) continue;
                 // max - x may overflow; 0·inf and inf - inf count as 0
                 half_gap[c] += a[c] == 0 || value == top[c] ? 0 : a[c] * (static_cast<A>(0.5) * top[c] - half);
@@ -319,7 +319,7 @@ template <class T, int JOB, int VARIANT, int VEC, int K, int WARPS> struct Held 
             const bool any = (WARPS == 1 && !writes_stats(JOB)) || top[c] > -infinity<A>();  // else the row is NaN anyway
             parts[c].max = top[c], parts[c].raw = raw[c], parts[c].first = at[c];
             parts[c].rest = rest[c] * powers.correction + ((any ? ties[c] : 0) - 1);
-            if (VARIANT == SMOOTH) {
+            if (VARIANT % SLICE == SMOOTH) {
                 const int held = min(max(left() + WARPS - 1, 0) / WARPS, K);
                 mass[c] = shares.each * static_cast<A>(held);
                 half_gap[c] = shares.each == 0 ? 0 : half_gap[c] + (any ? static_cast<A>(0.5) * top[c] * mass[c] : 0);
@@ -366,7 +366,7 @@ template <class T, int JOB, int VARIANT, int VEC, int K, int WARPS> struct Held 
                     y[c] *= at.slope;
                     continue;
                 }
-                y[c] = VARIANT == SMOOTH ? e * rule.coef - rule.each : e * rule.coef * at.slope;
+                y[c] = VARIANT % SLICE == SMOOTH ? e * rule.coef - rule.each : e * rule.coef * at.slope;
                 if (!LABEL_LAST && k == rule.label) y[c] = rule.at_label;
             }
             few.pack(y);
@@ -471,7 +471,7 @@ XE_DEVICE void xent_columns(const Problem<T>& p) {
         P whole;
         if (READS_STATS) {
             stats.max = p.max[r + c], stats.rest = p.rest[r + c];
-            if (by_class(VARIANT)) stats.mass = p.mass[r + c];
+            if (by_class(VARIANT) || is_slice(VARIANT)) stats.mass = p.mass[r + c];
         } else {
             if (ALONE) {
                 whole = part[n];
@@ -484,10 +484,11 @@ XE_DEVICE void xent_columns(const Problem<T>& p) {
                     whole.merge(other);
                 }
             }
-            const bool counts = !every_class(VARIANT) || row.label >= 0 || p.kind >= OF_LOGITS;
+            const bool counts = !every_class(VARIANT) || row.label >= 0 || (VARIANT >= SLICE && row.elsewhere) ||
+                                p.kind >= OF_LOGITS;
             stats = {whole.max, whole.rest, counts ? 2 * whole.half_gap : 0, counts ? whole.mass : 0};
         }
-        Answer<T, VARIANT> answer(p, row, stats, READS_STATS);
+        Answer<T, VARIANT> answer(p, row, stats, READS_STATS, READS_STATS);
         const Capped<A> label = has_softcap(VARIANT) ? cap.of(at_label) : Capped<A>{at_label, 1};
         if (!READS_STATS && row.label >= 0) answer.add_label(row, label.x);
         answer.template put<JOB>(p, row, r + c);
@@ -505,7 +506,7 @@ XE_DEVICE void xent_columns(const Problem<T>& p) {
         }
     };
     if (finishes) {
-        specialized<VARIANT == PLAIN>(p, [&](const Problem<T>& p) {
+        specialized<VARIANT % SLICE == PLAIN>(p, [&](const Problem<T>& p) {
 #pragma unroll
             for (int n = 0; n < MINE; ++n) finish(p, n);
         });
@@ -530,7 +531,7 @@ XE_DEVICE void xent_columns(const Problem<T>& p) {
         for (int c = 0; c < VEC; ++c) {
             const A* const from = known + tile * 3 * ROWS + c * 32 + lane;
             const Row<T, VARIANT> row(p, r + c);
-            const Answer<T, VARIANT> answer(p, row, {from[0], from[ROWS], 0, from[2 * ROWS]}, true);
+            const Answer<T, VARIANT> answer(p, row, {from[0], from[ROWS], 0, from[2 * ROWS]}, true, true);
 #pragma unroll 1
             for (int k = warp; k < held.classes; k += WARPS) {
                 const Capped<A> at = H::capped(cap, to_acc(row.x[k * p.logits_class]));

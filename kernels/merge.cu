@@ -5,7 +5,8 @@
  *
  * Legal because the stats of disjoint classes hold everything that loss and gradient of the row need from its logits.
  *
- *   XE_MERGE(name, T)   MERGE: one block per row
+ *   XE_MERGE(name, T)         MERGE: one block per row
+ *   XE_MERGE_SLICE(name, T)   the same for rows of a slice of the classes, whose labels are those of all classes
  *
  * Launch   128 threads, one block per row, after the launch of rows.cu that writes the stats of the parts.
  * Moves    per row: four numbers per part. If the label's logit is the largest, but not alone, the row once more.
@@ -17,17 +18,6 @@
  */
 
 #include "stats.cuh"
-
-// If both have the same maximum, that of `one` counts as the first.
-template <class A> XE_DEVICE Stats<A> merge(const Stats<A>& one, const Stats<A>& two) {
-    const bool first = one.max >= two.max;
-    const Stats<A>&high = first ? one : two, &low = first ? two : one;
-    Stats<A> both = high;
-    both.rest += (1 + low.rest) * (low.max == high.max ? 1 : exp_acc(low.max - high.max));
-    both.gap += low.gap + 2 * times(low.mass, half_below(high.max, low.max));
-    both.mass += low.mass;
-    return both;
-}
 
 // Over the block, with a barrier; all threads get the result.
 template <class A> XE_DEVICE Stats<A> merge_threads(Stats<A> s) {
@@ -43,7 +33,7 @@ template <class A> XE_DEVICE Stats<A> merge_threads(Stats<A> s) {
     return merge(merge(of_warps[0], of_warps[1]), merge(of_warps[2], of_warps[3]));
 }
 
-template <class T> XE_DEVICE void xent_merge(const Problem<T>& p) {
+template <class T, int VARIANT> XE_DEVICE void xent_merge(const Problem<T>& p) {
     typedef typename Acc<T>::type A;
     const i64 r = blockIdx.x, all = p.rows * p.parts;
     Stats<A> s;
@@ -53,8 +43,8 @@ template <class T> XE_DEVICE void xent_merge(const Problem<T>& p) {
         s = merge(s, next);
     }
     s = merge_threads(s);
-    const Row<T, GENERAL> row(p, r);
-    const Answer<T, GENERAL> answer(p, row, s, true);
+    const Row<T, VARIANT> row(p, r);
+    const Answer<T, VARIANT> answer(p, row, s, true, false);
 
     Rival<A> rival = rival_of<STATS>(p, row);
     bool beaten = false;
@@ -74,7 +64,9 @@ template <class T> XE_DEVICE void xent_merge(const Problem<T>& p) {
     put_correct<STATS>(p, r, answer, rival, beaten);
 }
 
-#define XE_MERGE(name, T)                                                         \
+#define XE_MERGE(name, T) XE_MERGE_VARIANT(name, T, GENERAL)
+#define XE_MERGE_SLICE(name, T) XE_MERGE_VARIANT(name, T, GENERAL_SLICE)
+#define XE_MERGE_VARIANT(name, T, VARIANT)                                       \
     extern "C" __global__ void __launch_bounds__(128) name(const Problem<T> p) { \
-        xent_merge<T>(p);                                                         \
+        xent_merge<T, VARIANT>(p);                                               \
     }

@@ -22,11 +22,21 @@ enum Variant {
     GENERAL,         // any target, class weights
     CAPPED,          // PLAIN with softcap
     CAPPED_GENERAL,  // any target, with softcap
+    // The same for logits of a slice of the classes, in STATS and GRAD; labels are those of all classes.
+    SLICE,           // VARIANT % SLICE is the variant of whole rows
+    PLAIN_SLICE = SLICE, SMOOTH_SLICE, SOFT_SLICE, GENERAL_SLICE, CAPPED_SLICE, CAPPED_GENERAL_SLICE,
 };
-XE_DEVICE constexpr bool has_softcap(int variant) { return variant == CAPPED || variant == CAPPED_GENERAL; }
-XE_DEVICE constexpr bool any_target(int variant) { return variant == GENERAL || variant == CAPPED_GENERAL; }
-XE_DEVICE constexpr bool by_class(int variant) { return variant == SOFT || any_target(variant); }
-XE_DEVICE constexpr bool every_class(int variant) { return by_class(variant) || variant == SMOOTH; }  // has target mass
+XE_DEVICE constexpr bool is_slice(int variant) { return variant >= SLICE; }
+XE_DEVICE constexpr bool has_softcap(int variant) {
+    return variant % SLICE == CAPPED || variant % SLICE == CAPPED_GENERAL;
+}
+XE_DEVICE constexpr bool any_target(int variant) {
+    return variant % SLICE == GENERAL || variant % SLICE == CAPPED_GENERAL;
+}
+XE_DEVICE constexpr bool by_class(int variant) { return variant % SLICE == SOFT || any_target(variant); }
+XE_DEVICE constexpr bool every_class(int variant) {  // has target mass
+    return by_class(variant) || variant % SLICE == SMOOTH;
+}
 XE_DEVICE constexpr bool writes_stats(int job) { return job == STATS || job == STATS_AND_GRAD; }
 XE_DEVICE constexpr bool writes_grad(int job) { return job != STATS && job != LOSS; }  // or log-softmax in its place
 
@@ -51,6 +61,7 @@ template <class T> struct Problem {
     A* of_parts; i64 parts, part;                    // a row has `parts` parts of `part` classes: their stats
     i64 whole;                                       // whether every row is whole vectors of 16 bytes
     i64 first, ahead;                                // blocks resident at the start; prefetch distance in rows
+    i64 start, vocabulary;                           // slices: the first class, of all how many; `weight` is theirs
 };
 
 // The first thing a kernel over rows does: it zeroes the ticket by which sums.cu, launched next, counts its blocks.
@@ -117,11 +128,12 @@ template <class T, int VARIANT> struct Row {
     typedef typename Acc<T>::type A;
     const T* x;        // element k at k·logits_class
     T* g;              // ... at k·grad_class
-    int label;         // -1: none
+    int label;         // -1: none, or none of these classes
     A factor;          // multiplies the loss: the sample weight, 0 for an ignored row, NaN under a bad label
     A scale;           // multiplies the gradient: factor and upstream; exactly 0 where factor is
     bool has_target;
     bool bad;          // the label is no class, and not ignored
+    bool elsewhere;    // slices: the label is a class of another slice
     A on_label, each;
     // GENERAL
     int kind;
@@ -149,17 +161,24 @@ template <class T, int VARIANT> struct Row {
         kind = kind_of(p);
         has_target = kind != NONE;
         const bool named_one = is_label(kind), ignored = named_one && static_cast<int>(p.ignores) && named == p.ignore_index;
-        const bool found = named_one && static_cast<u64>(named) < static_cast<u64>(p.classes);
-        label = found ? static_cast<int>(named) : -1;
+        const u64 at = static_cast<u64>(named) - (is_slice(VARIANT) ? static_cast<u64>(p.start) : 0);
+        const bool found =
+            named_one && static_cast<u64>(named) < static_cast<u64>(is_slice(VARIANT) ? p.vocabulary : p.classes);
+        elsewhere = is_slice(VARIANT) && found && at >= static_cast<u64>(p.classes);
+        const bool here = found && !elsewhere;
+        label = here ? static_cast<int>(at) : -1;
         bad = named_one && !found && !ignored;
         factor = ignored ? 0 : bad && weight != 0 ? not_a_number<A>() : weight;
         scale = factor == 0 ? 0 : factor * upstream;
-        on_label = !found ? 0 : every_class(VARIANT) ? p.keep : 1;
-        w = VARIANT == SOFT ? nullptr : p.weight;
+        on_label = !here ? 0 : every_class(VARIANT) ? p.keep : 1;
+        w = VARIANT % SLICE == SOFT ? nullptr : p.weight;
         if (w && on_label != 0) on_label *= w[label];
-        each = VARIANT == SMOOTH || VARIANT == SOFT || (any_target(VARIANT) && (found || kind >= OF_LOGITS)) ? p.each : 0;
+        each = VARIANT % SLICE == SMOOTH || VARIANT % SLICE == SOFT ||
+                       (any_target(VARIANT) && (found || kind >= OF_LOGITS)) ? p.each : 0;
     }
-    static XE_DEVICE int kind_of(const Problem<T>& p) { return VARIANT == SOFT ? OF_LOGITS : static_cast<int>(p.kind); }
+    static XE_DEVICE int kind_of(const Problem<T>& p) {
+        return VARIANT % SLICE == SOFT ? OF_LOGITS : static_cast<int>(p.kind);
+    }
 
     // Restricts it to `count` contiguous classes. The label may be none of them.
     XE_DEVICE void narrow(i64 start, int count) {

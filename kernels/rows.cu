@@ -195,20 +195,20 @@ template <class T, int VARIANT, int K, int STEP, bool EVEN> struct Held {
 #pragma unroll
             for (int e = 0; e < EDGES; ++e) {
                 if (edge[e] < 0) continue;
-                if (VARIANT == SMOOTH) sum.half_gap -= half_each * at_edge[e];
+                if (VARIANT % SLICE == SMOOTH) sum.half_gap -= half_each * at_edge[e];
                 const A keep = add(sum, cap, at_edge[e], by_class(VARIANT) ? row.beside_label(edge[e]) : 0);
                 if (KEEP) at_edge[e] = keep;
             }
         }
 #pragma unroll
         for (int j = 0; j < K; ++j) {
-            if (VARIANT != PLAIN && !has(j)) continue;
+            if (VARIANT % SLICE != PLAIN && !has(j)) continue;
             A x[SIZE], a[SIZE];
             V::unpack(v[j], x);
             if (by_class(VARIANT)) shares(j, 1, a);
 #pragma unroll
             for (int i = 0; i < SIZE; ++i) {
-                if (VARIANT == SMOOTH) sum.half_gap -= half_each * x[i];
+                if (VARIANT % SLICE == SMOOTH) sum.half_gap -= half_each * x[i];
                 const A keep = add(sum, cap, x[i], a[i]);
                 if (KEEP) kept[j * SIZE + i] = keep;
             }
@@ -478,8 +478,8 @@ XE_DEVICE void xent_rows(const Problem<T>& p) {
     constexpr int BLOCKS = PARTS ? 1 : CLUSTER;  // of a cluster
     constexpr int STEP = LANES ? LANES : 32, SIZE = V::SIZE;
     // Exponentials are kept if there are registers for them, and recomputed otherwise.
-    constexpr bool KEEP = WRITES && !READS_STATS && JOB != LOG_SOFTMAX && !STREAM && VARIANT != CAPPED_GENERAL
-                          && K * SIZE <= (VARIANT == CAPPED ? 64 : 32);
+    constexpr bool KEEP = WRITES && !READS_STATS && JOB != LOG_SOFTMAX && !STREAM && VARIANT % SLICE != CAPPED_GENERAL
+                          && K * SIZE <= (VARIANT % SLICE == CAPPED ? 64 : 32);
     typedef Held<T, VARIANT, K, STEP, EVEN> H;
     typedef Team<A, VARIANT, LANES, BLOCKS> Of;
     XE_SHARED(uint4, parts, LANES ? 1 : 32 * Of::WORDS);
@@ -558,7 +558,7 @@ XE_DEVICE void xent_rows(const Problem<T>& p) {
     Stats<A> stats;
     if (READS_STATS) {
         stats.max = p.max[r], stats.rest = p.rest[r];
-        if (by_class(VARIANT)) stats.mass = p.mass[r];
+        if (by_class(VARIANT) || is_slice(VARIANT)) stats.mass = p.mass[r];
     } else {
         int highest = first;  // first of the piece that holds the thread's maximum
         if constexpr (!STREAM) {
@@ -573,9 +573,10 @@ XE_DEVICE void xent_rows(const Problem<T>& p) {
         }
         const Part<A> whole = team.merge(part);
         A half_gap = whole.half_gap;
-        if (VARIANT == SMOOTH) {
+        if (VARIANT % SLICE == SMOOTH) {
             const A half_mass = static_cast<A>(0.5) * row.each * static_cast<A>(static_cast<int>(p.classes));
-            half_gap = row.label < 0 ? 0 : half_gap + half_mass * (whole.max == -infinity<A>() ? 0 : whole.max);
+            half_gap = row.label < 0 && (VARIANT < SLICE || !row.elsewhere)
+                           ? 0 : half_gap + half_mass * (whole.max == -infinity<A>() ? 0 : whole.max);
         }
         stats = {whole.max, whole.sum + (whole.top - 1), 2 * half_gap, whole.mass};
 
@@ -586,7 +587,7 @@ XE_DEVICE void xent_rows(const Problem<T>& p) {
             A rest = 0;
             if (confident && team.holder) {
                 A others = 0;
-                if (KEEP && VARIANT == PLAIN) {
+                if (KEEP && VARIANT % SLICE == PLAIN) {
                     others = held.template kept_below<KEEP>(part.max, kept);
                 } else {
                     const auto again = [&](int k, A x) {
@@ -605,7 +606,7 @@ XE_DEVICE void xent_rows(const Problem<T>& p) {
             if (confident) stats.rest = rest;
         }
     }
-    Answer<T, VARIANT> answer(p, row, stats, READS_STATS);
+    Answer<T, VARIANT> answer(p, row, stats, READS_STATS, READS_STATS);
     const A label = H::capped(cap, at_label).x;
     if (!READS_STATS && row.label >= 0) answer.add_label(row, label);
 

@@ -43,6 +43,17 @@ template <class A> struct Stats {
     A max = -infinity<A>(), rest = -1, gap = 0, mass = 0;
 };
 
+// If both have the same maximum, that of `one` counts as the first.
+template <class A> XE_DEVICE Stats<A> merge(const Stats<A>& one, const Stats<A>& two) {
+    const bool first = one.max >= two.max;
+    const Stats<A>&high = first ? one : two, &low = first ? two : one;
+    Stats<A> both = high;
+    both.rest += (1 + low.rest) * (low.max == high.max ? 1 : exp_acc(low.max - high.max));
+    both.gap += low.gap + 2 * times(low.mass, half_below(high.max, low.max));
+    both.mass += low.mass;
+    return both;
+}
+
 // The result for a whole row: its loss, and its gradient class by class.
 template <class T, int VARIANT> struct Answer {
     typedef typename Acc<T>::type A;
@@ -51,12 +62,18 @@ template <class T, int VARIANT> struct Answer {
     A share;                           // coef·p_max: the factor of e^{x - max}, before the scale
     bool confident;                    // p > 1/2 at the maximum
 
-    // by_class: the mass is that of `s`, which has the label's own part only if `with_label`.
-    XE_DEVICE Answer(const Problem<T>& p, const Row<T, VARIANT>& row, const Stats<A>& s, bool with_label) : stats(s) {
-        if (!by_class(VARIANT)) stats.mass = row.on_label;
-        if (VARIANT == SMOOTH && row.label >= 0) stats.mass += row.each * static_cast<A>(static_cast<int>(p.classes));
-        if (by_class(VARIANT) && !with_label) stats.mass += row.on_label;
-        if (!row.has_target) stats.mass = 1;
+    // by_class: the mass is that of `s`, which has the label's own part only if `with_label`. Slices: if `s` is `given`,
+    // it is that of all slices.
+    XE_DEVICE Answer(const Problem<T>& p, const Row<T, VARIANT>& row, const Stats<A>& s, bool with_label, bool given)
+        : stats(s) {
+        if (VARIANT < SLICE || !given) {
+            if (!by_class(VARIANT)) stats.mass = row.on_label;
+            if (VARIANT % SLICE == SMOOTH && (row.label >= 0 || (VARIANT >= SLICE && row.elsewhere))) {
+                stats.mass += row.each * static_cast<A>(static_cast<int>(p.classes));
+            }
+            if (by_class(VARIANT) && !with_label) stats.mass += row.on_label;
+            if (!row.has_target) stats.mass = 1;
+        }
         const A rest = isfinite(stats.max) ? stats.rest : not_a_number<A>();
         tail = log1p_acc(rest);
         p_max = reciprocal(1 + rest);
@@ -126,7 +143,7 @@ template <class A> struct Rival {
 };
 template <int JOB, class T, int VARIANT>
 XE_DEVICE Rival<typename Acc<T>::type> rival_of(const Problem<T>& p, const Row<T, VARIANT>& row) {
-    const bool counts = row.label >= 0 && !(p.ignores && row.label == p.ignore_index);
+    const bool counts = row.label >= 0 && !(p.ignores && row.label + (is_slice(VARIANT) ? p.start : 0) == p.ignore_index);
     return {0, writes_stats(JOB) && p.correct && counts ? row.label : -1};
 }
 // Called by one thread, like `Answer::put`.

@@ -202,12 +202,12 @@ template <class T, int JOB, int VARIANT, int C> struct Thread {
         }
         if (JOB == GRAD) {
             stats.rest = p.rest[r];
-            if (by_class(VARIANT)) stats.mass = p.mass[r];
+            if (by_class(VARIANT) || is_slice(VARIANT)) stats.mass = p.mass[r];
             if (highest.x != stats.max) top = -1;  // the stats belong to other logits
         } else {
             stats.rest = others * powers.correction + (ties - 1), stats.gap = 2 * half_gap, stats.mass = mass;
         }
-        Answer<T, VARIANT> answer(p, row, stats, true);
+        Answer<T, VARIANT> answer(p, row, stats, true, JOB == GRAD);
         const Capped<A> at = capped(cap, at_label);
         if (!every_class(VARIANT)) answer.add_label(row, at.x);
         answer.template put<JOB>(p, row, r);

@@ -520,8 +520,9 @@ def cross_entropy_value_and_grad(
         answer, call = _again.ask(question, asked, [logits, target], out=out)
         if answer is not None:
             return (*answer[:2], RowStats(*answer[2:])) if return_stats else answer
-    problem = problem_of(logits, target, asked)
-    into = Output(problem, out)
+    wants = "row_stats" if return_stats else "stats"
+    problem = problem_of(logits, target, asked, wants=wants)
+    into = Output(problem, out, wants)
     chosen = problem.engine if call is None else call.noted(problem.engine)
     results: Any
     with problem.home.at_work():
@@ -646,9 +647,10 @@ def cross_entropy_grad(
         answer, call = _again.ask("grad", asked, [logits, target, *(stats or ())[:4]], out=out)
         if answer is not None:
             return answer[0]
-    problem = problem_of(logits, target, asked, has_stats=stats is not None)
+    wants = "stats" if stats is None else "grad"
+    problem = problem_of(logits, target, asked, wants=wants)
     saved = None if stats is None else problem.stats(stats)
-    into = Output(problem, out, has_stats=stats is not None)
+    into = Output(problem, out, wants)
     chosen = problem.engine if call is None else call.noted(problem.engine)
     with problem.home.at_work():
         if saved is None:
@@ -744,7 +746,7 @@ def row_stats(
         answer, call = _again.ask("stats", asked, [logits, target])
         if answer is not None:
             return RowStats(*answer)
-    problem = problem_of(logits, target, asked, differentiates="everything")
+    problem = problem_of(logits, target, asked, differentiates="everything", wants="row_stats")
     chosen = problem.engine if call is None else call.noted(problem.engine)
     with problem.home.at_work():
         stats = problem.user_stats(problem.home.composed(partial(_engines.row_stats, chosen), problem))
@@ -1038,7 +1040,7 @@ class CrossEntropyLoss:
         with problem.home.at_work():
             if grad_output is not None:
                 problem = problem.with_upstream(grad_output)
-            into = Output(problem, out, has_stats=True)
+            into = Output(problem, out, wants="grad")
             grad = into.result(problem.engine.grad(problem.rows, stats, into.view))
         if into.in_place:
             self._saved = None

@@ -21,6 +21,7 @@ from ._rows import (
     IGNORE_INDEX,
     Array,
     Asked,
+    Attempt,
     DType,
     Rows,
     RowStats,
@@ -318,24 +319,25 @@ class Factors(NamedTuple):
 
 
 def problem_of(
-    logits: Any | Factors, target: Any, asked: Asked, differentiates: str = "nothing", has_stats: bool = False
+    logits: Any | Factors, target: Any, asked: Asked, differentiates: str = "nothing", wants: str = "stats"
 ) -> Problem:
-    """Makes every check, once. What the library must be able to differentiate is explained in `_bridges`.
+    """Makes every check, once.
 
-    Given `Factors`, the problem is that of logits in the dtype of the arithmetic, whose memory must not be read.
+    What the library must be able to differentiate is explained in `_bridges`, what the call `wants` at `Attempt`. Given
+    `Factors`, the problem is that of logits in the dtype of the arithmetic, whose memory must not be read.
     """
     try:
         return _checked(logits, target, asked, differentiates)
     except BaseException as error:
-        _tell(asked.engine, error, has_stats)
+        _tell(asked.engine, error, Attempt(wants, logits, target, asked.axis, asked.validate is True))
         raise
 
 
-def _tell(engine: Any, error: BaseException, has_stats: bool) -> None:
+def _tell(engine: Any, error: BaseException, attempt: Attempt) -> None:
     """Let an engine of several processes know that this one has failed, so that no other waits for it."""
     failed = getattr(engine, "failed", None)
     if failed is not None:
-        failed(error, has_stats)
+        failed(error, attempt)
 
 
 def _checked(logits: Any, target: Any, asked: Asked, differentiates: str) -> Problem:
@@ -411,6 +413,7 @@ def _checked(logits: Any, target: Any, asked: Asked, differentiates: str) -> Pro
             check=check,
             start=start,
             vocabulary=vocabulary,
+            validate=validate is True,
         )
         if denominator is not None:
             rows = rows._replace(denominator=_denominator(denominator, rows, home))
@@ -893,7 +896,7 @@ def _extent(array: Any) -> _Extent | None:
 class Output:
     """The caller's `out`, checked, with its view as (outer, C, inner) if there is one; finally, the gradient."""
 
-    def __init__(self, problem: Problem, out: Array | None, has_stats: bool = False) -> None:
+    def __init__(self, problem: Problem, out: Array | None, wants: str = "stats") -> None:
         self.problem, self.out = problem, out
         self.target: Any = None
         self.view: Array | None = None
@@ -903,7 +906,8 @@ class Output:
         try:
             self._check(out)
         except BaseException as error:
-            _tell(problem.engine, error, has_stats)
+            given = problem.inputs["logits"], problem.inputs["target"], problem.view.axis, problem.rows.validate
+            _tell(problem.engine, error, Attempt(wants, *given))
             raise
 
     def _check(self, out: Any) -> None:

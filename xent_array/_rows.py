@@ -140,6 +140,19 @@ class Asked(NamedTuple):
     grad_output: Any = None
 
 
+class Attempt(NamedTuple):
+    """A call that has failed in a check, as far as it got: its arguments are as the user passed them.
+
+    It wanted "stats", or "row_stats", with `correct`, or only a "grad" from stats that are known.
+    """
+
+    wants: str
+    logits: Any
+    target: Any
+    axis: Any
+    validate: bool
+
+
 class Rows(NamedTuple):
     """One problem: N = outer·inner rows of C logits each, with the target and all options.
 
@@ -148,10 +161,11 @@ class Rows(NamedTuple):
     arithmetic and of the loss. `denominator` is what the mean divides by if the caller chose it: a number, or a 0-d
     array in the widest dtype. `row_order` holds the user's shape of the rows and the order in which its axes form
     (outer, inner); None if they are in that order already. `all_labels_count` is True if it is already known that every
-    label is a class and none is ignored; False means nothing is known. `check` is called as ``check(target,
-    sample_weight, first=index)`` with parts of labels that have no values yet, when they have: it raises IndexError for
-    one that is no class, and returns whether all count; `index` says where the parts begin. For Dask arrays `Blocks`
-    are in the place of arrays (see the engine "dask").
+    label is a class and none is ignored; False means nothing is known. `validate` is True if the caller wants to wait
+    for whatever can be checked. `check` is called as ``check(target, sample_weight, first=index)`` with parts of labels
+    that have no values yet, when they have: it raises IndexError for one that is no class, and returns whether all
+    count; `index` says where the parts begin. For Dask arrays `Blocks` are in the place of arrays (see the engine
+    "dask").
 
     The logits may be those of a slice of the classes, which begins at class `start` of `vocabulary`; that is 0 if all
     classes are here. Labels and class weights are then those of the whole vocabulary, distributions those of the slice.
@@ -175,6 +189,7 @@ class Rows(NamedTuple):
     check: Callable[..., bool] | None = None
     start: int = 0
     vocabulary: int = 0
+    validate: bool = False
 
     @property
     def classes(self) -> int:
@@ -334,11 +349,11 @@ def merged(stats: Sequence[RowStats]) -> RowStats:
     return parts[0]
 
 
-def nothing(rows: Rows, is_marked: bool) -> RowStats:
-    """The stats of rows of which no class is here."""
-    xp = rows.xp
-    zero = xp.sum(xp.astype(rows.logits, rows.acc), axis=1)
-    correct = xp.astype(zero, xp.bool) if is_marked and rows.has_labels else None
+def no_classes(rows: Rows, is_marked: bool) -> RowStats:
+    """The stats of a slice without classes; `is_marked`: as users see them."""
+    xp, where = rows.xp, device(rows.logits)
+    zero = xp.zeros_like(xp.ones(rows.shape, dtype=rows.acc, device=where))
+    correct = None if not (is_marked and rows.has_labels) else xp.astype(zero, xp.bool)
     return RowStats(zero - xp.inf, zero, zero, zero, correct)
 
 

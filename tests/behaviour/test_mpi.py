@@ -75,6 +75,48 @@ assert np.allclose(grad, gradient[rows, columns], rtol=1e-12, atol=1e-16)
 print("equal")
 """
 
+ON_A_DEVICE = """
+import itertools
+import cupy
+import numpy as np
+from mpi4py import MPI
+from xent_array import cross_entropy_value_and_grad
+from xent_array.parallel import BatchParallel, VocabParallel
+
+comm = MPI.COMM_WORLD
+rank, size = comm.rank, comm.size
+rng = np.random.default_rng(0)
+for classes in (3, 10, 101):
+    logits, soft = 3 * rng.standard_normal((20, classes)), rng.random((20, classes))
+    labels = rng.integers(0, classes, 20)
+    labels[::9] = -100
+    weight, sample_weight = rng.random(classes) + 0.1, rng.random(20)
+    step = -(-classes // size)
+    start, stop = min(classes, rank * step), min(classes, rank * step + step)
+    first, last = rank * 20 // size, (rank + 1) * 20 // size
+    for target, options in itertools.product((labels, soft), (
+        {}, {"weight": weight, "sample_weight": sample_weight}, {"softcap": 3.0, "z_loss": 0.1},
+        {"label_smoothing": 0.2, "weight": weight, "validate": True},
+    )):
+        loss, grad = cross_entropy_value_and_grad(logits, target, **options)
+        given = {name: cupy.asarray(v) if isinstance(v, np.ndarray) else v for name, v in options.items()}
+        here = target[:, start:stop] if target is soft else target
+        x = cupy.asarray(np.ascontiguousarray(logits[:, start:stop])), cupy.asarray(np.ascontiguousarray(here))
+        slices = VocabParallel(comm, start, classes)
+        mine, part, stats = cross_entropy_value_and_grad(*x, engine=slices, return_stats=True, **given)
+        assert (stats.correct is None) == (target is soft)
+        assert type(mine) is type(part) is cupy.ndarray
+        assert np.allclose(mine.get(), loss, rtol=1e-12, atol=0), (classes, options, mine, loss)
+        assert np.allclose(part.get(), grad[:, start:stop], rtol=1e-12, atol=1e-16), (classes, options)
+        batch = {name: value[first:last] if name == "sample_weight" else value for name, value in given.items()}
+        x = cupy.asarray(logits[first:last]), cupy.asarray(target[first:last])
+        mine, part = cross_entropy_value_and_grad(*x, engine=BatchParallel(comm), **batch)
+        assert np.allclose(comm.allreduce(mine.get()), loss, rtol=1e-12, atol=0), (classes, options)
+        assert np.allclose(part.get(), grad[first:last], rtol=1e-12, atol=1e-16), (classes, options)
+if rank == 0:
+    print("equal")
+"""
+
 FAILING = """
 import sys
 import numpy as np
@@ -95,8 +137,8 @@ for line in comm.gather(found) or ():
 """
 
 
-def run(count, script, *arguments):
-    command = [MPIEXEC, "-n", str(count), sys.executable, "-W", "error", "-c", script, *arguments]
+def run(count, script, *arguments, before=()):
+    command = [MPIEXEC, "-n", str(count), sys.executable, "-W", "error", *before, "-c", script, *arguments]
     environment = process.environment(XENT_ARRAY_NUM_THREADS="1", HYDRA_LAUNCHER="fork")
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         environment |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
@@ -115,6 +157,14 @@ def test_classes_and_rows_in_a_grid():
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     (recipe,) = re.findall(r"^```python\n(tokens = data.*?)^```", readme, re.MULTILINE | re.DOTALL)
     assert run(4, BOTH, recipe) == ["equal"] * 4
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the emulation needs g++")
+def test_arrays_on_a_device():
+    """Those of the stand-in for CuPy, whose memory is that of the host: MPI is given the arrays themselves."""
+    pytest.importorskip("cupy")
+    standin = Path(__file__).parents[1] / "support" / "standin.py"
+    assert run(2, ON_A_DEVICE, before=[str(standin)]) == ["equal"]
 
 
 def test_an_option_of_one_rank_that_is_wrong():

@@ -1,8 +1,11 @@
 """Engines of several processes: here as threads, and in `test_mpi.py` as processes."""
 
+import shutil
+
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
+from support import emulated
 from support.close import assert_grad, assert_loss
 from support.oracle import oracle
 from support.together import Threads
@@ -40,7 +43,18 @@ def of_slice(target, start, stop):
     return target[:, start:stop] if target.ndim == 2 else target
 
 
-@pytest.mark.parametrize("engine", ["cpu", "numpy", "generic"])
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulation needs g++")
+each_engine = pytest.mark.parametrize(
+    "engine", ["cpu", "numpy", "generic", pytest.param("emulated cuda", marks=needs_compiler)]
+)
+
+
+def named(engine):
+    """The engine of that name, for one rank."""
+    return emulated.engine() if engine == "emulated cuda" else engine
+
+
+@each_engine
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("cuts", CUTS)
 def test_classes_in_slices(cuts, options, engine):
@@ -52,7 +66,7 @@ def test_classes_in_slices(cuts, options, engine):
 
             def work(communicator, target=target, given=given, reduction=reduction, parts=parts):
                 start, stop = parts[communicator.rank]
-                shared = VocabParallel(communicator, start, CLASSES, engine=engine)
+                shared = VocabParallel(communicator, start, CLASSES, engine=named(engine))
                 x = np.ascontiguousarray(LOGITS[:, start:stop])
                 return cross_entropy_value_and_grad(
                     x, of_slice(target, start, stop), reduction=reduction, engine=shared, **given
@@ -76,7 +90,7 @@ def test_a_slice_by_every_loop(classes, inner):
     for options in ({}, {"label_smoothing": 0.2}, {"label_smoothing": 0.2, "weight": RNG.random(2 * classes)}):
         rows = Rows(np, logits, logits.dtype, target, start=classes, vocabulary=2 * classes, **options)
         wanted = loss_and_grad(generic, rows, None)
-        for engine in (cpu.engine, cpu.numpy_engine):
+        for engine in (cpu.engine, cpu.numpy_engine, emulated.engine(mode="check")):
             for found, right in zip(loss_and_grad(engine, rows, None), wanted, strict=True):
                 np.testing.assert_allclose(found, right, rtol=1e-12, atol=1e-15)
 
@@ -294,7 +308,7 @@ def test_a_slice_without_classes_may_lie_anywhere():
     assert_loss(Threads(4).run(work)[1], oracle(LOGITS, LABELS))
 
 
-@pytest.mark.parametrize("engine", ["cpu", "numpy", "generic"])
+@each_engine
 @pytest.mark.parametrize("classes", [CLASSES, 1200])
 def test_a_label_in_a_slice_that_is_masked(engine, classes):
     logits, labels, half = RNG.standard_normal((ROWS, classes)), RNG.integers(0, classes, ROWS), classes // 2
@@ -304,7 +318,7 @@ def test_a_label_in_a_slice_that_is_masked(engine, classes):
         def work(communicator, axis=axis):
             start, stop = ((0, half), (half, classes))[communicator.rank]
             x = logits[:, start:stop] if axis else np.ascontiguousarray(logits[:, start:stop].T)
-            shared = VocabParallel(communicator, start, classes, engine=engine)
+            shared = VocabParallel(communicator, start, classes, engine=named(engine))
             return cross_entropy(x, labels, axis=axis, reduction="none", engine=shared)
 
         loss, _ = Threads(2).run(work)
@@ -401,5 +415,5 @@ def test_bad_arguments(given, error, says):
 
 def test_other_libraries_are_declined():
     xp = pytest.importorskip("array_api_strict")
-    with pytest.raises(ValueError, match="engine 'vocab_parallel' cannot take these arrays: it takes NumPy arrays"):
+    with pytest.raises(ValueError, match="engine 'vocab_parallel' cannot take these arrays: it takes arrays of NumPy"):
         cross_entropy(xp.asarray(LOGITS), xp.asarray(LABELS), engine=VocabParallel(Alone(), 0, CLASSES))

@@ -48,6 +48,8 @@ def test_five_minutes_hold_what_is_worth_most():
         < at["time layouts"]
     )
     assert sum(name.startswith("sanitizer") for name in at) == 8
+    assert "two GPUs  (classes over NCCL; skipped where there is one GPU)\n" in said
+    assert " python -m bench.nccl\n" in said
     chosen = gpu.that_fit(gpu.stages(), 5)
     assert sum(gpu.needs(stage) for stage in chosen if "cells" in stage[0].name) <= 90
     assert sum(gpu.needs(stage) for stage in chosen if re.search("options|dtypes|layouts", stage[0].name)) <= 60

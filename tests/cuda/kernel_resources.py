@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import re
 import sys
@@ -57,7 +58,7 @@ def work() -> Iterator[Item]:
     """All that the library compiles for one chip; for the others the jobs that need most, without options.
 
     Kernels for rows that are not even, which take fewer registers and more instructions, only for that one chip and
-    without options.
+    without options. Kernels for slices of the classes do two jobs only, of which the gradient needs most.
     """
     from xent_array._engines import cuda
 
@@ -66,7 +67,10 @@ def work() -> Iterator[Item]:
         for chip in PLAIN_CHIPS if variant == "PLAIN" else OTHER_CHIPS:
             most = (variant, chip) == MOST
             jobs = cuda.JOBS if most else TELLING if chip == MOST[1] else TELLING[:2]
-            for kernel in cuda.catalogue(chip, variant, jobs, even=(True, False) if most else (True,)):
+            even = (True, False) if most else (True,)
+            of_slices = cuda.OF_SLICES if chip == MOST[1] else cuda.OF_SLICES[-1:]
+            whole = cuda.catalogue(chip, variant, jobs, even)
+            for kernel in itertools.chain(whole, cuda.catalogue(chip, variant + cuda.SLICE, of_slices, (True,))):
                 name, *given = re.findall(r"\w+", kernel.line)[1:]
                 job = [*given[1:3], given[3] if kernel.file == "rows.cu" else ""] if len(given) > 1 else []
                 if (name, chip) not in seen:  # MERGE serves every variant
@@ -124,10 +128,15 @@ def counts(about: dict[str, str], rows: list[dict]) -> str:
     """The contents of counts.json for these rows of the table: a line for each kernel."""
     from xent_array._engines._model import Code
 
-    here = {row["kernel"]: list(Code.of(row)) for row in rows if row["chip"] == SHIPPED}
+    here = {row["kernel"]: list(Code.of(row)) for row in rows if row["chip"] == SHIPPED and is_explained(row["kernel"])}
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(row)}" for name, row in sorted(here.items()))
     head = json.dumps({**about, "chip": SHIPPED, "numbers": Code._fields})[:-1]
     return f'{head}, "kernels": {{\n{lines}\n}}}}\n'
+
+
+def is_explained(kernel: str) -> bool:
+    """Whether `--explain` may ask for a kernel: not for one that slices of the classes need."""
+    return not re.search("_slice_|^xent_(say|slices|total)_", kernel)
 
 
 def _key(row: dict) -> tuple[str, str, str]:

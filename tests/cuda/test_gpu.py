@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from support.together import DeviceThreads
 
 from xent_array import (
     CrossEntropyLoss,
@@ -12,6 +13,7 @@ from xent_array import (
     row_stats,
 )
 from xent_array._engines import cuda
+from xent_array.parallel import BatchParallel, VocabParallel
 
 # (rows, classes, dtype): for every family of contiguous rows, and for sums by one block, a cluster and many blocks
 SHAPES = [
@@ -125,6 +127,81 @@ def test_the_current_stream_is_the_one_that_is_used(cupy, spin, rows, classes, d
         stream.synchronize()
         same(loss, wanted)
         same(grad, wanted_grad)
+
+
+# -- slices of the classes, and one rank of NCCL: two GPUs are for `python -m bench.nccl`
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(("rows", "classes", "dtype"), SHAPES)
+def test_slices_of_several_ranks_on_one_gpu(cupy, rows, classes, dtype, options):
+    """Ranks as threads: whole rows, cut in three, of which one has no class."""
+    x, y = problem(cupy, rows, classes, dtype)
+    y[::5] = -100
+    loss, grad = cross_entropy_value_and_grad(x, y, **options)
+    parts = [(0, classes // 3), (classes // 3, classes // 3), (classes // 3, classes)]
+
+    def work(communicator):
+        start, stop = parts[communicator.rank]
+        engine = VocabParallel(communicator, start, classes)
+        return cross_entropy_value_and_grad(cupy.ascontiguousarray(x[:, start:stop]), y, engine=engine, **options)
+
+    cupy.cuda.Device().synchronize()
+    losses, grads = zip(*DeviceThreads(3).run(work), strict=True)
+    step = 100 * np.finfo(grad.dtype).eps
+    for each in losses:
+        same(each, losses[0])
+        np.testing.assert_allclose(each.get(), loss.get(), rtol=100 * np.finfo(loss.dtype).eps, atol=1e-7)
+    most = float(abs(grad).max())
+    np.testing.assert_allclose(np.concatenate([g.get() for g in grads], 1), grad.get(), rtol=step, atol=step * most)
+
+
+@pytest.fixture
+def one_rank(cupy):
+    nccl = pytest.importorskip("cupy.cuda.nccl")
+    if not nccl.available:
+        pytest.skip("CuPy finds no NCCL")
+    return nccl.NcclCommunicator(1, nccl.get_unique_id(), 0)
+
+
+@pytest.mark.parametrize(("rows", "classes", "dtype"), SHAPES)
+def test_no_call_over_nccl_waits(cupy, spin, one_rank, rows, classes, dtype):
+    x, y = problem(cupy, rows, classes, dtype)
+    wanted, wanted_grad = cross_entropy_value_and_grad(x, y)
+    step = 100 * np.finfo(wanted_grad.dtype).eps
+    for engine in (VocabParallel(one_rank, 0, classes), BatchParallel(one_rank)):
+        for _ in range(3):
+            cross_entropy_value_and_grad(x, y, engine=engine)
+        stream = cupy.cuda.get_current_stream()
+        stream.synchronize()
+        spin()
+        loss, grad = cross_entropy_value_and_grad(x, y, engine=engine)
+        assert not stream.done, "the call came back when the stream was empty: it waited"
+        stream.synchronize()
+        np.testing.assert_allclose(loss.get(), wanted.get(), rtol=1e-5)
+        np.testing.assert_allclose(grad.get(), wanted_grad.get(), rtol=step, atol=step * float(abs(wanted_grad).max()))
+
+
+def test_a_call_over_nccl_in_a_graph(cupy, one_rank):
+    x, y = problem(cupy, 500, 250, "float32")
+    out, engine = cupy.empty_like(x), VocabParallel(one_rank, 0, 250)
+    for _ in range(3):
+        cross_entropy_value_and_grad(x, y, out=out, engine=engine)
+    stream, pool = cupy.cuda.Stream(non_blocking=True), cupy.cuda.MemoryPool()
+    cupy.cuda.Device().synchronize()
+    with stream, cupy.cuda.using_allocator(pool.malloc):
+        stream.begin_capture()
+        loss, _ = cross_entropy_value_and_grad(x, y, out=out, engine=engine)
+        graph = stream.end_capture()
+    for seed in (1, 2):
+        other, labels = problem(cupy, 500, 250, "float32", seed)
+        wanted, wanted_grad = cross_entropy_value_and_grad(other, labels)
+        x[...], y[...] = other, labels
+        cupy.cuda.Device().synchronize()
+        graph.launch(stream)
+        stream.synchronize()
+        np.testing.assert_allclose(loss.get(), wanted.get(), rtol=1e-5)
+        np.testing.assert_allclose(out.get(), wanted_grad.get(), rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize(("rows", "classes", "dtype"), SHAPES)

@@ -33,6 +33,7 @@ from xent_array import (
     row_stats,
 )
 from xent_array._engines import ENGINES, cuda
+from xent_array._engines.parallel import device
 from xent_array._rows import Asked, Rows
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulation needs g++")
@@ -914,6 +915,21 @@ def test_a_known_divisor_costs_no_launch(monkeypatch):
                 assert len(engine.launcher.launches) == (1 if function is cross_entropy_grad else 2)
 
 
+@pytest.mark.parametrize("off", [0, 1])
+@pytest.mark.parametrize("classes", [40, 256, 3000])
+def test_class_weights_wherever_they_start(classes, off):
+    """An access of 16 bytes that is not aligned would be an error, on a GPU as well."""
+    rng = np.random.default_rng(13)
+    x, y = rng.standard_normal((5, classes), dtype=np.float32), rng.integers(classes, size=5)
+    options = {"label_smoothing": 0.1, "validate": False}
+    for apart in (1, 2):  # a copy is made of those that lie apart
+        weight = rng.random(off + apart * classes, np.float32)[off::apart]
+        truth = truth_of(x, y, {**options, "weight": weight})
+        loss, grad = cross_entropy_value_and_grad(x, y, engine=emulated.engine(mode="check"), weight=weight, **options)
+        assert_loss(loss, truth)
+        assert_grad(grad, truth)
+
+
 SPACED = {  # strides of logits of 3 × 5 × 8 × 9, the axis of the classes, the resulting `inner`
     "classes last": (lambda x: x, -1, 1),
     "classes first in memory": (lambda x: np.ascontiguousarray(x.transpose(3, 0, 1, 2)).transpose(1, 2, 3, 0), -1, 1),
@@ -963,18 +979,26 @@ def test_rows_are_one_axis_only_where_they_are_evenly_spaced_in_every_array():
         assert_grad(got, truth)
 
 
-@pytest.mark.parametrize("argument", [("problem.cuh", "Problem"), ("sums.cu", "Sum")], ids=str)
-def test_an_argument_is_the_same_in_python_and_in_cuda(argument):
-    file, name = argument
+ARGUMENTS = [
+    ("problem.cuh", cuda.Problem), ("sums.cu", cuda.Sum),
+    ("slices.cu", device.Say), ("slices.cu", device.Slices), ("slices.cu", device.Total),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("file", "python"), ARGUMENTS, ids=lambda value: getattr(value, "__name__", value))
+def test_an_argument_is_the_same_in_python_and_in_cuda(file, python):
+    name = python.__name__
     text = re.search(rf"struct {name} {{\n(.*?)\n}};", (cuda._kernels.folder() / file).read_text("utf-8"), re.DOTALL)[1]
     found = {}
-    text = re.sub(r"//.*|.*typedef.*", "", text).replace("alignas(8) A", "i64")  # a word of which it uses some bits
+    text = re.sub(r"//.*|.*typedef.*|Problem<A> rows;", "", text).replace(
+        "alignas(8) A", "i64"
+    )  # a word of which it uses some bits
     for kind, fields in re.findall(r"((?:const )?\w+) ?([^;]+);", text):
         for field in fields.split(","):
             found[field.strip(" *")] = "pointer" if "*" in field or kind.endswith("*") else kind
     kinds = {int: "i64", float: "double"}
-    python = {field: kinds.get(kind, "pointer") for field, kind in get_type_hints(getattr(cuda, name)).items()}
-    assert list(found.items()) == list(python.items())
+    fields = {field: kinds.get(kind, "pointer") for field, kind in get_type_hints(python).items()}
+    assert list(found.items()) == list(fields.items())
 
 
 @pytest.mark.parametrize("order", [ORDERS[0], *(pytest.param(o, marks=pytest.mark.full) for o in ORDERS[1:])])

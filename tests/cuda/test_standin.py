@@ -78,6 +78,57 @@ def test_the_launches_that_are_for_a_gpu():
     assert re.search(r"[1-9]\d* problems, [1-9]\d* kernels, [1-9]\d* launches, 0 wrong", done.stdout)
 
 
+TWO_GPUS = """
+from bench import nccl
+from support.together import Nccl
+together = Nccl(2)
+shapes = ((5, 7), (4, 70))
+found = together.run(lambda communicator: [*nccl.checked(communicator, shapes)])
+for lines in found:
+    assert len(lines) == 16 and all(line["right"] for line in lines), lines
+nccl.CALLS = nccl.ROUNDS = 1
+found = together.run(lambda communicator: [*nccl.timed(communicator, ((8, 20),))])
+for lines in found:
+    assert len(lines) == 2 and all(line["call_us"] > line["exchange_us"] > 0 for line in lines), lines
+"""
+
+
+@pytest.mark.full
+def test_what_is_for_two_gpus():
+    done = run("-c", TWO_GPUS)
+    assert done.returncode == 0, done.stderr
+
+
+def test_one_gpu_is_too_few_for_two():
+    done = run("-m", "bench.nccl")
+    assert (done.returncode, done.stdout) == (0, "skipped: this needs 2 GPUs, and the machine has 1\n")
+
+
+SLICES = """
+import cupy
+from support.together import DeviceThreads
+from xent_array import cross_entropy_value_and_grad
+from xent_array.parallel import VocabParallel
+x, y = cupy.random.standard_normal((6, 9)), cupy.arange(6)
+whole = cross_entropy_value_and_grad(x, y)
+parts = [(0, 4), (4, 9)]
+
+def work(communicator):
+    start, stop = parts[communicator.rank]
+    engine = VocabParallel(communicator, start, 9)
+    return cross_entropy_value_and_grad(cupy.ascontiguousarray(x[:, start:stop]), y, engine=engine)
+
+for (start, stop), (loss, grad) in zip(parts, DeviceThreads(2).run(work)):
+    assert type(loss) is cupy.ndarray and abs(float(loss) - float(whole[0])) < 1e-12
+    assert abs(grad - whole[1][:, start:stop]).max() < 1e-15
+"""
+
+
+def test_slices_of_cupy_arrays():
+    done = run("-c", SLICES)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     "words",
     [

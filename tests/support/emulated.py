@@ -4,6 +4,7 @@ import contextlib
 import functools
 import os
 import re
+import threading
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -14,6 +15,7 @@ from xent_array._kernels import Kernel
 
 from . import simt, tally
 
+LOCK = threading.Lock()  # the emulation is that of one GPU
 _prepared: dict[tuple[Kernel, str], simt.Library] = {}
 
 
@@ -69,7 +71,7 @@ class Emulator:
         self.mode, self.order, self.seed = os.environ.get("SIMT_MODE", mode), order, seed
         self.flush, self.patches, self.jobs = flush, patches, jobs
         self.compute = chip
-        self.launches, self.buffers, self.copies = [], 0, 0
+        self.launches, self.buffers, self.copies, self.waits = [], 0, 0, 0
 
     def declines(self, rows):
         return None if rows.xp is np else f"takes CuPy arrays, and these are of {rows.xp.__name__}"
@@ -91,10 +93,26 @@ class Emulator:
     def copy(self, array, to):
         self.copies += 1
         to[...] = array
+        for part in [to] if to.flags.c_contiguous else to:
+            if part.flags.c_contiguous and self.mode == "check":
+                simt.written(part.ctypes.data, part.nbytes)
 
     def look(self, array):
         pointer = simt.address(array)
         return pointer, (array.shape, array.strides, array.dtype, array.flags.writeable, pointer % 16)
+
+    def stream(self):
+        return 7
+
+    def wait(self):
+        self.waits += 1
+
+    def to_device(self, values):
+        return values.copy()
+
+    def to_host(self, array):
+        self.waits += 1
+        return array.copy()
 
     def ready(self, kernel, blocks, threads, cluster=1):
 
@@ -103,10 +121,11 @@ class Emulator:
             tally.KERNELS.add(kernel.name)
             tally.COUNTS["launches"] += 1
             argument = simt.Struct(words.tobytes(), {at: arrays[k] for at, k in slots})
-            _library(kernel, self.mode, tuple(self.patches), self.jobs).launch(
-                kernel.name, blocks, threads, [argument],
-                cluster=cluster, order=self.order, seed=self.seed, flush=self.flush,
-            )  # fmt: skip
+            with LOCK:
+                _library(kernel, self.mode, tuple(self.patches), self.jobs).launch(
+                    kernel.name, blocks, threads, [argument],
+                    cluster=cluster, order=self.order, seed=self.seed, flush=self.flush,
+                )  # fmt: skip
 
         return run
 

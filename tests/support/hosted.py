@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import re
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -11,6 +12,7 @@ from xent_array import _kernels, _problem
 from xent_array._engines.cuda import Cupy
 
 from . import simt
+from .emulated import LOCK
 
 
 class Hosted(Cupy):
@@ -46,19 +48,27 @@ class Emulated:
         found = re.search(r"^XE_ROWS\((?:[^,]+, ){6}(\d)", self.kernel.line)  # in CUDA the compiled code says so
         cluster = int(found[1]) if found else 1
         argument = simt.Struct(data, {})
-        library.launch(self.kernel.name, *grid, *block, [argument], cluster=cluster)
-        Emulated.launches += 1
+        with LOCK:
+            library.launch(self.kernel.name, *grid, *block, [argument], cluster=cluster)
+            Emulated.launches += 1
 
 
-@contextlib.contextmanager
-def cupy_on_host(function=Emulated):
-    """A context in which CuPy arrays need no GPU, unless one computes with them; `function(kernel)` launches."""
+def allocating():
+    """A context in which this thread allocates CuPy arrays in the memory of the host."""
     import cupy
 
     def allocate(size):
         memory = np.empty(max(size, 1) + 512, np.uint8)
         start = -(-memory.ctypes.data // 512) * 512
         return cupy.cuda.MemoryPointer(cupy.cuda.UnownedMemory(start, max(size, 1), memory, 0), 0)
+
+    return cupy.cuda.using_allocator(allocate)
+
+
+@contextlib.contextmanager
+def cupy_on_host(function=Emulated):
+    """A context in which CuPy arrays need no GPU, unless one computes with them; `function(kernel)` launches."""
+    import cupy
 
     def extent(array):  # CuPy asks the driver for a stream before it tells an array's address
         return real(to_numpy(array) if isinstance(array, cupy.ndarray) else array)
@@ -67,8 +77,9 @@ def cupy_on_host(function=Emulated):
     with (
         mock.patch.object(_problem, "_extent", extent),
         mock.patch.object(cupy.cuda.runtime, "getDevice", return_value=0),
+        mock.patch.object(cupy.cuda, "get_current_stream", return_value=SimpleNamespace(ptr=7)),
         mock.patch.object(_kernels, "compiled", lambda kernel, device: function(kernel)),
-        cupy.cuda.using_allocator(allocate),
+        allocating(),
     ):
         yield
 

@@ -193,7 +193,7 @@ class RawKernel:
         pass
 
     def __call__(self, grid, block, args):
-        from support import simt
+        from support import emulated, simt
 
         (argument,) = args
         assert isinstance(argument, np.ndarray)
@@ -202,7 +202,8 @@ class RawKernel:
         library = simt.compile(self.code, [self.name])
         found = re.search(r"^xent_(?:warp|block|stream)_\w+_(\d)_(?:true|false)_(?:true|false)_\d+_\d+$", self.name)
         cluster = int(found[1]) if found else 1  # on a GPU the compiled kernel knows it
-        library.launch(self.name, *grid, *block, [simt.Struct(data, {})], cluster=cluster)
+        with emulated.LOCK:
+            library.launch(self.name, *grid, *block, [simt.Struct(data, {})], cluster=cluster)
 
 
 def _signature(function):
@@ -266,7 +267,7 @@ def install():
     runtime = types.SimpleNamespace(
         getDevice=lambda: 0, getDeviceCount=lambda: 1, runtimeGetVersion=lambda: 13000, driverGetVersion=lambda: 13000
     )
-    stream = types.SimpleNamespace(synchronize=lambda: None)
+    stream = types.SimpleNamespace(synchronize=lambda: None, ptr=7)
     made.cuda, made.cuda.device = types.ModuleType("cupy.cuda"), types.ModuleType("cupy.cuda.device")
     made.cuda.device.Device = made.cuda.Device = Device
     made.cuda.runtime, made.cuda.get_current_stream = runtime, lambda: stream

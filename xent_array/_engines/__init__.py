@@ -21,8 +21,7 @@ It may also have the following. Where it does not, the functions below compose t
     noting()                       (the same engine for one call, a tape of its launches), which `_again.py` replays
     kinds                          the classes of the arrays that it may take; without it, it may take any
     slice                          (start, vocabulary) if the logits are those of a slice of the classes: see `Rows`
-    failed(error, has_stats)       called where a check fails, so that the engine is not asked; `has_stats` if the call
-                                   passes stats that are computed already
+    failed(error, attempt)         called where a check fails, so that the engine is not asked: see `_rows.Attempt`
     at_once(logits, target, options, wants_grad, out)   the answer from a user's own arguments; see the function below
 
 Rows are canonical and checked: an engine never sees an axis or a user's mistake. A label that is not a class has no

@@ -26,7 +26,7 @@ import numpy as np
 
 from .. import _kernels
 from .._kernels import Kernel
-from .._rows import Array, Rows, RowStats
+from .._rows import Array, Rows, RowStats, no_classes
 
 DTYPES = {"float16": ("f16", 2), "bfloat16": ("bf16", 2), "float32": ("float", 4), "float64": ("double", 8)}
 LABELS = {"int8": 1, "uint8": 2, "int16": 3, "uint16": 4, "int32": 5, "uint32": 6, "int64": 7, "uint64": 8}
@@ -38,7 +38,10 @@ JOBS = ("LOSS_AND_GRAD", "LOSS", "STATS", "GRAD", "STATS_AND_GRAD", "LOG_SOFTMAX
 FAMILIES = ("TINY", "WARP", "BLOCK", "STREAM", "SPLIT", "COLUMNS")
 HOLDING = ("WARP", "BLOCK")  # hold a row in registers, as vectors of 16 bytes
 MANY_ROWS = ("TINY", "COLUMNS")  # at least 32 rows per warp
-VARIANTS = ("PLAIN", "SMOOTH", "SOFT", "GENERAL", "CAPPED", "CAPPED_GENERAL")  # enum Variant
+# enum Variant; with SLICE appended, the same for logits of a slice of the classes
+VARIANTS = ("PLAIN", "SMOOTH", "SOFT", "GENERAL", "CAPPED", "CAPPED_GENERAL")
+SLICE = "_SLICE"
+OF_SLICES = ("STATS", "GRAD")  # the jobs on slices: everything else about a row needs all of its classes
 OLDEST = 75  # compute capability 7.5
 MOST_CLASSES = 1 << 31  # 32-bit indices do not reach further
 
@@ -115,20 +118,19 @@ class Plan:
     def kernels(self, job: str) -> list[Kernel]:
         """Of all launches of a job except the sums."""
         steps = self.over_rows(job)
-        merged = [merge_kernel(self.dtype)] if self.parts > 1 and steps[0][0] == "STATS" else []
+        merged = [merge_kernel(self.dtype, self.variant)] if self.parts > 1 and steps[0][0] == "STATS" else []
         return [chosen.kernel(step) for step, chosen in steps] + merged
 
     def kernel(self, job: str) -> Kernel:
         """Of one launch over the rows."""
-        ctype = DTYPES[self.dtype][0]
+        what = DTYPES[self.dtype][0], job, self.variant
         if self.family == "TINY":
-            rows = self.classes, self.width
-            return _kernels.kernel("tiny.cu", "XE_TINY", "TINY", ctype, job, self.variant, *rows, *self.bound)
+            return _kernels.kernel("tiny.cu", "XE_TINY", "TINY", *what, self.classes, self.width, *self.bound)
         if self.family == "COLUMNS":
             held = self.width, self.vectors, self.lanes, self.stream
-            return _kernels.kernel("columns.cu", "XE_COLUMNS", "COLUMNS", ctype, job, self.variant, *held, *self.bound)
+            return _kernels.kernel("columns.cu", "XE_COLUMNS", "COLUMNS", *what, *held, *self.bound)
         how = self.vectors, self.lanes, self.cluster, self.stream, self.even
-        return _kernels.kernel("rows.cu", "XE_ROWS", self.family, ctype, job, self.variant, *how, *self.bound)
+        return _kernels.kernel("rows.cu", "XE_ROWS", self.family, *what, *how, *self.bound)
 
     def prefetching(self, job: str, multiprocessors: int) -> tuple[int, int]:
         """(blocks resident on the device, prefetch distance in rows; 0: no prefetch).
@@ -194,6 +196,7 @@ def plan(
     changes no sum. In the others it is 1 unless rows are evenly spaced, and all arrays are aligned like the logits.
     """
     itemsize, even = DTYPES[dtype][1], layout == "columns" or access > 1
+    variant, of_slice = variant.removesuffix(SLICE), SLICE if variant.endswith(SLICE) else ""
 
     def spread(
         family: str, vectors: int, lanes: int, threads: int, bound: tuple[int, int],
@@ -201,7 +204,7 @@ def plan(
     ) -> Plan:  # fmt: skip
         per_block = threads // lanes * width if lanes else 1
         return Plan(
-            family, rows, classes, dtype, chip, variant, vectors, lanes, cluster, stream, threads,
+            family, rows, classes, dtype, chip, variant + of_slice, vectors, lanes, cluster, stream, threads,
             -(-rows // per_block) * cluster, per_block, even, bound, width,
         )  # fmt: skip
 
@@ -209,7 +212,9 @@ def plan(
     if layout == "flat" and size <= TINY_BYTES and not (variant in CAPPED_BY_CLASS and classes > TINY_CAPPED):
         variant = {"SMOOTH": "GENERAL", "SOFT": "GENERAL", "CAPPED": "CAPPED_GENERAL"}.get(variant, variant)
         each = next(each for limit, each in TINY_EACH if size <= limit) if variant == "PLAIN" else 1
-        bound = TINY_THREADS, _tiny_blocks(classes, each, itemsize, chip, variant)
+        several = _tiny_blocks(classes, each, itemsize, chip, variant)
+        several -= several > 2 and itemsize == 8 and bool(of_slice)
+        bound = TINY_THREADS, several
         return spread("TINY", 0, 1, TINY_THREADS, bound, width=each)
     if layout == "columns":
         variant = "GENERAL" if variant == "SOFT" else variant
@@ -240,7 +245,7 @@ def plan(
                 several -= lanes < (6 if job == "LOSS_AND_GRAD" else 2 * (16 // itemsize - 1))
                 several -= itemsize == 2 and chip < 80
             else:
-                several -= lanes < 6 and itemsize == 2
+                several -= lanes < (10 if variant == "SMOOTH" and of_slice else 6) and itemsize == 2
             return spread("WARP", held, lanes, WARP_THREADS, (WARP_THREADS, several))
     threads = _whole_warps(-(-size // (16 * vectors)))
     if threads <= ALONE:
@@ -339,7 +344,7 @@ LAYOUTS = ("flat", "rows", "columns")
 def catalogue(
     chip: int, variant: str, jobs: tuple[str, ...] = JOBS, even: tuple[bool, ...] = (True, False)
 ) -> Iterator[Kernel]:
-    """Every kernel that a plan can ask for on a chip, and the sums.
+    """Every kernel that a plan can ask for on a chip; with those of PLAIN the sums, of its slices the exchange.
 
     Of TINY, which is compiled for every number of classes, only those with a number in FEW.
     """
@@ -356,7 +361,9 @@ def catalogue(
                     found = plan(1, classes, dtype, chip, **how)
                     if found.variant == variant and is_in_catalogue(found):
                         seen.update(found.kernels(job))
-        if variant == "PLAIN":
+        if variant == f"PLAIN{SLICE}":
+            seen |= set(exchange_kernels(dtype).values())
+        elif variant == "PLAIN":
             seen |= {sums_kernel(dtype, cluster) for cluster in ((1, SUM_CLUSTER) if chip >= 90 else (1,))}
     yield from sorted(seen, key=lambda kernel: kernel.name)
 
@@ -373,7 +380,7 @@ def is_in_catalogue(plan: Plan) -> bool:
 
 def is_always_even(job: str, variant: str) -> bool:
     """Whether no array beside the logits could be aligned differently."""
-    return not writes_grad(job) and variant in ("PLAIN", "SMOOTH", "CAPPED")
+    return not writes_grad(job) and variant.removesuffix(SLICE) in ("PLAIN", "SMOOTH", "CAPPED")
 
 
 def writes_grad(job: str) -> bool:
@@ -391,8 +398,17 @@ def _chosen(
 
 
 @cache
-def merge_kernel(dtype: str) -> Kernel:
-    return _kernels.kernel("merge.cu", "XE_MERGE", "MERGE", DTYPES[dtype][0])
+def merge_kernel(dtype: str, variant: str = "PLAIN") -> Kernel:
+    of = SLICE if variant.endswith(SLICE) else ""
+    return _kernels.kernel("merge.cu", f"XE_MERGE{of}", f"MERGE{of}", DTYPES[dtype][0])
+
+
+@cache
+def exchange_kernels(dtype: str) -> dict[str, Kernel]:
+    """Those of slices.cu, for messages of numbers of that dtype."""
+    of = "double" if dtype == "float64" else "float"
+    names = ("SAY", "SLICES", "TOTAL") if of == "double" else ("SAY", "SLICES")  # divisors are float64
+    return {name: _kernels.kernel("slices.cu", f"XE_{name}", name, of) for name in names}
 
 
 @cache
@@ -446,6 +462,8 @@ class Problem(NamedTuple):
     whole: int = 1
     first: int = 0
     ahead: int = 0
+    start: int = 0
+    vocabulary: int = 0
 
 
 class Sum(NamedTuple):
@@ -476,6 +494,7 @@ class Sum(NamedTuple):
     loss_to: Array | None
 
 
+Argument = Any  # of a kernel: a named tuple, each field of which is a word of 8 bytes
 Words = Any  # array.array("Q"): an argument as a kernel gets it, 8 bytes for each field
 Slots = Sequence[tuple[int, int]]  # (index of a word that is a pointer, index of the array it points to)
 Run = Callable[[Words, Slots, Sequence[Array]], None]  # launches; an emulator must know which memory may be touched
@@ -487,7 +506,7 @@ def _form(argument: Any) -> struct.Struct:
     return struct.Struct("=" + "".join(code.get(kind, "Q") for kind in get_type_hints(argument).values()))
 
 
-def _packed(argument: Problem | Sum) -> tuple[Words, Slots, list[Array]]:
+def _packed(argument: Argument) -> tuple[Words, Slots, list[Array]]:
     """The words of an argument, its pointers 0; the slots of those pointers; and the arrays they point to."""
     numbers = [value if isinstance(value, (int, float)) else 0 for value in argument]
     places = [at for at, value in enumerate(argument) if value is not None and not isinstance(value, (int, float))]
@@ -523,6 +542,15 @@ class Launcher(Protocol):
     def ready(self, kernel: Kernel, blocks: int, threads: int, cluster: int = 1) -> Run: ...
 
 
+class Streaming(Launcher, Protocol):
+    """What engines of several processes need in addition."""
+
+    def stream(self) -> int: ...  # the handle of the stream on which launches run
+    def wait(self) -> None: ...  # until all of them have ended
+    def to_device(self, values: np.ndarray) -> Array: ...  # may wait, as does the reverse
+    def to_host(self, array: Array) -> np.ndarray: ...
+
+
 class Cupy:
     """CuPy, its current stream, and the device of the arrays."""
 
@@ -551,6 +579,19 @@ class Cupy:
         memory = array.data
         pointer = memory.ptr
         return pointer, (array.shape, array.strides, array.dtype, memory.device_id, pointer % 16)
+
+    def stream(self) -> int:
+        return int(_cupy().cuda.get_current_stream().ptr)
+
+    def wait(self) -> None:
+        _cupy().cuda.get_current_stream().synchronize()
+
+    def to_device(self, values: np.ndarray) -> Array:
+        return _cupy().asarray(values)
+
+    def to_host(self, array: Array) -> np.ndarray:
+        found: np.ndarray = array.get()
+        return found
 
     def ready(self, kernel: Kernel, blocks: int, threads: int, cluster: int = 1) -> Run:
         function = _kernels.compiled(kernel, _cupy().cuda.runtime.getDevice())  # the cluster size is compiled in
@@ -627,7 +668,7 @@ class Tape:
 KINDS: dict[type, Callable[[Array], tuple[int, Hashable]]] = {}
 
 
-class _Mean(NamedTuple):
+class Mean(NamedTuple):
     """The divisor of the sum, and the factor of the gradient: each a number, or on the device."""
 
     divisor: float = 1.0
@@ -652,8 +693,6 @@ class Cuda:
             return reason
         if self.launcher.chip(rows.logits) < OLDEST:
             return f"takes GPUs of compute capability {OLDEST / 10} and above"
-        if rows.is_slice:
-            return "does not take slices of the classes yet"
         if rows.classes >= MOST_CLASSES:
             return f"takes fewer than 2^31 classes, and these are {rows.classes}"
         KINDS.setdefault(type(rows.logits), self.launcher.look)
@@ -667,62 +706,68 @@ class Cuda:
         tape = Tape(self.launcher)
         return Cuda(tape), tape
 
-    def stats(self, rows: Rows) -> RowStats:
+    def stats(self, rows: Rows, filled: RowStats | None = None) -> RowStats:
+        """`filled`: the arrays to write to."""
         with self.launcher.on(rows.logits):
-            filled = self._stats(rows)
-            self._rows("STATS", rows, _Mean(), stats=filled)
+            if rows.classes == 0:
+                return no_classes(rows, is_marked=False)
+            filled = self._stats(rows) if filled is None else filled
+            self._rows("STATS", rows, Mean(), stats=filled)
             return filled
 
     def row_stats(self, rows: Rows) -> RowStats:
         with self.launcher.on(rows.logits):
-            filled = self._stats(rows, with_correct=True)
-            self._rows("STATS", rows, _Mean(), stats=filled)
-            return filled
+            if rows.classes == 0:
+                return no_classes(rows, is_marked=True)
+            return self.stats(rows, self._stats(rows, with_correct=True))
 
     def stats_and_loss(self, rows: Rows) -> tuple[RowStats, Array]:
         with self.launcher.on(rows.logits):
-            losses, filled, partials = self._empty(rows, rows.shape), self._stats(rows), self._partials(rows)
-            self._rows("STATS", rows, _Mean(), losses=losses, stats=filled, partials=partials)
-            return filled, self._reduced(rows, losses, None, partials)
+            losses, filled, partials = self._empty(rows, rows.shape), self._stats(rows), self.partials(rows)
+            self._rows("STATS", rows, Mean(), losses=losses, stats=filled, partials=partials)
+            return filled, self.reduced(rows, losses, None, partials)
 
-    def grad(self, rows: Rows, stats: RowStats, out: Array | None = None) -> Array:
+    def grad(self, rows: Rows, stats: RowStats, out: Array | None = None, mean: Mean | None = None) -> Array:
+        """`mean`: what `mean` returns, if that is known already."""
         with self.launcher.on(rows.logits):
             given = RowStats(*(_dense(rows.xp, part) for part in stats[:4]))
-            return self._rows("GRAD", rows, self._mean(rows), stats=given, out=out)
+            if mean is None:
+                mean = self.mean(rows) if rows.classes else Mean()
+            return self._rows("GRAD", rows, mean, stats=given, out=out)
 
     def loss(self, rows: Rows) -> Array:
         with self.launcher.on(rows.logits):
-            losses, partials = self._empty(rows, rows.shape), self._partials(rows)
-            self._rows("LOSS", rows, _Mean(), losses=losses, partials=partials)
-            return self._reduced(rows, losses, None, partials)
+            losses, partials = self._empty(rows, rows.shape), self.partials(rows)
+            self._rows("LOSS", rows, Mean(), losses=losses, partials=partials)
+            return self.reduced(rows, losses, None, partials)
 
     def grad_alone(self, rows: Rows, out: Array | None = None) -> Array:
         with self.launcher.on(rows.logits):
-            return self._rows("LOSS_AND_GRAD", rows, self._mean(rows), out=out)
+            return self._rows("LOSS_AND_GRAD", rows, self.mean(rows), out=out)
 
     def loss_and_grad(self, rows: Rows, out: Array | None = None) -> tuple[Array, Array]:
         with self.launcher.on(rows.logits):
-            losses, mean, partials = self._empty(rows, rows.shape), self._mean(rows), self._partials(rows)
+            losses, mean, partials = self._empty(rows, rows.shape), self.mean(rows), self.partials(rows)
             grad = self._rows("LOSS_AND_GRAD", rows, mean, losses=losses, out=out, partials=partials)
-            return self._reduced(rows, losses, mean, partials), grad
+            return self.reduced(rows, losses, mean, partials), grad
 
     def loss_grad_and_stats(self, rows: Rows, out: Array | None = None) -> tuple[Array, Array, RowStats]:
         with self.launcher.on(rows.logits):
-            losses, mean, partials = self._empty(rows, rows.shape), self._mean(rows), self._partials(rows)
+            losses, mean, partials = self._empty(rows, rows.shape), self.mean(rows), self.partials(rows)
             filled = self._stats(rows, with_correct=True)
             grad = self._rows("STATS_AND_GRAD", rows, mean, losses=losses, stats=filled, out=out, partials=partials)
-            return self._reduced(rows, losses, mean, partials), grad, filled
+            return self.reduced(rows, losses, mean, partials), grad, filled
 
     def softmax(self, rows: Rows, log: bool) -> Array:
         with self.launcher.on(rows.logits):
-            return self._rows("LOG_SOFTMAX" if log else "LOSS_AND_GRAD", rows, _Mean())
+            return self._rows("LOG_SOFTMAX" if log else "LOSS_AND_GRAD", rows, Mean())
 
     def _stats(self, rows: Rows, with_correct: bool = False) -> RowStats:
         """New arrays for stats; for `correct` only if it is wanted and there are labels."""
         correct = self.launcher.empty(rows.shape, "bool") if with_correct and rows.has_labels else None
         return RowStats(*(self._empty(rows, rows.shape) for _ in range(4)))._replace(correct=correct)
 
-    def _partials(self, rows: Rows) -> Array | None:
+    def partials(self, rows: Rows) -> Array | None:
         """A new array for the sums of blocks and their ticket, if one block or cluster cannot sum so many losses."""
         count = rows.shape[0] * rows.shape[1]
         most = SUM_TOGETHER if self.launcher.chip(rows.logits) >= 90 else SUM_ALONE
@@ -732,7 +777,7 @@ class Cuda:
         self,
         job: str,
         rows: Rows,
-        mean: _Mean,
+        mean: Mean,
         *,
         losses: Array | None = None,
         stats: RowStats | None = None,
@@ -751,7 +796,7 @@ class Cuda:
                 grad = self._gradient(rows, logits)
             if layout == "flat" and _layout(grad) != "flat":
                 layout = "rows"
-        if outer * inner:
+        if outer * classes * inner:
             kind, target = _target(rows)
             chip = self.launcher.chip(logits)
             inner, (of_logits, of_grad, of_target) = _steps(outer, inner, logits, grad, target)
@@ -762,6 +807,7 @@ class Cuda:
             even = inner == 1 and _is_even(rows, variant, placed)
             count = rows.shape[0] * rows.shape[1]
             access = _width(logits, grad) if layout == "columns" else 4 if even else 1
+            variant += SLICE if rows.is_slice else ""
             chosen, kernel = _chosen(job, count, classes, dtype, chip, layout, variant, access)
             smoothing, word = rows.label_smoothing, partial(_word, rows.acc)
             max_, rest, gap, mass, correct = (None,) * 5 if stats is None else stats
@@ -773,9 +819,9 @@ class Cuda:
                 *_ignored(rows),
                 word(mean.scale), mean.scale_at, mean.scale_step,
                 losses, max_, rest, gap, mass,
-                _dense(xp, rows.weight), _dense(xp, rows.sample_weight),
-                word(1 - smoothing), word(smoothing / classes), word(rows.z_loss), word(rows.softcap or 0.0), correct,
-                partials,
+                _dense(xp, rows.class_weight), _dense(xp, rows.sample_weight),
+                word(1 - smoothing), word(smoothing / rows.all_classes), word(rows.z_loss), word(rows.softcap or 0.0),
+                correct, partials, start=rows.start, vocabulary=rows.vocabulary,
             )  # fmt: skip
             whole = even and not any(
                 size % 16 for size in (_address(logits), *(n * logits.dtype.itemsize for n in (classes, of_logits[0])))
@@ -785,7 +831,7 @@ class Cuda:
             else:
                 first, ahead = chosen.prefetching(job, self.launcher.multiprocessors(logits))
                 problem = problem._replace(first=first, ahead=ahead, whole=int(chosen.family in MANY_ROWS or whole))
-                self._launch(problem, kernel, chosen.blocks, chosen.threads, chosen.cluster)
+                self.launch(problem, kernel, chosen.blocks, chosen.threads, chosen.cluster)
         if out is not None and grad is not out:
             self.launcher.copy(grad, out)
             return out
@@ -797,37 +843,45 @@ class Cuda:
         for step, spread in chosen.over_rows(job):
             if step == "STATS":
                 problem = problem._replace(of_parts=self._empty(rows, (4, spread.blocks)))
-            self._launch(problem, spread.kernel(step), spread.blocks, spread.threads)
+            self.launch(problem, spread.kernel(step), spread.blocks, spread.threads)
             if step == "STATS":
                 if problem.max is None:
                     max_, rest, gap, mass, _ = self._stats(rows)
                     problem = problem._replace(max=max_, rest=rest, gap=gap, mass=mass)
-                self._launch(problem, merge_kernel(spread.dtype), problem.rows, MERGE_THREADS)
+                self.launch(problem, merge_kernel(spread.dtype, spread.variant), problem.rows, MERGE_THREADS)
 
-    def _launch(self, argument: Problem | Sum, kernel: Kernel, blocks: int, threads: int, cluster: int = 1) -> None:
+    def launch(
+        self, argument: Argument, kernel: Kernel, blocks: int, threads: int, cluster: int = 1,
+        more: Argument | None = None,
+    ) -> None:  # fmt: skip
+        """`more`: what follows in the same argument."""
         words, slots, arrays = _packed(argument)
+        if more is not None:
+            last, other_slots, others = _packed(more)
+            slots = (*slots, *((len(words) + at, len(arrays) + k) for at, k in other_slots))
+            words, arrays = words + last, arrays + others
         run = self.launcher.ready(kernel, blocks, threads, cluster)
         send(run, words, slots, [self.launcher.look(array)[0] for array in arrays], arrays)
 
-    def _mean(self, rows: Rows) -> _Mean:
+    def mean(self, rows: Rows) -> Mean:
         """The divisor of the loss and the factor of the gradient; a launch, if targets and weights must be read."""
         upstream = 1.0 if rows.upstream is None else rows.upstream
         if rows.reduction == "mean":
-            known = _known_divisor(rows)
+            known = known_divisor(rows)
             if known is None:
                 divisor, scale = self.launcher.empty((), "float64"), self._empty(rows, ())
-                self._count(rows, upstream=upstream, divisor_to=divisor, scale_to=scale)
-                return _Mean(divisor_at=divisor, scale_at=scale)
+                self.count(rows, upstream=upstream, divisor_to=divisor, scale_to=scale)
+                return Mean(divisor_at=divisor, scale_at=scale)
             if isinstance(known, float) and isinstance(upstream, float):
-                return _Mean(divisor=known, scale=upstream / known if known else float("nan"))
+                return Mean(divisor=known, scale=upstream / known if known else float("nan"))
             mean, scale = _by(known), self._empty(rows, ())
             self._sum(rows, divisor=mean.divisor, divisor_at=mean.divisor_at, upstream=upstream, scale_to=scale)
             return mean._replace(scale_at=scale)
         if isinstance(upstream, float):
-            return _Mean(scale=upstream)
-        return _Mean(scale_at=_dense(rows.xp, upstream), scale_step=int(upstream.ndim == 2))
+            return Mean(scale=upstream)
+        return Mean(scale_at=_dense(rows.xp, upstream), scale_step=int(upstream.ndim == 2))
 
-    def _count(self, rows: Rows, **wanted: Any) -> None:
+    def count(self, rows: Rows, **wanted: Any) -> None:
         """Counts rows in the first launch of a call, when no ticket has been set to 0: many rows take two launches."""
         most = SUM_TOGETHER if self.launcher.chip(rows.logits) >= 90 else COUNT_ALONE
         if rows.shape[0] * rows.shape[1] > most:
@@ -836,14 +890,14 @@ class Cuda:
             wanted |= {"partials": partials, "parts": SUM_BLOCKS}
         self._sum(rows, counts=True, **wanted)
 
-    def _reduced(self, rows: Rows, losses: Array, mean: _Mean | None, partials: Array | None) -> Array:
+    def reduced(self, rows: Rows, losses: Array, mean: Mean | None, partials: Array | None) -> Array:
         """The losses as the caller wants them; if there is no `mean` yet, the same launch counts the rows."""
         if rows.reduction == "none":
             return losses
         total, counts = self._empty(rows, ()), False
         if mean is None:
-            known = _known_divisor(rows) if rows.reduction == "mean" else 1.0
-            counts, mean = known is None, _Mean() if known is None else _by(known)
+            known = known_divisor(rows) if rows.reduction == "mean" else 1.0
+            counts, mean = known is None, Mean() if known is None else _by(known)
         self._sum(
             rows, losses=losses, counts=counts, divisor=mean.divisor, divisor_at=mean.divisor_at, loss_to=total,
             blocks=1 if partials is None else SUM_BLOCKS, partials=partials, ticket=partials,
@@ -876,7 +930,7 @@ class Cuda:
         weight, sample_weight = (_dense(xp, rows.weight), _dense(xp, rows.sample_weight)) if counts else (None, None)
         argument = Sum(
             target, kind, by_outer, by_inner,
-            count, rows.classes, max(1, inner),
+            count, rows.all_classes, max(1, inner),
             *_ignored(rows),
             weight, sample_weight, losses, int(counts),
             divisor, divisor_at, upstream if given else 1.0, None if given else upstream,
@@ -885,7 +939,7 @@ class Cuda:
         together = blocks == 1 and not parts and count > SUM_ALONE and self.launcher.chip(rows.logits) >= 90
         cluster = SUM_CLUSTER if together else 1
         kernel = sums_kernel(rows.logits.dtype.name, cluster)
-        self._launch(argument, kernel, max(blocks, cluster), SUM_THREADS, cluster)
+        self.launch(argument, kernel, max(blocks, cluster), SUM_THREADS, cluster)
 
     def _gradient(self, rows: Rows, logits: Array) -> Array:
         """A new array for the gradient, laid out like the logits, so that vectorized loads have vectorized stores."""
@@ -899,7 +953,19 @@ class Cuda:
         return self.launcher.empty(shape, rows.acc)
 
 
-def _known_divisor(rows: Rows) -> Array | float | None:
+def said_of_rows(rows: Rows) -> Problem:
+    """What labels and weights say about rows with all of their classes, for a kernel that reads no logits."""
+    kind, target = _target(rows) if rows.has_labels else (OF_LOGITS, None)
+    inner, [of_target] = _steps(*rows.shape, target)
+    number, word, nowhere = rows.shape[0] * rows.shape[1], partial(_word, rows.acc), (None, 0, 0, 0)
+    return Problem(
+        *nowhere, *nowhere, target, kind, *of_target, number, rows.all_classes, max(1, inner), *_ignored(rows),
+        word(1.0), None, 0, *(None,) * 5, None, _dense(rows.xp, rows.sample_weight),
+        word(1.0), word(0.0), word(rows.z_loss), word(0.0), None, None, vocabulary=rows.all_classes,
+    )  # fmt: skip
+
+
+def known_divisor(rows: Rows) -> Array | float | None:
     """The mean's divisor if no label or weight need be read: a number, or float64 on the device. Else None."""
     if rows.denominator is not None:
         given = rows.denominator
@@ -909,8 +975,8 @@ def _known_divisor(rows: Rows) -> Array | float | None:
     return float(rows.shape[0] * rows.shape[1])
 
 
-def _by(divisor: Array | float) -> _Mean:
-    return _Mean(divisor=divisor) if isinstance(divisor, float) else _Mean(divisor_at=divisor)
+def _by(divisor: Array | float) -> Mean:
+    return Mean(divisor=divisor) if isinstance(divisor, float) else Mean(divisor_at=divisor)
 
 
 def _ignored(rows: Rows) -> tuple[int, int]:
@@ -946,7 +1012,9 @@ def _is_even(rows: Rows, variant: str, placed: list[tuple[Any, tuple[int, int, i
         if (_address(array) - place * wide) % 16 or (by_row * array.dtype.itemsize - step * wide) % 16:
             return False
     if rows.weight is not None and variant in ("GENERAL", "CAPPED_GENERAL"):  # the same weights for every row
-        return place % 16 == 0 and step % 16 == 0
+        weight: Any = rows.class_weight
+        aligned = not weight.flags.c_contiguous or _address(weight) % 16 == 0  # a copy is
+        return place % 16 == 0 and step % 16 == 0 and aligned
     return True
 
 

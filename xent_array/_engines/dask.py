@@ -167,7 +167,7 @@ def _softmax_of(engine: Engine, rows: Rows, stats: RowStats, log: bool) -> tuple
 
 def _stats(engine: Engine, rows: Rows, stats: None, is_marked: bool) -> tuple[Any, ...]:
     if rows.classes == 0:
-        return (_rows.nothing(rows, is_marked),)
+        return (_rows.no_classes(rows, is_marked),)
     return (_engines.row_stats(engine, rows) if is_marked else engine.stats(rows),)
 
 

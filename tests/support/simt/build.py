@@ -297,6 +297,12 @@ def empty(shape, dtype=np.float64) -> np.ndarray:
     return array
 
 
+def written(start: int, size: int) -> None:
+    """Tell the checker that the host has written these bytes."""
+    _mark_fresh()
+    _machine("check").simt_mark(ctypes.c_void_p(start), ctypes.c_uint64(size), 0)
+
+
 def _mark_fresh() -> None:
     mark = _machine("check").simt_mark
     while _fresh:
