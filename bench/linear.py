@@ -210,14 +210,18 @@ def table(found: dict[str, Any]) -> str:
         said = f"{name} (its fastest)" if name == best else name
         times = " | ".join(f"{row[clock] / ours[clock]:.2f}" for clock in ("seconds", "of_cores"))
         lines.append(f"| {said} | {row['memory'] / 2**20:.0f} MiB | {times} |")
+    threads = "one thread" if problem.threads == 1 else f"{problem.threads} threads"
     sizes_said = f"{problem.rows} rows, {problem.features} features, {problem.classes} classes, float32"
     head = (
-        f"{sizes_said}, {problem.threads} threads; `memory_budget={problem.budget!r}`, of which the buffers take"
+        f"{sizes_said}, {threads}; `memory_budget={problem.budget!r}`, of which the buffers take"
         f" {shown(found['buffers'])}; the rest of the memory is that of the products. Times are medians of"
         f" {found['rounds']}, relative to `{OURS}`, which took {ours['seconds']:.1f} s, and its threads"
         f" {ours['of_cores']:.1f} s of cores:"
     )
-    return f"{head}\n\n" + "\n".join(lines)
+    about, load = f"{found['machine']['cpu']}, commit {found['commit'][:10]}", found["machine"]["load"]
+    busy = f", on a busy machine (load average {load})" if load > 0.5 else ""
+    where = f"`{found['command']}`, {about}, {found['date'][:10]}{busy}"
+    return f"{where}. {head}\n\n" + "\n".join(lines)
 
 
 def main(arguments: list[str]) -> int:

@@ -11,8 +11,13 @@ import xent_array
 from xent_array import RowStats
 
 FUNCTIONS = sorted(name for name in xent_array.__all__ if inspect.isfunction(getattr(xent_array, name)))
-METHODS = ["CrossEntropyLoss.forward", "CrossEntropyLoss.backward", "torch.CrossEntropyLoss.forward"]
-CLASSES = ["CrossEntropyLoss", "torch.CrossEntropyLoss"]
+METHODS = [
+    "CrossEntropyLoss.forward",
+    "CrossEntropyLoss.backward",
+    "torch.CrossEntropyLoss.forward",
+    "torch.LinearCrossEntropyLoss.forward",
+]
+CLASSES = ["CrossEntropyLoss", "torch.CrossEntropyLoss", "torch.LinearCrossEntropyLoss"]
 
 
 def _documented(name):

@@ -132,7 +132,8 @@ def linear_cross_entropy(
     with sums in float32, and so is the gradient of the logits, rounded to bfloat16.
 
     If some rows with all classes do not fit in the budget, the classes are processed in slices too, which are merged as
-    by `merge_stats`.
+    by `merge_stats`. Logits that are small anyway are faster made and passed to `cross_entropy`: a call of that costs
+    less.
 
     The budget is for buffers in addition to inputs and results. It does not include a few numbers per row and per
     class, nor the workspaces of fixed size that the products and the engines have: those of the engines take less than

@@ -122,33 +122,22 @@ def head_of(call: Call) -> Head | None:
 
     None if the arrays cannot be written to or have no values, so that logits can be made in one piece only.
     """
-    given = call
-    if any(is_traced(array) for array in (call.hidden, call.linear_weight, call.linear_bias) if array is not None):
+    given = (call.hidden, call.linear_weight, call.linear_bias)
+    if any(is_traced(array) for array in given if array is not None) or not _may_work_on(call):
         return None
-    call = call._replace(
-        hidden=_detached(call.hidden),
-        linear_weight=_detached(call.linear_weight),
-        linear_bias=_detached(call.linear_bias),
-    )
-    shape, classes = tuple(call.hidden.shape), call.linear_weight.shape[0]
-    if not _may_work_on(call):
-        return None
-    problem = problem_of(Factors(call.hidden, classes, (call.linear_weight, call.linear_bias)), call.target, call.asked)
-    home = problem.home
-    if home.bridge is None and not isinstance(call.hidden, np.ndarray) and not is_writeable_array(call.hidden):
+    hidden, weight, bias = map(_detached, given)
+    problem = problem_of(Factors(hidden, weight.shape[0], (weight, bias)), call.target, call.asked)
+    home, shape = problem.home, tuple(hidden.shape)
+    if home.bridge is None and not isinstance(hidden, np.ndarray) and not is_writeable_array(hidden):
         return None
     if hasattr(problem.engine, "communicator"):
         raise ValueError(
             f"engine {problem.engine.name!r} works with other processes, for logits that are there: make them and pass"
             " them to cross_entropy"
         )
-    factors = [given.hidden, given.linear_weight, given.linear_bias]
     with home.at_work():
-        if hasattr(call.hidden, "data_ptr"):  # PyTorch makes the products of its tensors
-            factors = [_detached(each) for each in factors]
-        else:
-            factors = [None if each is None else home.lend(each) for each in factors]
-        hidden, weight, bias = factors
+        if not hasattr(hidden, "data_ptr"):  # PyTorch makes the products of its tensors
+            hidden, weight, bias = (None if each is None else home.lend(each) for each in (hidden, weight, bias))
         xp = namespace(hidden)
         hidden = xp.reshape(hidden, (math.prod(shape[:-1]), shape[-1]))
         if bias is not None:

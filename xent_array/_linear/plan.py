@@ -10,6 +10,7 @@ gradients are computed one after the other, from a third computation of the tile
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator
 from functools import lru_cache
@@ -79,17 +80,13 @@ def plan(sizes: Sizes, budget: int) -> Plan:
 
     Raises ValueError if not even the smallest do.
     """
-    whole = _made(sizes, sizes.rows, sizes.classes, _part(sizes, budget), True)
-    if whole.needs <= budget:
-        return whole
-    found = min(_fitting(sizes, budget), key=_cost, default=None)
-    if found is None:
-        least = needed(sizes)
+    if budget < (least := needed(sizes)):
         raise ValueError(
             f"memory_budget must be at least {least} bytes ({shown(least)}) for {sizes.rows} rows of {sizes.features}"
             f" features and {sizes.classes} classes; got {budget} bytes ({shown(budget)})"
         )
-    return found
+    whole = _made(sizes, sizes.rows, sizes.classes, _part(sizes, budget), True)
+    return whole if whole.needs <= budget else min(_fitting(sizes, budget), key=_cost)
 
 
 plan_of = lru_cache(maxsize=256)(plan)
@@ -101,8 +98,10 @@ def needed(sizes: Sizes) -> int:
 
 
 def _smallest(sizes: Sizes) -> list[Plan]:
-    least = min(sizes.rows, LEAST_ROWS), min(sizes.classes, LEAST_CLASSES)
-    return [_made(sizes, *least, LEAST_ROWS, together) for together in (True, False)]
+    """Small tiles, and those that have all rows or classes and so need no sums."""
+    rows, classes = {min(sizes.rows, LEAST_ROWS), sizes.rows}, {min(sizes.classes, LEAST_CLASSES), sizes.classes}
+    every = itertools.product(sorted(rows), sorted(classes), (True, False))
+    return [_made(sizes, n, c, LEAST_ROWS, together) for n, c, together in every]
 
 
 def _fitting(sizes: Sizes, budget: int) -> Iterator[Plan]:
@@ -154,6 +153,10 @@ def _made(sizes: Sizes, rows: int, classes: int, part: int, together: bool) -> P
     adds_weight, adds_hidden = sizes.wants_weight and chunks > 1, sizes.wants_hidden and blocks > 1
     together = together or not (sizes.wants_weight and sizes.wants_hidden)
     part = min(part, max(rows, classes))
+    again = 0 if blocks == 1 or not sizes.wants_grad else 1 if together else 2
+    products = 1 + again + sizes.wants_weight + sizes.wants_hidden
+    if not sizes.rows:
+        return Plan(0, classes, part, together, products, chunks, blocks, {})
     buffers = {"logits": rows * classes * acc}
     if temporaries := sizes.temporaries if blocks == 1 else sizes.of_slices:
         buffers["the engine's own"] = temporaries * rows * classes * acc
@@ -171,8 +174,6 @@ def _made(sizes: Sizes, rows: int, classes: int, part: int, together: bool) -> P
         buffers["sums of the gradient of linear_weight"] = classes * features * acc
     if sizes.is_narrow and adds_hidden:
         buffers["sums of the gradient of hidden"] = (sizes.rows if together else rows) * features * acc
-    again = 0 if blocks == 1 or not sizes.wants_grad else 1 if together else 2
-    products = 1 + again + sizes.wants_weight + sizes.wants_hidden
     return Plan(rows, classes, part, together, products, chunks, blocks, buffers)
 
 

@@ -4,6 +4,7 @@ Each class has these, for one library:
 
     adds                          whether `product` can add to what is there without a temporary
     keeps_narrow                  whether 16-bit factors go into a product as they are, with results in float32
+    at(like)                      the context to work in
     empty(shape, dtype, like)     a new array on the device of `like`
     takes(array)                  whether a matrix goes into a product as it is, without a copy
     copy(array, out)              the same numbers, converted to the dtype of `out`
@@ -16,6 +17,7 @@ Each class has these, for one library:
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -28,10 +30,17 @@ BIASED = 2048  # classes whose logits stay in cache until the bias is added
 PICKED = 64  # rows that are picked and converted at a time
 
 
-class OfNumPy:
-    """NumPy has no product that adds, so `product` is not asked to."""
+class _Products:
+    """Where every array says itself on which device it is."""
 
     adds = keeps_narrow = False
+
+    def at(self, like: Array) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+
+class OfNumPy(_Products):
+    """NumPy has no product that adds, so `product` is not asked to."""
 
     def empty(self, shape: tuple[int, ...], dtype: DType, like: Array) -> Array:
         return memory.empty(shape, np.dtype(dtype))
@@ -80,7 +89,7 @@ class OfNumPy:
             out[...] = found
 
 
-class OfTorch:
+class OfTorch(_Products):
     """PyTorch, on any of its devices.
 
     On a GPU, bfloat16 is multiplied by tensor cores. float16 is not, as it cannot hold the gradients of a mean over
@@ -147,14 +156,18 @@ class OfTorch:
             self.torch.mv(a.T, ones, out=out)
 
 
-class OfCuPy:
+class OfCuPy(_Products):
     """CuPy, through cuBLAS. Nothing waits for the GPU, and nothing but the ones of `sums` is allocated, once."""
 
-    adds, keeps_narrow = True, False
+    adds = True
 
     def __init__(self, cupy: ModuleType) -> None:
         self.cupy: Any = cupy
         self._ones: Array | None = None
+
+    def at(self, like: Array) -> AbstractContextManager[Any]:
+        device: AbstractContextManager[Any] = like.device
+        return device
 
     def empty(self, shape: tuple[int, ...], dtype: DType, like: Array) -> Array:
         return self.cupy.empty(shape, dtype=dtype)
@@ -198,10 +211,8 @@ class OfCuPy:
         cublas.gemm("N", "N", a, b, out=out, alpha=1.0, beta=beta)
 
 
-class OfAny:
+class OfAny(_Products):
     """Any other library of the Array API whose arrays can be written to; every product makes a temporary array."""
-
-    adds = keeps_narrow = False
 
     def __init__(self, xp: Any) -> None:
         self.xp = xp

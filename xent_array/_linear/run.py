@@ -10,12 +10,13 @@ from .._problem import _detached
 from .._rows import Array, RowStats, merge, namespace
 from .gradients import Gradients
 from .head import Call, Head
+from .products import products_of
 from .tiles import Setup, Tiles, Wanted, set_up
 
 
 def run(head: Head, wanted: Wanted, outs: list[Array | None]) -> tuple[Array, list[Array | None]]:
     """The loss in the form that the user receives, and the gradients that are wanted."""
-    with head.problem.home.at_work():
+    with head.problem.home.at_work(), products_of(head.hidden).at(head.hidden):
         setup = set_up(head, wanted, outs)
         tiles = Tiles(setup)
         gradients = Gradients(tiles, outs) if any(wanted) else None
