@@ -296,7 +296,8 @@ def test_chunks_of_cupy_are_taken_and_not_mixed_with_those_of_numpy():
     """As far as Dask goes: there is no GPU to compute them on."""
     x, labels = (da.from_array(values, 7, meta=np.empty(0, values.dtype).view(OfCuPy)) for values in (LOGITS, LABELS))
     assert isinstance(x._meta, OfCuPy)
-    for found in (cross_entropy_value_and_grad(x, labels, return_stats=True), softmax(x), row_stats(x, labels)):
+    both = cross_entropy_value_and_grad(x, labels, return_stats=True, reduction="none")
+    for found in (both, softmax(x), row_stats(x, labels)):
         assert all(isinstance(part, da.Array) for part in of(found))
         assert all(isinstance(part._meta, OfCuPy) for part in of(found))
     with pytest.raises(TypeError, match=r"takes chunks of one kind, and these are of cupy\.OfCuPy and numpy\.ndarray"):

@@ -79,7 +79,7 @@ def test_row_stats_name_the_results_before_their_parts():
     assert attributes[:2] == ["lse", "loss"]
     assert set(attributes) == properties
     summary = inspect.cleandoc(RowStats.__doc__).partition("\n")[0]
-    assert re.findall(r"``(\w+)``", summary) == ["lse", "loss"]
+    assert re.findall(r"``(\w+)``", summary) == ["lse", "loss", "max", "p_max"]
 
 
 @pytest.mark.parametrize("name", ["RowStats", *FUNCTIONS, *METHODS, *CLASSES])

@@ -1,15 +1,12 @@
 """The plan of linear cross-entropy: it covers the logits and fits the budget, or says what it needs."""
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from xent_array import __main__ as program
-from xent_array._engines import cuda
 from xent_array._linear import plan as planning
 from xent_array._linear.plan import MIB, Sizes, bytes_of, needed, plan, shown
-from xent_array._rows import Rows
 
 lengths = st.integers(0, 1 << 20) | st.integers(0, 300)
 sizes = st.builds(
@@ -110,17 +107,3 @@ def test_explain(capsys):
     with pytest.raises(SystemExit, match=r"^2$"):
         program.main(["--explain-linear", "8192x512x50257:float32@1kB"])
     assert "memory_budget must be at least" in capsys.readouterr().err
-
-
-def test_explain_knows_whether_the_cuda_engine_takes_slices():
-    class Launcher:
-        look = None
-
-        def declines(self, rows):
-            return None
-
-        def chip(self, logits):
-            return 90
-
-    rows = Rows(np, np.zeros((1, 4, 1), np.float32), np.float32, vocabulary=9)
-    assert (cuda.Cuda(Launcher()).declines(rows) is None) is planning.CUDA_TAKES_SLICES

@@ -23,7 +23,6 @@ SCRATCH = 8 * MIB  # the most for a part of a product: beyond that it is no fast
 OVERHEAD = 48  # rows, or classes, whose products take as long as what a product costs beside its arithmetic
 
 GENERIC = 10  # arrays of the size of its logits that the engine "generic" makes
-CUDA_TAKES_SLICES = False  # of the classes; where an engine does not, "generic" does the work
 
 ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
@@ -218,8 +217,8 @@ def explain(text: str) -> str:
     rows, features, classes, dtype = int(found[1]), int(found[2]), int(found[3]), found[4]
     wants, where = "+loss" not in found[6], "gpu" if "+gpu" in found[6] else "cpu"
     item, acc = ITEMSIZE[dtype], max(ITEMSIZE[dtype], 4)
-    narrow, of_slices = item < acc, GENERIC if where == "gpu" and not CUDA_TAKES_SLICES else 0
-    sizes = Sizes(rows, features, classes, item, acc, wants, wants, where == "gpu", narrow, narrow, of_slices=of_slices)
+    narrow = item < acc
+    sizes = Sizes(rows, features, classes, item, acc, wants, wants, where == "gpu", narrow, narrow)
     if classes < 1:
         raise ValueError(f"{text!r} has no classes")
     if budget is None:

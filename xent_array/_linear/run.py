@@ -102,11 +102,13 @@ def composed_value_and_grad(call: Call) -> tuple[Any, tuple[Any, ...]]:
     loss, grad = _api.cross_entropy_value_and_grad(_logits(call), call.target, **options)
     xp = namespace(grad)
     shape = tuple(call.hidden.shape)
-    rows = math.prod(shape[:-1])
     hidden = call.hidden
-    if len(shape) != 2:  # the number of rows may be unknown
+    if len(shape) == 2:  # the number of rows may be unknown
+        of_hidden = xp.matmul(grad, xp.asarray(call.linear_weight))
+    else:
+        rows = math.prod(shape[:-1])
         grad, hidden = xp.reshape(grad, (rows, grad.shape[-1])), xp.reshape(hidden, (rows, shape[-1]))
-    of_hidden = xp.reshape(xp.matmul(grad, xp.asarray(call.linear_weight)), shape)
+        of_hidden = xp.reshape(xp.matmul(grad, xp.asarray(call.linear_weight)), shape)
     of_bias = None if call.linear_bias is None else xp.sum(grad, axis=0)
     return loss, (of_hidden, xp.matmul(grad.T, hidden), of_bias)
 
