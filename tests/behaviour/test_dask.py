@@ -362,6 +362,22 @@ def test_infinite_losses_of_several_chunks_do_not_warn():
         assert np.isnan(loss)
 
 
+def test_loss_and_gradient_come_from_one_pass(monkeypatch):
+    """Also where Dask fuses what takes them apart with what follows."""
+    passes = []
+    real = cpu.Cpu.loss_and_grad
+    monkeypatch.setattr(cpu.Cpu, "loss_and_grad", lambda *given: passes.append(1) or real(*given))
+    loss, grad = cross_entropy_value_and_grad(da.from_array(LOGITS, (10, 23)), da.from_array(LABELS, 10))
+    for results in (
+        (loss, grad),
+        (loss, (grad * grad).sum()),
+        (loss, da.store(grad, np.empty((40, 23)), compute=False)),
+    ):
+        passes.clear()
+        dask.compute(*results, scheduler="synchronous")
+        assert len(passes) == 4
+
+
 def test_labels_are_computed_once():
     """Also where the classes are split, so that many tasks need them."""
     made = []
