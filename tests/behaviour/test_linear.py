@@ -224,7 +224,7 @@ def test_any_budget_gives_the_same(budget):
 @pytest.mark.parametrize("ignored", [False, True], ids=["all count", "some do not"])
 @pytest.mark.parametrize("budget", [1 << 20, 8 << 20])
 def test_no_more_memory_than_the_budget(engine, dtype, ignored, budget):
-    hidden, head, labels = large(dtype)
+    hidden, head, labels = large(dtype, features=256)
     labels[::3] = -100 if ignored else labels[::3]
     out = np.empty_like(hidden), np.empty_like(head), np.empty(3000, dtype)
     options = {"linear_bias": np.zeros(3000, dtype), "engine": engine, "memory_budget": budget, "out": out}
@@ -237,9 +237,9 @@ def test_no_more_memory_than_the_budget(engine, dtype, ignored, budget):
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    per_row_and_class = 100 * (len(labels) + len(head))
+    per_row_and_class = 60 * (len(labels) + len(head))
     logits = len(labels) * len(head) * 4
-    workspaces = {"cpu": 100_000, "numpy": 1_000_000, "generic": 100_000}[engine]
+    workspaces = {"cpu": 100_000, "numpy": 2_500_000, "generic": 100_000}[engine]
     assert peak < options["memory_budget"] + per_row_and_class + workspaces
     assert peak > 0.3 * min(options["memory_budget"], logits)  # or else it was not measured
 
