@@ -11,7 +11,6 @@ from array_api_compat import is_jax_array, is_writeable_array
 
 from .. import _bridges
 from .._problem import (
-    Factors,
     Problem,
     _array,
     _detached,
@@ -21,6 +20,7 @@ from .._problem import (
 )
 from .._rows import Array, Asked, is_traced, namespace
 from . import plan
+from .factors import Factors
 
 
 class Call(NamedTuple):
