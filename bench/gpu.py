@@ -65,9 +65,9 @@ def stages() -> list[Stage]:
         [_timed("dtypes", "^(soft|dtypes|long)", 20, "distributions, every dtype, long rows")],
         [_timed("layouts", "^(few|axis)", 20, "few classes, classes apart")],
         [_engines()],
-        [Piece("linear", ("python", "-m", "bench.linear_gpu"), "linear cross-entropy, against every peer", 60)],
         *([_sanitizer(tool, part) for tool in TOOLS] for part in range(1, 3)),
         [Piece("two GPUs", ("python", "-m", "bench.nccl"), "classes over NCCL; skipped where there is one GPU", 25)],
+        [Piece("linear", ("python", "-m", "bench.linear_gpu"), "linear cross-entropy, against every peer", 60)],
         [Piece("tune", ("python", "-m", "bench", "tune"), "every plan that could take a problem", 150)],
         *([_sanitizer(tool, part) for tool in TOOLS] for part in range(3, PARTS + 1)),
     ]

@@ -16,6 +16,7 @@ from array_api_compat import is_array_api_obj, is_writeable_array
 from . import _bridges, _engines
 from ._bridges import Home
 from ._engines import Engine
+from ._linear.factors import Factors
 from ._rows import (
     DASK,
     IGNORE_INDEX,
@@ -304,20 +305,6 @@ def _home(
     return Home(logits, xp, bridge if why_not is None else None, differentiates, why_not or "", name)
 
 
-def _unmade(xp: Any, hidden: Array, acc: DType, classes: int) -> Array:
-    """Logits without memory: one number, repeated with steps of 0 where the library has views."""
-    shape = (*hidden.shape[:-1], classes)
-    return xp.broadcast_to(xp.zeros((1,) * len(shape), dtype=acc, device=device(hidden)), shape)
-
-
-class Factors(NamedTuple):
-    """The two factors of logits that are never made as a whole: ``hidden @ weight.T + bias``."""
-
-    hidden: Array  # (…, features), which stands for the logits where the arrays of a call must be alike
-    classes: int
-    others: tuple[Any, ...]  # the weight and the bias, which are lent if the hidden states are
-
-
 def problem_of(
     logits: Any | Factors, target: Any, asked: Asked, differentiates: str = "nothing", wants: str = "stats"
 ) -> Problem:
@@ -359,7 +346,7 @@ def _checked(logits: Any, target: Any, asked: Asked, differentiates: str) -> Pro
         xp = namespace(logits)
         acc = _arithmetic(xp, logits, name, given)
         if factors is not None:
-            logits = _unmade(xp, logits, acc, factors.classes)
+            logits = factors.logits(xp, logits, acc)
         _check_held(xp, options[1], "z_loss", acc)
         if options[2] is not None:
             _check_held(xp, options[2], "softcap", acc, divides=True)

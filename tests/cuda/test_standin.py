@@ -230,13 +230,13 @@ print(sizes)
 
 
 def test_linear_cross_entropy_waits_for_nothing_and_allocates_nothing_between_chunks():
-    """The default budget takes all rows at once; the others, chunks of rows, and slices of the classes in `generic`."""
+    """The default budget takes all rows at once; less takes them in chunks, or the classes in slices."""
     cases = [("float32", "mean", None), ("float32", "none", "14kB"), ("float16", "mean", None)]
     done = run("-c", f"CLASSES, DTYPES = 203, {cases!r}\n{LINEAR}")
     assert done.returncode == 0, done.stderr
     sizes = eval(done.stdout)
     assert sizes[0] == 1
-    assert sizes[1] == 3
+    assert sizes[1] >= 3
     assert sizes[2] == 1
 
 

@@ -11,7 +11,6 @@ from array_api_compat import is_jax_array, is_writeable_array
 
 from .. import _bridges
 from .._problem import (
-    Factors,
     Problem,
     _array,
     _detached,
@@ -19,8 +18,9 @@ from .._problem import (
     described,
     problem_of,
 )
-from .._rows import Array, Asked, is_traced, namespace
+from .._rows import DASK, Array, Asked, is_traced, namespace
 from . import plan
+from .factors import Factors
 
 
 class Call(NamedTuple):
@@ -65,6 +65,11 @@ def is_on_host(array: Array) -> bool:
 def checked(call: Call) -> Call:
     """The call with the factors as arrays, whose shapes and dtypes fit."""
     hidden = _array(call.hidden, "hidden")
+    if namespace(hidden).__name__ == DASK:
+        raise TypeError(
+            "hidden must not be a Dask array: pass hidden @ linear_weight.T, which is computed chunk by chunk, to"
+            " cross_entropy"
+        )
     weight = _array(call.linear_weight, "linear_weight", hidden, "hidden")
     bias = call.linear_bias
     shape, of_weight = tuple(hidden.shape), tuple(weight.shape)
