@@ -175,10 +175,9 @@ def _of_file(given: argparse.Namespace, how: str, library: str) -> Iterator[Row]
         limit = int(given.limit_gib * 2**30)
         program = "import sys; from bench.scale import print_file; print_file(*sys.argv[1:])"
         with _group(limit) as group:
-            done = subprocess.run(
-                [sys.executable, "-c", program, how, folder], cwd=run.ROOT, text=True,
-                stdout=subprocess.PIPE, preexec_fn=group.enter,
-            )  # fmt: skip
+            arguments = [how, folder, str(group.folder or ""), str(limit)]
+            command = [sys.executable, "-c", program, *arguments]
+            done = subprocess.run(command, cwd=run.ROOT, text=True, stdout=subprocess.PIPE)
             peak = group.peak()
         if done.returncode:
             raise SystemExit(f"{how}: failed, exit code {done.returncode}; perhaps {given.limit_gib:g} GiB are too few")
@@ -211,8 +210,9 @@ def _labels(count: int) -> np.ndarray:
     return np.tile(np.random.default_rng(1).integers(TILE[1], size=TILE[0]), count // TILE[0])
 
 
-def print_file(how: str, folder: str) -> None:
-    """Loss and gradient of a file, into another; prints what it took."""
+def print_file(how: str, folder: str, group: str, limit: str) -> None:
+    """Loss and gradient of a file, into another, within a limit of memory; prints what it took."""
+    _Group(Path(group) if group else None, int(limit)).enter()
     logits = np.load(Path(folder) / "logits.npy", mmap_mode="r")
     grad = np.lib.format.open_memmap(Path(folder) / "grad.npy", "w+", np.float16, logits.shape)
     labels = _labels(len(logits))

@@ -120,12 +120,17 @@ def test_dask_arrays_are_for_cross_entropy():
     assert_allclose(found, linear_cross_entropy(HIDDEN, HEAD, LABELS), rtol=1e-12)
 
 
+def engines_of(backend):
+    """Those that work tile by tile. JAX's own arrays cannot be written to, so "generic" makes all logits at once."""
+    return [engine for engine in backend.engines if backend.name != "jax" or engine != "generic"]
+
+
 def check(backend, hidden, head, target, *, budgets=(None,), **options):
     """Loss and gradients are those of the two steps, on every engine."""
     arguments, given = on(backend, hidden, head, target, options)
     loss, grads = truth(hidden, head, target, **options)
     close = {"rtol": tolerance(backend), "atol": tolerance(backend)}
-    for engine, budget in itertools.product(backend.engines, budgets):
+    for engine, budget in itertools.product(engines_of(backend), budgets):
         more = given | {"engine": engine}
         more["memory_budget"] = least(arguments, more) if budget == "least" else budget
         found, made = linear_cross_entropy_value_and_grad(*arguments, **more)
@@ -309,7 +314,7 @@ def test_16_bits_are_rounded_once(backend, dtype, budget):
     values = {"hidden": hidden, "head": head, "linear_bias": bias}
     values = {name: backend.numpy(value).astype(np.float64) for name, value in values.items()}
     loss, grads = truth(target=LABELS, **values)
-    for engine in backend.engines:
+    for engine in engines_of(backend):
         options = {"linear_bias": bias, "engine": engine}
         options["memory_budget"] = least((hidden, head, labels), options) if budget == "least" else budget
         found, made = linear_cross_entropy_value_and_grad(hidden, head, labels, **options)

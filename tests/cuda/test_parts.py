@@ -279,11 +279,11 @@ BUGS = {  # (file, source text, what replaces it, options, whether the target is
     "SPLIT: the gradient of another part": (
         "rows.cu", "gridDim.x - 1 - blockIdx.x", "gridDim.x - blockIdx.x", "none", False,
     ),
-    "MERGE: the 1 of a lesser maximum is lost": ("merge.cu", "(1 + low.rest)", "low.rest", "none", False),
+    "MERGE: the 1 of a lesser maximum is lost": ("stats.cuh", "(1 + low.rest)", "low.rest", "none", False),
     "MERGE: the gap below a greater maximum is lost": (
-        "merge.cu", "2 * times(low.mass, half_below(high.max, low.max))", "0", "none", False,
+        "stats.cuh", "2 * times(low.mass, half_below(high.max, low.max))", "0", "none", False,
     ),
-    "MERGE: half of that gap": ("merge.cu", "2 * times(low.mass", "times(low.mass", "weights", True),
+    "MERGE: half of that gap": ("stats.cuh", "2 * times(low.mass", "times(low.mass", "weights", True),
     "MERGE: no barrier between the warps' writing and reading": (
         "merge.cu", "sync_block();  // the stats", "// the stats", "none", False,
     ),
