@@ -72,7 +72,8 @@ exec(sys.argv[1])
 wanted, gradient = cross_entropy_value_and_grad(every, targets)
 assert np.isclose(data.allreduce(loss), wanted, rtol=1e-12, atol=0)
 assert np.allclose(grad, gradient[rows, columns], rtol=1e-12, atol=1e-16)
-print("equal")
+if comm.gather("equal"):
+    print("equal")
 """
 
 ON_A_DEVICE = """
@@ -156,7 +157,7 @@ def test_classes_and_rows_in_a_grid():
     """As in README.md."""
     readme = (Path(__file__).parents[2] / "README.md").read_text()
     (recipe,) = re.findall(r"^```python\n(tokens = data.*?)^```", readme, re.MULTILINE | re.DOTALL)
-    assert run(4, BOTH, recipe) == ["equal"] * 4
+    assert run(4, BOTH, recipe) == ["equal"]
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the emulation needs g++")
