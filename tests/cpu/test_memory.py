@@ -163,6 +163,17 @@ def test_threads():
     assert not wrong
 
 
+def test_smaller_arrays_of_other_threads(monkeypatch):
+    """There malloc would give them back at once."""
+    resize(monkeypatch, MAPPED=1 << 20, ELSEWHERE=1 << 16)
+    memory.empty((200, 100), SINGLE)
+    assert not memory._kept
+    thread = threading.Thread(target=lambda: memory.empty((200, 100), SINGLE))
+    thread.start()
+    thread.join()
+    assert len(memory._kept) == 1
+
+
 def test_in_a_cycle():
     """Freed by the garbage collector."""
     made = memory.empty((200, 100), SINGLE)

@@ -17,6 +17,7 @@ import weakref
 from collections import deque
 from collections.abc import Sized
 from contextlib import suppress
+from threading import current_thread, main_thread
 from typing import Any, TypeVar
 
 import numpy as np
@@ -25,7 +26,8 @@ from ..._rows import Array
 
 M = TypeVar("M", bound=Sized)
 
-MAPPED = 1 << 22  # bytes from which arrays are mapped, and their memory kept
+MAPPED = 1 << 25  # bytes from which arrays are mapped, and their memory kept, in the main thread
+ELSEWHERE = 1 << 22  # the same in other threads
 ROOM = 1 << 27  # bytes that may be kept in more than two pieces
 ALIGNED = 1 << 18  # bytes from which arrays start at a cache line; JAX copies smaller ones faster than it takes them
 LINE = 64  # bytes of a cache line
@@ -39,7 +41,7 @@ def empty(shape: tuple[int, ...], dtype: Any) -> Array:
     size = math.prod(shape) * dtype.itemsize
     if size < ALIGNED:
         return np.empty(shape, dtype)
-    if size < MAPPED or not _CAN_KEEP:
+    if size < _least_mapped() or not _CAN_KEEP:
         return in_lines(math.prod(shape), dtype).reshape(shape)
     memory = taken(_kept, size, 2 * size)
     if memory is None:
@@ -50,6 +52,10 @@ def empty(shape: tuple[int, ...], dtype: Any) -> Array:
     held = np.frombuffer(memory, np.uint8)
     weakref.finalize(held, _keep, memory).atexit = False
     return np.ndarray(shape, dtype, held)
+
+
+def _least_mapped() -> int:
+    return MAPPED if current_thread() is main_thread() else min(MAPPED, ELSEWHERE)
 
 
 def taken(kept: deque[M], least: int, most: int) -> M | None:
