@@ -5,9 +5,10 @@ import re
 
 import pytest
 
-from bench import report, scale, suite
+for needed in ("matplotlib", "tqdm", "distributed"):
+    pytest.importorskip(needed)
 
-pytest.importorskip("distributed", reason="dask.distributed is not installed")
+from bench import report, scale, suite  # noqa: E402
 
 LITTLE = ["--rows", "64", "--cluster-gib", "0.0625", "--file-gib", "0.0625", "--limit-gib", "1"]
 
