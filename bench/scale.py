@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from xent_array import cross_entropy_value_and_grad
+from xent_array import cross_entropy, cross_entropy_value_and_grad
 from xent_array.parallel import VocabParallel
 
 from . import report, run, timing
@@ -92,12 +92,12 @@ def on_threads(given: argparse.Namespace, settings: run.Settings) -> Iterator[Ro
             return dask.persist(*cross_entropy_value_and_grad(y, lazy), scheduler="threads")
 
         def loss(y: Any = y, lazy: Any = lazy) -> Any:
-            return cross_entropy_of(y, lazy).compute(scheduler="threads")
+            return cross_entropy(y, lazy).compute(scheduler="threads")
 
         calls = {
             (DIRECT, GRAD): timing.Call(lambda x=x, t=labels: cross_entropy_value_and_grad(x, t)),
             (DASK, GRAD): timing.Call(both),
-            (DIRECT, LOSS): timing.Call(lambda x=x, t=labels: cross_entropy_of(x, t)),
+            (DIRECT, LOSS): timing.Call(lambda x=x, t=labels: cross_entropy(x, t)),
             (DASK, LOSS): timing.Call(loss),
         }
         times, failed = timing.interleave(
@@ -112,12 +112,6 @@ def on_threads(given: argparse.Namespace, settings: run.Settings) -> Iterator[Ro
                 "case": f"threads {count}x32000 in {CHUNKS} chunks of rows", "library": library, "operation": operation,
                 "gib": x.nbytes / 2**30, **timing.summary(taken), "runs": len(taken),
             }  # fmt: skip
-
-
-def cross_entropy_of(x: Any, labels: Any) -> Any:
-    from xent_array import cross_entropy
-
-    return cross_entropy(x, labels)
 
 
 # A cluster
@@ -136,7 +130,6 @@ def on_cluster(given: argparse.Namespace, settings: run.Settings) -> Iterator[Ro
     loss, grad = cross_entropy_value_and_grad(x, labels)
     options = {"n_workers": 2, "threads_per_worker": 1, "memory_limit": "1GiB", "dashboard_address": None}
     with LocalCluster(**options) as cluster, Client(cluster) as client:
-        client.run(peak_memory)
         start = time.perf_counter()
         loss, norm = dask.compute(loss, da.sqrt((grad * grad).sum(dtype=np.float64)))
         seconds = time.perf_counter() - start

@@ -185,14 +185,14 @@ class Problem(NamedTuple):
         acc, view = self.rows.acc, self.view
         return RowStats(
             *(
-                view.rows(self.rows.xp, _real_rows(_detached(part), f"stats.{name}", self.home, acc, view))
+                view.rows(self.rows.xp, _real_rows(detached(part), f"stats.{name}", self.home, acc, view))
                 for name, part in zip(stats._fields[:4], stats[:4], strict=True)
             )
         )
 
     def with_upstream(self, grad_output: Any) -> Problem:
         """The same problem with an upstream gradient."""
-        rows, view, value = self.rows, self.view, _host_number(_detached(grad_output))
+        rows, view, value = self.rows, self.view, _host_number(detached(grad_output))
         upstream: Any
         if isinstance(value, numbers.Real):
             upstream = _float(value, "grad_output")
@@ -215,8 +215,8 @@ class Problem(NamedTuple):
 
         Lists have been checked before.
         """
-        name = _dtype_name(taken.dtype)
-        may_be_lost = not isinstance(given, (list, tuple)) and _dtype_name(getattr(given, "dtype", "")) != name
+        name = dtype_name(taken.dtype)
+        may_be_lost = not isinstance(given, (list, tuple)) and dtype_name(getattr(given, "dtype", "")) != name
         if may_be_lost and self.engine.reads_labels_free(self.rows):
             _check_all_held(self.rows.xp, _lent(given, role, self.home), taken, role)
 
@@ -233,7 +233,7 @@ def _check_all_held(xp: Any, given: Array, taken: Array, role: str, first: Seque
         at = int(xp.argmax(xp.astype(xp.reshape(lost, (-1,)), xp.int8)))
         where = _place(at, taken.shape, first)
         value = float(xp.reshape(given, (-1,))[at])
-    raise ValueError(f"{role}{where} is {value!r}, which the arithmetic, here {_dtype_name(taken.dtype)}, cannot hold")
+    raise ValueError(f"{role}{where} is {value!r}, which the arithmetic, here {dtype_name(taken.dtype)}, cannot hold")
 
 
 def _place(at: int, shape: tuple[int, ...], first: Sequence[int] | None) -> str:
@@ -273,17 +273,15 @@ def _check_held(xp: Any, value: float, role: str, acc: DType, divides: bool = Fa
     if divides and 0 < abs(value) < smallest:
         raise ValueError(
             f"{role} must be at least {smallest!r} in magnitude, the smallest normal number of the arithmetic, here"
-            f" {_dtype_name(acc)}; got {value!r}"
+            f" {dtype_name(acc)}; got {value!r}"
         )
     if math.isfinite(value) and abs(value) > float(info.max):
-        raise ValueError(
-            f"{role} must be a number that the arithmetic can hold, here {_dtype_name(acc)}; got {value!r}"
-        )
+        raise ValueError(f"{role} must be a number that the arithmetic can hold, here {dtype_name(acc)}; got {value!r}")
 
 
 def problem_without_target(x: Array, axis: int) -> Problem:
     """The problem of softmax, log_softmax and logsumexp."""
-    given, x = x, _array(x, "x")
+    given, x = x, as_array(x, "x")
     home = _home(x, [], None, "everything")
     x = home.lend(x)
     xp = namespace(x)
@@ -334,11 +332,11 @@ def _checked(logits: Any, target: Any, asked: Asked, differentiates: str) -> Pro
     options = check_options(reduction, ignore_index, *numbers_asked, validate)
     factors, name = (logits, "hidden") if isinstance(logits, Factors) else (None, "logits")
     logits = logits if factors is None else factors.hidden
-    given, logits = logits, _array(logits, name)
+    given, logits = logits, as_array(logits, name)
     detach = differentiates == "nothing"
     if detach and not isinstance(logits, np.ndarray):
-        logits, target, denominator = _detached(logits), _detached(target), _detached(denominator)
-        weight, sample_weight = _detached(weight), _detached(sample_weight)
+        logits, target, denominator = detached(logits), detached(target), detached(denominator)
+        weight, sample_weight = detached(weight), detached(sample_weight)
     others = [target, weight, sample_weight, denominator, grad_output, *(() if factors is None else factors.others)]
     home = _home(logits, others, engine, differentiates, name)
     with home.at_work() if home.bridge is not None else nullcontext():
@@ -357,7 +355,7 @@ def _checked(logits: Any, target: Any, asked: Asked, differentiates: str) -> Pro
                 f"the logits are those of {view.flat[1]} classes, from class {start} on, of only {vocabulary} in all"
             )
         given, target = target, _lent(target, "target", home)
-        target_dtype = _dtype_name(target.dtype)
+        target_dtype = dtype_name(target.dtype)
         is_labels = _check_target(target, target_dtype, view, given, home.library)
         if not is_labels:
             if ignore_index not in (None, IGNORE_INDEX):
@@ -379,8 +377,8 @@ def _checked(logits: Any, target: Any, asked: Asked, differentiates: str) -> Pro
             row_weight = _real_rows(sample_weight, "sample_weight", home, acc, view, may_be_mask=True)
         inputs = {"logits": logits, "target": target}
         inputs |= {"weight": home.lend(weight), "sample_weight": home.lend(sample_weight)}
-        check, is_lazy = None, home.is_lazy and not isinstance(target, np.ndarray)
-        if is_labels and validate is not False and is_lazy:
+        check, are_beside = None, home.is_lazy and isinstance(target, np.ndarray)
+        if is_labels and validate is not False and home.is_lazy and not are_beside:
             of = {"classes": view.flat[1], "ignore_index": ignore_index, "is_asked": bool(validate)}
             check = partial(_all_computed_labels_count, **of)
         label_smoothing, z_loss, softcap = options
@@ -405,10 +403,9 @@ def _checked(logits: Any, target: Any, asked: Asked, differentiates: str) -> Pro
         if denominator is not None:
             rows = rows._replace(denominator=_denominator(denominator, rows, home))
         chosen = home.engine(_engines.pick(rows, engine, home.about, is_lent=home.bridge is not None))
-        looks = validate or (home.is_lazy and not is_lazy) or chosen.reads_labels_free(rows)
-        if is_labels and validate is not False and looks:
+        if is_labels and validate is not False and (validate or are_beside or chosen.reads_labels_free(rows)):
             with quiet(xp):
-                counts = _all_labels_count(target, row_weight, rows.all_classes, ignore_index) and not home.is_lazy
+                counts = _all_labels_count(target, row_weight, rows.all_classes, ignore_index)
                 rows = rows._replace(all_labels_count=counts)
         problem = Problem(rows, view, chosen, inputs, home)
         if weight is not None:
@@ -520,7 +517,7 @@ def _number(value: Any, role: str) -> float:
     raise TypeError(f"{role} must be a real number, got {described(value)}{shape}")
 
 
-def _array(value: Any, role: str, like: Array | None = None, name: str = "logits") -> Array:
+def as_array(value: Any, role: str, like: Array | None = None, name: str = "logits") -> Array:
     """`value` as an array; if `like` is given, an array of its library and on its device. `name` is its own role."""
     given = value
     if isinstance(value, np.ndarray):
@@ -572,7 +569,7 @@ def _check_chunks(array: Array, role: str) -> None:
 
 def _lent(value: Any, role: str, home: Home) -> Array:
     """`value` as an array that the engine can take, checked against the user's logits."""
-    return home.lend(_array(value, role, home.logits, home.name))
+    return home.lend(as_array(value, role, home.logits, home.name))
 
 
 def _from_list(value: Any, role: str, like: Array | None) -> Array:
@@ -591,7 +588,7 @@ def _from_list(value: Any, role: str, like: Array | None) -> Array:
     if xp is np:
         return as_numpy if dtype is None else as_numpy.astype(dtype)
     if dtype is None and as_numpy.dtype.kind == "f":  # rather than the library's default float dtype
-        dtype = getattr(xp, _ARITHMETIC[_dtype_name(like.dtype)])  # type: ignore[union-attr]
+        dtype = getattr(xp, _ARITHMETIC[dtype_name(like.dtype)])  # type: ignore[union-attr]
     return xp.asarray(as_numpy.tolist(), dtype=dtype, device=device(like))
 
 
@@ -604,7 +601,7 @@ def _from_protocol(value: Any, role: str) -> Array:
     if hasattr(value, "__array__") and not isinstance(value, type) and not is_categorical:
         with suppress(Exception):  # whatever its own code raises
             made = np.asarray(value)
-        if made is not None and (made.dtype.kind in "biufc" or _dtype_name(made.dtype) in _ARITHMETIC):
+        if made is not None and (made.dtype.kind in "biufc" or dtype_name(made.dtype) in _ARITHMETIC):
             return made
     if is_categorical:
         advice = f"; the class indices of categories are its {'.codes' if hasattr(value, 'codes') else '.cat.codes'}"
@@ -635,7 +632,7 @@ def described(value: Any) -> str:
     return f"{name} ({value!r})" if isinstance(value, (str, numbers.Number)) or value is None else name
 
 
-def _dtype_name(dtype: DType) -> str:
+def dtype_name(dtype: DType) -> str:
     """The name of a dtype of any library, such as 'float32'."""
     return _numpy_name(dtype) if isinstance(dtype, np.dtype) else str(dtype).rpartition(".")[2].rstrip("'>")
 
@@ -651,7 +648,7 @@ for _name in (*_INTEGERS, "float16", "float32", "float64"):
 
 def _arithmetic(xp: Any, logits: Array, role: str, given: Any) -> DType:
     """The dtype of the arithmetic for logits; `given` is what the user passed, an array or not."""
-    name = _dtype_name(logits.dtype)
+    name = dtype_name(logits.dtype)
     if name not in _ARITHMETIC:
         converts = name in _INTEGERS or name == "object"
         advice = f": write {_conversion(given, role, 'float32')}" if converts else ", which is not converted"
@@ -709,19 +706,19 @@ def _real(
     """An array of real numbers, checked, in the dtype of the arithmetic; a mask becomes 0 and 1."""
     is_list = isinstance(value, (list, tuple))
     listed = _from_list(value, role, None) if is_list else value
-    value = _array(value, role, home.logits, home.name)
+    value = as_array(value, role, home.logits, home.name)
     is_numpy = is_list or (isinstance(value, np.ndarray) and home.library is not np)
-    if is_numpy and listed.dtype == np.float64 and "32" in _dtype_name(acc):
+    if is_numpy and listed.dtype == np.float64 and "32" in dtype_name(acc):
         with np.errstate(all="ignore"):  # other libraries would convert it before it could be checked
             _check_all_held(np, listed, listed.astype(np.float32), role)
-    name = _dtype_name(value.dtype)
+    name = dtype_name(value.dtype)
     if name not in _INTEGERS and name not in _ARITHMETIC and not (may_be_mask and name in _BOOLEANS):
         raise TypeError(f"{role} must be real numbers, of an integer dtype or {', '.join(_ARITHMETIC)}; got {name}")
     if not _same(tuple(value.shape), shape):
         raise ValueError(f"{role} must have {words} {shape}; got shape {tuple(value.shape)}")
-    value = home.lend(value, _dtype_name(acc))
+    value = home.lend(value, dtype_name(acc))
     xp = namespace(value)
-    if home.is_lazy and xp is not np and name != _dtype_name(acc):
+    if home.is_lazy and xp is not np and name != dtype_name(acc):
         return home.later(partial(_held, role=role, acc=np.dtype(acc).name), value, acc)
     with quiet(xp):
         return xp.astype(value, acc, copy=False)
@@ -752,7 +749,7 @@ def _all_labels_count(
     """
     if is_traced(target) or 0 in target.shape:
         return False  # there are no values to read
-    name, target = _dtype_name(target.dtype), _on_host(target)
+    name, target = dtype_name(target.dtype), _on_host(target)
     xp = namespace(target)
     if xp is np:  # takes a third of the time of min and max if there are few labels
         low, high = target.item(target.argmin()), target.item(target.argmax())
@@ -768,7 +765,7 @@ def _all_labels_count(
     if row_weight is not None:
         if is_traced(row_weight):
             return False
-        bad = bad & (_on_host(_detached(row_weight)) != 0)
+        bad = bad & (_on_host(detached(row_weight)) != 0)
     if bool(xp.any(bad)):
         at = int(xp.argmax(xp.astype(xp.reshape(bad, (-1,)), xp.int8)))
         label = int(xp.reshape(target, (-1,))[at])
@@ -803,7 +800,7 @@ def _on_host(array: Array) -> Array:
     return array
 
 
-def _detached(value: Any) -> Any:
+def detached(value: Any) -> Any:
     """`value` without its autograd history: the functions that detach return the gradient themselves."""
     detach = getattr(value, "detach", None)
     return value if detach is None else detach()
@@ -812,7 +809,7 @@ def _detached(value: Any) -> Any:
 # The caller's buffer for the gradient
 
 
-def _shared_memory(one: Array, two: Any) -> str:
+def shared_memory(one: Array, two: Any) -> str:
     """How two arrays share memory: "all" if element for element, else "some" or "none"."""
     if one is two:
         return "all"
@@ -834,7 +831,7 @@ def _shared_memory(one: Array, two: Any) -> str:
     return "some"
 
 
-def _overlaps_itself(array: Array) -> bool:
+def overlaps_itself(array: Array) -> bool:
     """Whether elements may overlap: some axis has a smaller step than the range that faster axes cover."""
     extent = _extent(array)
     if extent is None:
@@ -860,7 +857,7 @@ def _extent(array: Any) -> _Extent | None:
     if array is None or 0 in getattr(array, "shape", (0,)) or is_traced(array):
         return None
     strides: tuple[int, ...]
-    array = _detached(array)
+    array = detached(array)
     if hasattr(array, "data_ptr"):
         itemsize = array.element_size()
         pointer, strides = array.data_ptr(), tuple(itemsize * step for step in array.stride())
@@ -911,18 +908,18 @@ class Output:
             )
         if not _same(tuple(out.shape), view.shape):
             raise ValueError(f"out must have the shape of logits, {view.shape}; got {tuple(out.shape)}")
-        if _dtype_name(out.dtype) != _dtype_name(rows.logits.dtype):
+        if dtype_name(out.dtype) != dtype_name(rows.logits.dtype):
             raise TypeError(
-                f"out must have the dtype of logits, {_dtype_name(rows.logits.dtype)}; got {_dtype_name(out.dtype)}"
+                f"out must have the dtype of logits, {dtype_name(rows.logits.dtype)}; got {dtype_name(out.dtype)}"
             )
-        target = _array(_detached(out), "out", home.logits)
+        target = as_array(detached(out), "out", home.logits)
         if (reason := home.refuses_out(target)) is not None:
             raise TypeError(f"out has no memory that the engine {self.problem.engine.name!r} can write to: {reason}")
         self.target = home.lend(target)
-        if _overlaps_itself(self.target):
+        if overlaps_itself(self.target):
             raise ValueError("out has elements that share memory with each other; it must have one place for each")
         for role, array in self.problem.inputs.items():
-            shared = _shared_memory(self.target, array)
+            shared = shared_memory(self.target, array)
             if role == "logits" and shared == "all":
                 self.in_place = True
             elif shared != "none":

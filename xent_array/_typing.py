@@ -36,10 +36,9 @@ Reduction: TypeAlias = Literal["none", "mean", "sum"]
 Reduced: TypeAlias = Literal["mean", "sum"]
 
 
-class Options(TypedDict, total=False):
-    """The keyword arguments of `cross_entropy` other than `reduction`."""
+class SharedOptions(TypedDict, total=False):
+    """The keyword arguments that `cross_entropy` and `linear_cross_entropy` have in common, other than `reduction`."""
 
-    axis: int
     weight: Values | None
     sample_weight: Values | None
     ignore_index: int | SupportsShape | None
@@ -49,6 +48,12 @@ class Options(TypedDict, total=False):
     denominator: Scalar | None
     validate: bool | None
     engine: str | Engine | None
+
+
+class Options(SharedOptions, total=False):
+    """The keyword arguments of `cross_entropy` other than `reduction`."""
+
+    axis: int
 
 
 class GradOptions(Options, total=False):
@@ -58,19 +63,10 @@ class GradOptions(Options, total=False):
     out: Any
 
 
-class LinearOptions(TypedDict, total=False):
+class LinearOptions(SharedOptions, total=False):
     """The keyword arguments of `linear_cross_entropy` other than `reduction`."""
 
     linear_bias: Values | None
-    weight: Values | None
-    sample_weight: Values | None
-    ignore_index: int | SupportsShape | None
-    label_smoothing: Scalar
-    z_loss: Scalar
-    softcap: Scalar | None
-    denominator: Scalar | None
-    validate: bool | None
-    engine: str | Engine | None
     memory_budget: int | str | None
 
 

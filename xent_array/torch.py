@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ._api import cross_entropy
@@ -15,7 +17,45 @@ from ._typing import Reduction
 __all__ = ["CrossEntropyLoss", "LinearCrossEntropyLoss"]
 
 
-class CrossEntropyLoss(torch.nn.Module):
+class _Loss(torch.nn.Module):
+    """The options that both modules have."""
+
+    weight: torch.Tensor | None
+
+    def __init__(
+        self, weight: torch.Tensor | None, ignore_index: int, reduction: Reduction, label_smoothing: float,
+        z_loss: float, softcap: float | None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if not isinstance(weight, torch.Tensor | None):
+            raise TypeError(f"weight must be a tensor or None, got {type(weight).__name__}")
+        check_options(reduction, ignore_index, label_smoothing, z_loss, softcap, None)
+        self.register_buffer("weight", weight)
+        self.ignore_index = ignore_index
+        self.reduction: Reduction = reduction
+        self.label_smoothing = label_smoothing
+        self.z_loss = z_loss
+        self.softcap = softcap
+
+    def extra_repr(self) -> str:
+        """The options that are not None, as `repr` shows them."""
+        names = ("ignore_index", "reduction", "label_smoothing", "z_loss", "softcap", "memory_budget")
+        given = {name: getattr(self, name, None) for name in names}
+        return ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
+
+    def _options(self, is_distribution: bool) -> dict[str, Any]:
+        """The options, for a function."""
+        return {
+            "reduction": self.reduction,
+            "weight": self.weight,
+            "ignore_index": IGNORE_INDEX if is_distribution and self.ignore_index < 0 else self.ignore_index,
+            "label_smoothing": self.label_smoothing,
+            "z_loss": self.z_loss,
+            "softcap": self.softcap,
+        }
+
+
+class CrossEntropyLoss(_Loss):
     r"""`torch.nn.CrossEntropyLoss` on the fused engines, with the additional options `z_loss` and `softcap`.
 
     With :math:`x` the logits of one row, :math:`q` its target distribution after smoothing and :math:`w` the class
@@ -75,8 +115,6 @@ class CrossEntropyLoss(torch.nn.Module):
             [-0.4636,  0.2434,  0.2202]])
     """
 
-    weight: torch.Tensor | None
-
     def __init__(
         self,
         weight: torch.Tensor | None = None,
@@ -86,22 +124,7 @@ class CrossEntropyLoss(torch.nn.Module):
         z_loss: float = 0.0,
         softcap: float | None = None,
     ) -> None:
-        super().__init__()
-        if not isinstance(weight, torch.Tensor | None):
-            raise TypeError(f"weight must be a tensor or None, got {type(weight).__name__}")
-        check_options(reduction, ignore_index, label_smoothing, z_loss, softcap, None)
-        self.register_buffer("weight", weight)
-        self.ignore_index = ignore_index
-        self.reduction: Reduction = reduction
-        self.label_smoothing = label_smoothing
-        self.z_loss = z_loss
-        self.softcap = softcap
-
-    def extra_repr(self) -> str:
-        """The options that are not None, as `repr` shows them."""
-        names = ("ignore_index", "reduction", "label_smoothing", "z_loss", "softcap")
-        given = {name: getattr(self, name) for name in names}
-        return ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
+        super().__init__(weight, ignore_index, reduction, label_smoothing, z_loss, softcap)
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The loss of logits under a target.
@@ -147,20 +170,12 @@ class CrossEntropyLoss(torch.nn.Module):
                 f" floating, got {target.dtype}; class indices have the shape without the classes, which lie along axis"
                 f" {min(1, input.ndim - 1)}"
             )
-        return cross_entropy(
-            input,
-            target,
-            axis=1 if input.ndim > 2 else -1,
-            reduction=self.reduction,
-            weight=self.weight,
-            ignore_index=IGNORE_INDEX if is_distribution and self.ignore_index < 0 else self.ignore_index,
-            label_smoothing=self.label_smoothing,
-            z_loss=self.z_loss,
-            softcap=self.softcap,
-        )
+        axis = 1 if input.ndim > 2 else -1
+        found: torch.Tensor = cross_entropy(input, target, axis=axis, **self._options(is_distribution))
+        return found
 
 
-class LinearCrossEntropyLoss(torch.nn.Module):
+class LinearCrossEntropyLoss(_Loss):
     r"""A linear layer and the cross-entropy of its logits, which are never in memory as a whole.
 
     With :math:`h` the input of one row, :math:`W` and :math:`b` weight and bias of the layer, the logits are :math:`x =
@@ -229,8 +244,6 @@ class LinearCrossEntropyLoss(torch.nn.Module):
             [-0.0615, -0.0219]])
     """
 
-    weight: torch.Tensor | None
-
     def __init__(
         self,
         in_features: int,
@@ -247,25 +260,10 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         softcap: float | None = None,
         memory_budget: int | str | None = None,
     ) -> None:
-        super().__init__()
-        if not isinstance(weight, torch.Tensor | None):
-            raise TypeError(f"weight must be a tensor or None, got {type(weight).__name__}")
-        check_options(reduction, ignore_index, label_smoothing, z_loss, softcap, None)
+        super().__init__(weight, ignore_index, reduction, label_smoothing, z_loss, softcap)
+        self.memory_budget = memory_budget
         bytes_of_budget(memory_budget)
         self.linear = torch.nn.Linear(in_features, num_classes, bias, device, dtype)
-        self.register_buffer("weight", weight)
-        self.reduction: Reduction = reduction
-        self.ignore_index = ignore_index
-        self.label_smoothing = label_smoothing
-        self.z_loss = z_loss
-        self.softcap = softcap
-        self.memory_budget = memory_budget
-
-    def extra_repr(self) -> str:
-        """The options that are not None, as `repr` shows them."""
-        names = ("reduction", "ignore_index", "label_smoothing", "z_loss", "softcap", "memory_budget")
-        given = {name: getattr(self, name) for name in names}
-        return ", ".join(f"{name}={value!r}" for name, value in given.items() if value is not None)
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """The loss of an input of the layer under a target.
@@ -304,16 +302,8 @@ class LinearCrossEntropyLoss(torch.nn.Module):
         if not isinstance(input, torch.Tensor):
             raise TypeError(f"input must be a tensor, got {type(input).__name__}")
         is_distribution = isinstance(target, torch.Tensor) and target.dim() == input.dim()
-        return linear_cross_entropy(
-            input,
-            self.linear.weight,
-            target,
-            linear_bias=self.linear.bias,
-            weight=self.weight,
-            reduction=self.reduction,
-            ignore_index=IGNORE_INDEX if is_distribution and self.ignore_index < 0 else self.ignore_index,
-            label_smoothing=self.label_smoothing,
-            z_loss=self.z_loss,
-            softcap=self.softcap,
-            memory_budget=self.memory_budget,
+        options = self._options(is_distribution) | {"memory_budget": self.memory_budget}
+        found: torch.Tensor = linear_cross_entropy(
+            input, self.linear.weight, target, linear_bias=self.linear.bias, **options
         )
+        return found

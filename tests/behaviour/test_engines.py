@@ -35,7 +35,9 @@ def test_table_is_named_by_its_engines():
 def test_arrays_go_to_the_first_engine_that_takes_them_or_their_memory(backend, monkeypatch):
     calls = {name: [] for name in ENGINES}
     for name, engine in list(ENGINES.items()):
-        more = ["loss"] if name == backend.name == "dask" else []  # whose arrays only the engine itself can put together
+        more = (
+            ["loss"] if name == backend.name == "dask" else []
+        )  # whose arrays only the engine itself can put together
         monkeypatch.setitem(ENGINES, name, spy(engine, calls[name], *more))
     cross_entropy(backend.array(LOGITS), backend.array(LABELS))
     wanted = "cpu" if backend.is_numpy else backend.engines[0]

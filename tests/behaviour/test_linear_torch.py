@@ -276,7 +276,7 @@ def test_the_module_shares_its_weight_and_is_saved():
     tokens = torch.arange(CLASSES - 1)
     module(embedding(tokens), tokens + 1).backward()
     assert embedding.weight.grad is module.linear.weight.grad
-    assert repr(module).startswith("LinearCrossEntropyLoss(\n  reduction='mean', ignore_index=-100, ")
+    assert repr(module).startswith("LinearCrossEntropyLoss(\n  ignore_index=-100, reduction='mean', ")
     assert "softcap=30.0, memory_budget='1MiB'" in repr(module)
     saved = io.BytesIO()
     torch.save(module, saved)

@@ -57,6 +57,8 @@ class _Dask:
     """The engine in `dask.py`, which is not imported before the first Dask array comes, because Dask is with it."""
 
     name = "dask"
+    kinds = at_once = None  # what is asked of every engine, also where Dask is not installed
+    borrows = False
 
     def declines(self, rows: Rows) -> str | None:
         if rows.xp.__name__ != DASK:
@@ -75,8 +77,8 @@ class _Dask:
         return self._engine.grad(rows, stats)
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("kinds", "at_once", "noting", "borrows", "slice", "failed") or name.startswith("_"):
-            raise AttributeError(name)  # it has none of these
+        if name.startswith("_"):  # which Python asks for when it copies an object
+            raise AttributeError(name)
         return getattr(self._engine, name)
 
     @property

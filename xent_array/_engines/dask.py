@@ -22,6 +22,7 @@ import dask.array as da
 import numpy as np
 from dask.array.utils import meta_from_array
 from dask.base import tokenize
+from dask.core import flatten
 from dask.highlevelgraph import HighLevelGraph
 from dask.layers import ArraySliceDep
 from dask.utils import key_split
@@ -35,10 +36,8 @@ FEW = 32  # numbers that one task adds up; of more, Dask makes a tree
 CLASSES, STATS, WEIGHT = -1, -2, -3  # axes by number; those of the rows are 0, 1, …
 KEPT = 4  # of the stats: a gradient does not need `correct`
 
-Solve = Callable[..., "tuple[Any, ...]"]  # (engine, rows, stats or None): what is computed of a chunk
-
-
 Axes = tuple[int, ...]
+Solve = Callable[..., "tuple[Any, ...]"]  # (engine, rows, stats or None): what is computed of a chunk
 
 
 class Blocks(NamedTuple):
@@ -237,9 +236,9 @@ class _Place(NamedTuple):
 
 def _solved(solve: Solve, told: _Told, slices: tuple[slice, ...], *given: Any) -> Any:
     """What is asked for of a chunk. Of an axis that the result lacks, Dask passes a list of chunks, here of one."""
-    parts = list(map(only, given[6:]))
+    parts = list(map(_only, given[6:]))
     stats = tuple(parts[0]) if len(parts) == 1 else tuple(parts)
-    logits, target, weight, sample_weight, upstream, divisor = map(only, given[:6])
+    logits, target, weight, sample_weight, upstream, divisor = map(_only, given[:6])
     chunks = _Chunks(logits, target, weight, sample_weight, upstream, divisor, stats)
     place = _placed(told, slices, chunks)
     xp = _rows.namespace(next(iter(chunks.by_row.values())))
@@ -252,7 +251,7 @@ def _solved(solve: Solve, told: _Told, slices: tuple[slice, ...], *given: Any) -
     return results if len(results) > 1 else results[0]
 
 
-def only(given: Any) -> Any:
+def _only(given: Any) -> Any:
     """A chunk, which may be alone in lists."""
     while isinstance(given, list):
         (given,) = given
@@ -458,7 +457,7 @@ def _item(rows: Rows, given: Array, number: int, kind: str) -> Array:
 
 
 def _taken(given: Any, number: int) -> Any:
-    return only(given)[number]
+    return _only(given)[number]
 
 
 # Stats
@@ -502,7 +501,7 @@ def _unpacked(rows: Rows, packed: Array) -> RowStats:
 
 
 def _part(packed: Any, number: int) -> Array:
-    part = only(packed)[number]
+    part = _only(packed)[number]
     return part if number < KEPT else part != 0
 
 
@@ -566,17 +565,10 @@ def _summed(parts: Array, axis: Any, keepdims: bool) -> Array:
 
 
 def _divided(parts: Any, divisor: Any, dtype: str) -> Array:
-    xp = _rows.namespace(_first(parts))
+    first, *others = flatten([parts])
+    xp = _rows.namespace(first)
     with _rows.quiet(xp):
-        total = xp.sum(_added(parts))
+        total = xp.sum(sum(others, first))
         if divisor is not None:
             total = _rows.divide(xp, total, float(divisor) if xp is np else divisor)
         return xp.astype(xp.asarray(total), getattr(xp, dtype))[()]
-
-
-def _first(parts: Any) -> Array:
-    return _first(parts[0]) if isinstance(parts, list) else parts
-
-
-def _added(parts: Any) -> Any:
-    return sum(map(_added, parts[1:]), _added(parts[0])) if isinstance(parts, list) else parts

@@ -12,10 +12,10 @@ from array_api_compat import is_jax_array, is_writeable_array
 from .. import _bridges
 from .._problem import (
     Problem,
-    _array,
-    _detached,
-    _dtype_name,
+    as_array,
     described,
+    detached,
+    dtype_name,
     problem_of,
 )
 from .._rows import DASK, Array, Asked, is_traced, namespace
@@ -64,13 +64,13 @@ def is_on_host(array: Array) -> bool:
 
 def checked(call: Call) -> Call:
     """The call with the factors as arrays, whose shapes and dtypes fit."""
-    hidden = _array(call.hidden, "hidden")
+    hidden = as_array(call.hidden, "hidden")
     if namespace(hidden).__name__ == DASK:
         raise TypeError(
             "hidden must not be a Dask array: pass hidden @ linear_weight.T, which is computed chunk by chunk, to"
             " cross_entropy"
         )
-    weight = _array(call.linear_weight, "linear_weight", hidden, "hidden")
+    weight = as_array(call.linear_weight, "linear_weight", hidden, "hidden")
     bias = call.linear_bias
     shape, of_weight = tuple(hidden.shape), tuple(weight.shape)
     if not shape:
@@ -87,13 +87,13 @@ def checked(call: Call) -> Call:
         raise ValueError(f"linear_weight must have at least one class; got shape {of_weight}")
     arrays = {"linear_weight": weight}
     if bias is not None:
-        arrays["linear_bias"] = bias = _array(bias, "linear_bias", hidden, "hidden")
+        arrays["linear_bias"] = bias = as_array(bias, "linear_bias", hidden, "hidden")
         if tuple(bias.shape) != of_weight[:1]:
             raise ValueError(f"linear_bias must have one number per class, {of_weight[:1]}; got {tuple(bias.shape)}")
     for role, array in arrays.items():
-        if _dtype_name(array.dtype) != _dtype_name(hidden.dtype):
+        if dtype_name(array.dtype) != dtype_name(hidden.dtype):
             raise TypeError(
-                f"{role} must have the dtype of hidden, {_dtype_name(hidden.dtype)}; got {_dtype_name(array.dtype)}"
+                f"{role} must have the dtype of hidden, {dtype_name(hidden.dtype)}; got {dtype_name(array.dtype)}"
             )
     if call.asked.axis != -1:
         raise ValueError(f"the classes are made along the last axis; got axis={call.asked.axis}")
@@ -130,7 +130,7 @@ def head_of(call: Call) -> Head | None:
     given = (call.hidden, call.linear_weight, call.linear_bias)
     if any(is_traced(array) for array in given if array is not None) or not _may_work_on(call):
         return None
-    hidden, weight, bias = map(_detached, given)
+    hidden, weight, bias = map(detached, given)
     problem = problem_of(Factors(hidden, weight.shape[0], (weight, bias)), call.target, call.asked)
     home, shape = problem.home, tuple(hidden.shape)
     if home.bridge is None and not isinstance(hidden, np.ndarray) and not is_writeable_array(hidden):
@@ -165,4 +165,4 @@ def _may_work_on(call: Call) -> bool:
 
 def acc_of(problem: Problem, xp: Any) -> Any:
     """The dtype of the arithmetic, as another library names it."""
-    return problem.rows.acc if xp is problem.rows.xp else getattr(xp, _dtype_name(problem.rows.acc))
+    return problem.rows.acc if xp is problem.rows.xp else getattr(xp, dtype_name(problem.rows.acc))

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from array_api_compat import is_writeable_array
 
-from .._problem import _detached, _dtype_name, _overlaps_itself, _shared_memory, described
+from .._problem import described, detached, dtype_name, overlaps_itself, shared_memory
 from .._rows import Array, device, namespace
 from .head import Call, Head
 
@@ -33,7 +33,7 @@ class Outputs(NamedTuple):
                 found.append(grad if namespace(grad) is home.library else home.give(grad))
                 continue
             if view is None:
-                _detached(given)[...] = grad
+                detached(given)[...] = grad
             home.written(given)
             found.append(given)
         return tuple(found)
@@ -56,9 +56,9 @@ def outputs(head: Head, call: Call, out: Any) -> Outputs:
             if wanted is None:
                 raise ValueError(f"{role} is for the gradient of linear_bias, which is None; got {described(given)}")
             _check_out(head, call, role, given, name, wanted)
-            view = _detached(given)
+            view = detached(given)
             for other, before in zip(NAMES, out[:number], strict=False):
-                if before is not None and _shared_memory(view, _detached(before)) != "none":
+                if before is not None and shared_memory(view, detached(before)) != "none":
                     raise ValueError(f"{role} shares memory with the array for the gradient of {other}")
             if number == 0:
                 view = _as_matrix(head, view)
@@ -74,7 +74,7 @@ def filled(out: Any, grads: tuple[Any, ...]) -> tuple[Any, ...]:
         if given is not None and not is_writeable_array(given):
             raise TypeError(f"out[{number}] cannot be changed; take the returned gradient")
         if given is not None:
-            _detached(given)[...] = grad
+            detached(given)[...] = grad
     return tuple(grad if given is None else given for given, grad in zip(out, grads, strict=True))
 
 
@@ -97,13 +97,13 @@ def _check_out(head: Head, call: Call, role: str, given: Any, name: str, wanted:
         )
     if tuple(given.shape) != tuple(wanted.shape):
         raise ValueError(f"{role} must have the shape of {name}, {tuple(wanted.shape)}; got {tuple(given.shape)}")
-    if _dtype_name(given.dtype) != _dtype_name(wanted.dtype):
+    if dtype_name(given.dtype) != dtype_name(wanted.dtype):
         raise TypeError(
-            f"{role} must have the dtype of {name}, {_dtype_name(wanted.dtype)}; got {_dtype_name(given.dtype)}"
+            f"{role} must have the dtype of {name}, {dtype_name(wanted.dtype)}; got {dtype_name(given.dtype)}"
         )
     if device(given) != device(wanted):
         raise TypeError(f"{role} must be on the device of {name}, {device(wanted)}, but is on {device(given)}")
-    if _overlaps_itself(given):
+    if overlaps_itself(given):
         raise ValueError(f"{role} has elements that share memory with each other; it must have one place for each")
     inputs = head.problem.inputs | {
         "hidden": call.hidden,
@@ -111,5 +111,5 @@ def _check_out(head: Head, call: Call, role: str, given: Any, name: str, wanted:
         "linear_bias": call.linear_bias,
     }
     for other, array in inputs.items():
-        if other != "logits" and _shared_memory(given, array) != "none":
+        if other != "logits" and shared_memory(given, array) != "none":
             raise ValueError(f"{role} shares memory with {other}; it must be memory apart from every input")

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from .. import _api, _engines, _rows
-from .._problem import _detached
+from .._problem import detached
 from .._rows import Array, RowStats, merge, namespace
 from .gradients import Gradients
 from .head import Call, Head
@@ -94,9 +94,9 @@ def composed(call: Call) -> Any:
 def composed_value_and_grad(call: Call) -> tuple[Any, tuple[Any, ...]]:
     """Loss and gradients from logits in one piece."""
     call = call._replace(
-        hidden=_detached(call.hidden),
-        linear_weight=_detached(call.linear_weight),
-        linear_bias=_detached(call.linear_bias),
+        hidden=detached(call.hidden),
+        linear_weight=detached(call.linear_weight),
+        linear_bias=detached(call.linear_bias),
     )
     options = _options(call) | {"grad_output": call.asked.grad_output}
     loss, grad = _api.cross_entropy_value_and_grad(_logits(call), call.target, **options)

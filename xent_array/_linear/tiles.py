@@ -17,7 +17,7 @@ import numpy as np
 
 from .. import _engines, _rows
 from .._engines import Engine
-from .._problem import _dtype_name
+from .._problem import dtype_name
 from .._rows import Array, Rows, namespace
 from . import plan as planning
 from .head import Head, acc_of
@@ -107,7 +107,7 @@ def _engine_for_slices(head: Head, rows: Rows) -> Engine | None:
 def _sizes(setup: Setup, outs: list[Array | None]) -> planning.Sizes:
     """What the plan depends on; `outs` are the arrays of the caller for the gradients of the two factors."""
     head, rows, takes = setup.head, setup.rows, setup.products.takes
-    item, acc = (planning.ITEMSIZE[_dtype_name(array.dtype)] for array in (head.hidden, rows.logits))
+    item, acc = (planning.ITEMSIZE[dtype_name(array.dtype)] for array in (head.hidden, rows.logits))
     narrow, picks = item < acc, setup.picked is not None
     converts = narrow and not setup.products.keeps_narrow
     return planning.Sizes(
