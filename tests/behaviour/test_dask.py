@@ -34,6 +34,7 @@ from xent_array._engines.cpu import cores
 
 da = pytest.importorskip("dask.array", reason="Dask is not installed")
 import dask  # noqa: E402
+from dask._task_spec import convert_legacy_graph  # noqa: E402
 from dask.utils import key_split  # noqa: E402
 
 RNG = np.random.default_rng(0)
@@ -145,6 +146,13 @@ def test_the_same_call_has_the_same_keys():
     other = cross_entropy_value_and_grad(x, labels, label_smoothing=0.2)
     assert not {part.name for part in one} & {part.name for part in other}
     assert cross_entropy_grad(x, labels, label_smoothing=0.1).name == one[1].name
+
+
+def test_no_task_waits_for_many_others():
+    """But a tree of tasks adds up what there is of each chunk."""
+    x, labels = da.zeros((300, 3), chunks=(1, 3)), da.zeros(300, dtype=int, chunks=1)
+    graph = convert_legacy_graph(dict(cross_entropy(x, labels).__dask_graph__()))
+    assert max(len(task.dependencies) for task in graph.values()) <= 40
 
 
 def test_as_many_chunks_as_make_a_tree():
@@ -294,7 +302,8 @@ OfCuPy.__module__ = "cupy"
 
 def test_chunks_of_cupy_are_taken_and_not_mixed_with_those_of_numpy():
     """As far as Dask goes: there is no GPU to compute them on."""
-    x, labels = (da.from_array(values, 7, meta=np.empty(0, values.dtype).view(OfCuPy)) for values in (LOGITS, LABELS))
+    arrays = (LOGITS, (7, 23)), (LABELS, 7)  # whole rows: their task has several results
+    x, labels = (da.from_array(each, n, meta=np.empty(0, each.dtype).view(OfCuPy)) for each, n in arrays)
     assert isinstance(x._meta, OfCuPy)
     both = cross_entropy_value_and_grad(x, labels, return_stats=True, reduction="none")
     for found in (both, softmax(x), row_stats(x, labels)):
